@@ -1,0 +1,1 @@
+"""From prompt to latents, chunk by chunk."""

@@ -1,0 +1,81 @@
+"""The chunk-wise loop of Self Forcing: denoise a chunk, remember it clean, yield it.
+
+Source: Self Forcing, arXiv:2506.08009, Algorithm 2; Deep Forcing changes the cache's policy alone.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.noise import NoiseSource
+from pipeline.sampler import FewStepSampler
+from wan.geometry import ChunkSpan, VideoGeometry
+from wan.kv_cache.cache import KVCache
+from wan.model import CausalWanModel, TextContext
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Finished latent frames."""
+
+    span: ChunkSpan
+    latents: Tensor      # [B, F, C, h, w] float32, clean
+    given: bool = False  # an image or a clip to continue, not generated
+
+
+class ChunkwisePipeline:
+    """Streams a batch of videos as latent chunks; memory does not grow with their length."""
+
+    def __init__(self, model: CausalWanModel, sampler: FewStepSampler, geometry: VideoGeometry, cache: KVCache):
+        self.model, self.sampler, self.geometry, self.cache = model, sampler, geometry, cache
+
+    def __call__(
+        self, embeddings: Tensor, num_frames: int, noise: NoiseSource, seeds: list[int], initial_latent: Tensor | None = None,
+    ) -> Iterator[Chunk]:
+        """Generate from an empty memory.
+
+        Shapes: embeddings [B, T, text_dim]; initial_latent [B, F0, C, h, w], normalised, or None.
+        Args:
+            num_frames: latent frames in all, the given ones included; whole chunks after the given ones.
+            seeds: one per sample, for policies that choose at random.
+        Yields: given chunks, then generated ones, in order.
+        Raises:
+            ValueError: lengths or shapes that do not fit the geometry or the model.
+        """
+        given_frames = 0 if initial_latent is None else initial_latent.shape[1]
+        spans = list(self.geometry.chunks(num_frames, prefilled=given_frames))
+        self.cache.reset(seeds)
+        with torch.inference_mode():
+            text = self.model.embed_text(embeddings)
+        for span in self.geometry.prefill_chunks(given_frames):
+            latents = initial_latent[:, span.start:span.stop].to(self.model.device, torch.float32)
+            self.cache.begin(span)
+            self.remember(span, latents, text)
+            yield Chunk(span, latents, given=True)
+        for span in spans:
+            latents = self.denoise(span, text, noise)
+            self.remember(span, latents, text)
+            yield Chunk(span, latents)
+
+    @torch.inference_mode()
+    def denoise(self, span: ChunkSpan, text: TextContext, noise: NoiseSource) -> Tensor:
+        """Begin the chunk and run its denoising passes; memory is untouched. Returns x0 [B, F, C, h, w]."""
+        self.cache.begin(span)
+        x = noise.initial(span)
+        for index, time in enumerate(self.sampler.times):
+            x0 = self.sampler.clean(x, self._forward(x, time, text), index)
+            if index + 1 < self.sampler.num_passes:
+                x = self.sampler.renoise(x0, noise.fresh(span, index + 1), index + 1)
+        return x0
+
+    @torch.inference_mode()
+    def remember(self, span: ChunkSpan, latents: Tensor, text: TextContext) -> None:
+        """The context pass: clean keys and values of the chunk that has begun become memory."""
+        self._forward(latents, self.sampler.context_time, text)
+        self.cache.commit()
+
+    def _forward(self, x: Tensor, time: float, text: TextContext) -> Tensor:
+        return self.model(x, torch.full(x.shape[:2], time, device=x.device), text, self.cache)

@@ -1,0 +1,128 @@
+"""Pixels, latent frames, tokens, chunks: the only file that divides by strides.
+
+A video of `pixel_frames` pixel frames is `latent_frames` time slices of VAE latent; the first slice
+holds one pixel frame, every later one `temporal_stride`. A latent frame is `rows * columns` tokens.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
+
+@dataclass(frozen=True)
+class ChunkSpan:
+    """Which latent frames are generated jointly."""
+
+    index: int   # counts from 0, prefilled chunks included
+    start: int   # first latent frame
+    frames: int  # latent frames in this chunk
+
+    @property
+    def stop(self) -> int:
+        """One past the last latent frame."""
+        return self.start + self.frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoGeometry:
+    """Sizes of one video, from pixels to tokens.
+
+    Units: `height`, `width` in pixels; `chunk_frames` in latent frames; `fps` in pixel frames a second.
+    Raises:
+        ValueError: a size that no whole number of patches covers, or a chunk without frames.
+    """
+
+    height: int
+    width: int
+    fps: int
+    chunk_frames: int
+    independent_first_frame: bool = False
+    patch: tuple[int, int] = (2, 2)
+    spatial_stride: int = 8
+    temporal_stride: int = 4
+
+    def __post_init__(self) -> None:
+        for name, size, patch in (("height", self.height, self.patch[0]), ("width", self.width, self.patch[1])):
+            unit = self.spatial_stride * patch
+            if size <= 0 or size % unit:
+                raise ValueError(
+                    f"{name}={size} is not a positive multiple of {unit} pixels "
+                    f"(VAE stride {self.spatial_stride} x patch {patch}). Use {max(unit, round(size / unit) * unit)}."
+                )
+        if self.chunk_frames < 1:
+            raise ValueError(f"num_frame_per_block={self.chunk_frames}: a chunk needs at least one latent frame.")
+
+    @property
+    def latent_height(self) -> int:
+        return self.height // self.spatial_stride
+
+    @property
+    def latent_width(self) -> int:
+        return self.width // self.spatial_stride
+
+    @property
+    def rows(self) -> int:
+        """Token rows of a latent frame."""
+        return self.latent_height // self.patch[0]
+
+    @property
+    def columns(self) -> int:
+        """Token columns of a latent frame."""
+        return self.latent_width // self.patch[1]
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of one latent frame."""
+        return self.rows * self.columns
+
+    def pixel_frames(self, latent_frames: int, *, first: bool = True) -> int:
+        """Pixel frames that `latent_frames` decode to; `first` says whether the video starts with them."""
+        if latent_frames < 1:
+            return 0
+        return self.temporal_stride * latent_frames - (self.temporal_stride - 1 if first else 0)
+
+    def latent_frames(self, pixel_frames: int) -> int:
+        """Fewest latent frames that decode to at least `pixel_frames` pixel frames."""
+        return ceil((pixel_frames - 1) / self.temporal_stride) + 1
+
+    def pixel_frames_of_seconds(self, seconds: float) -> int:
+        """Pixel frames of a video of `seconds`, at least one."""
+        return max(1, round(seconds * self.fps))
+
+    def whole_chunks(self, latent_frames: int, *, prefilled: int = 0) -> int:
+        """`latent_frames` rounded up so that what follows `prefilled` frames is whole chunks."""
+        head = prefilled or (1 if self.independent_first_frame else 0)
+        rest = max(0, latent_frames - head)
+        return head + ceil(rest / self.chunk_frames) * self.chunk_frames
+
+    def prefill_chunks(self, latent_frames: int) -> Iterator[ChunkSpan]:
+        """How given frames (an image, a clip to continue) enter the memory: any odd rest comes first."""
+        sizes = [1] if self.independent_first_frame and latent_frames else []
+        left = latent_frames - sum(sizes)
+        sizes += [left % self.chunk_frames] if left % self.chunk_frames else []
+        sizes += [self.chunk_frames] * (left // self.chunk_frames)
+        yield from _spans(sizes, index=0, start=0)
+
+    def chunks(self, latent_frames: int, *, prefilled: int = 0) -> Iterator[ChunkSpan]:
+        """Chunks to generate after `prefilled` frames, for a video of `latent_frames` in all.
+
+        Raises:
+            ValueError: `latent_frames` leaves part of a chunk over; round with `whole_chunks` first.
+        """
+        if latent_frames <= prefilled or latent_frames != self.whole_chunks(latent_frames, prefilled=prefilled):
+            raise ValueError(
+                f"{latent_frames} latent frames after {prefilled} given ones are not whole chunks of "
+                f"{self.chunk_frames}; the next length that is: {self.whole_chunks(max(latent_frames, prefilled + 1), prefilled=prefilled)}."
+            )
+        sizes = [1] if self.independent_first_frame and not prefilled else []
+        left = latent_frames - prefilled - sum(sizes)
+        sizes += [self.chunk_frames] * (left // self.chunk_frames)
+        index = sum(1 for _ in self.prefill_chunks(prefilled))
+        yield from _spans(sizes, index=index, start=prefilled)
+
+
+def _spans(sizes: list[int], *, index: int, start: int) -> Iterator[ChunkSpan]:
+    for frames in sizes:
+        yield ChunkSpan(index=index, start=start, frames=frames)
+        index, start = index + 1, start + frames

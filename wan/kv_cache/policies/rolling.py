@@ -1,0 +1,25 @@
+"""Remember the newest frames: Self Forcing's rolling cache."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wan.kv_cache.policy import CacheSizes, CacheView, KVPolicy, Plan, VideoGeometry, check_range, register
+
+
+@register("rolling")
+@dataclass(frozen=True, kw_only=True)
+class RollingWindow(KVPolicy):
+    """Keep and see the newest `window_frames`, the chunk included; forget the rest.
+
+    Source: Self Forcing, arXiv:2506.08009, section 3.4 (`local_attn_size`).
+    """
+
+    window_frames: int
+
+    def sizes(self, geometry: VideoGeometry) -> CacheSizes:
+        check_range("window_frames", self.window_frames, geometry.chunk_frames, 1 << 20, "at least one chunk must fit")
+        return CacheSizes.of_window(geometry, self.window_frames)
+
+    def plan(self, view: CacheView) -> Plan:
+        past_frames = min(view.num_frames, self.window_frames - view.chunk_frames)
+        return Plan.of(view, sink=view.first(0), tail=view.last(past_frames), positions="original")

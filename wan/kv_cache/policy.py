@@ -1,0 +1,214 @@
+"""What a KV-cache policy is: which tokens a chunk sees, and at what window time.
+
+A policy is a frozen dataclass whose fields are its YAML keys, with one pure function `plan`. It sees a
+`CacheView` and returns a `Plan` of integer tensors; it owns no buffers, no trigonometry and no state.
+
+B batch, R retained, A attended, C chosen slots.
+"""
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from wan.geometry import VideoGeometry
+
+Positions = Literal["released", "unified", "contiguous", "original"]
+Votes = Literal["both", "past", "denoising"]
+
+
+@dataclass(frozen=True)
+class CacheSizes:
+    """What a policy needs allocated."""
+
+    window_tokens: int    # most tokens attention sees, the chunk included
+    capacity_tokens: int  # most tokens the store holds, the staged chunk included
+    vote_frames: int = 0  # newest frames whose queries vote, the chunk included
+
+    @classmethod
+    def of_window(cls, geometry: VideoGeometry, window_frames: int, vote_frames: int = 0) -> CacheSizes:
+        """Sizes of a policy that remembers at most one window, plus the chunk in the making."""
+        return cls(
+            window_tokens=window_frames * geometry.frame_tokens,
+            capacity_tokens=(window_frames + geometry.chunk_frames) * geometry.frame_tokens,
+            vote_frames=vote_frames,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheView:
+    """Read-only: all that a policy may know of one layer, at the first pass of a chunk."""
+
+    layer: int
+    chunk_index: int
+    start: int            # latent frame that the chunk begins with
+    chunk_frames: int
+    seen_frames: int      # latent frames ever remembered
+    length: int           # slots in use
+    frame_tokens: int
+    seeds: Tensor         # [B] int64, one per sample
+    origin: Tensor        # [B, length] int32
+    uses: Tensor          # [B, length] int32
+    scorer: Callable[[int, int, Votes], Tensor]
+
+    @property
+    def num_frames(self) -> int:
+        """Remembered tokens, counted in frames."""
+        return self.length // self.frame_tokens
+
+    @property
+    def has_forgotten(self) -> bool:
+        return self.seen_frames > self.num_frames
+
+    def span(self, start_frame: int, stop_frame: int) -> Tensor:
+        """Slots [B, n] of the frames' worth of tokens from `start_frame` to `stop_frame`, in store order."""
+        slots = torch.arange(start_frame * self.frame_tokens, stop_frame * self.frame_tokens, device=self.origin.device)
+        return slots.expand(self.origin.shape[0], -1)
+
+    def first(self, frames: int) -> Tensor:
+        """Slots of the first `frames` frames' worth of tokens."""
+        return self.span(0, frames)
+
+    def last(self, frames: int) -> Tensor:
+        """Slots of the newest `frames` frames' worth of tokens."""
+        return self.span(self.num_frames - frames, self.num_frames)
+
+    def participation(self, lo: int, hi: int, votes: Votes) -> Tensor:
+        """Fused query-key score [B, hi - lo] of the slots from `lo` to `hi`."""
+        return self.scorer(lo, hi, votes)
+
+    def random(self, lo: int, hi: int) -> Tensor:
+        """Scores [B, hi - lo] that depend on seed, layer, chunk and slot alone, so that plans stay pure."""
+        slot = torch.arange(lo, hi, device=self.seeds.device)
+        x = self.seeds.unsqueeze(1) * 0x1000003 + slot + (self.chunk_index * 0x10001 + self.layer) * 0x5851F42D
+        for multiplier in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):  # SplitMix64's finaliser, as signed integers
+            x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * multiplier
+        return ((x >> 11) & 0xFFFFFFFFFFFFF).to(torch.float64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a policy decides, once per chunk and layer."""
+
+    retain: Tensor               # [B, R] store slots that survive, ascending
+    attend: Tensor               # [B, A] store slots that this chunk sees; a subset of retain
+    position: Tensor             # [B, A] window time of each attended token, in latent frames; may be negative
+    query_position: int          # window time of the chunk's first frame
+    chosen: Tensor | None = None  # [B, C] slots whose use counter rises by one
+
+    @classmethod
+    def of(
+        cls, view: CacheView, *, sink: Tensor, tail: Tensor, positions: Positions,
+        top: Tensor | None = None, chosen: Tensor | None = None,
+    ) -> Plan:
+        """Keep and see sink, top-C and tail, in this order, at the positions that `positions` names.
+
+        The chunk starts at min(frames seen, frames kept + one chunk); `tail` is the newest frames.
+        `released`: sink at 0, 1, ...; all else as far before the chunk as it was born.
+        `unified`: as released, but top-C in store order, whole frames, ending where the tail begins.
+        `contiguous`: as unified, and the sink ends where top-C (or the tail) begins.
+        `original`: everything as far before the chunk as it was born.
+
+        Source: Deep Forcing, arXiv:2512.05081, section 3; `released` is the authors' code.
+        """
+        top = sink[:, :0] if top is None else top
+        slots = torch.cat([sink, top, tail], dim=1)
+        kept, top_frames, tail_frames = (n.shape[1] // view.frame_tokens for n in (slots, top, tail))
+        query_position = min(view.seen_frames, kept + view.chunk_frames)
+        position = query_position - view.start + torch.take_along_dim(view.origin, slots, dim=1).long()
+        sinks, tops = sink.shape[1], sink.shape[1] + top.shape[1]
+        step = torch.arange(tops, device=slots.device) // view.frame_tokens
+        top_begins = query_position - tail_frames - top_frames
+        if positions in ("unified", "contiguous"):
+            position[:, sinks:tops] = top_begins + step[:tops - sinks]
+        if positions != "original":
+            sink_begins = top_begins - sinks // view.frame_tokens if positions == "contiguous" else 0
+            position[:, :sinks] = sink_begins + step[:sinks]
+        return cls(retain=slots, attend=slots, position=position, query_position=query_position, chosen=chosen)
+
+
+class KVPolicy(ABC):
+    """Base of every policy; subclasses are frozen dataclasses registered by name."""
+
+    @abstractmethod
+    def sizes(self, geometry: VideoGeometry) -> CacheSizes:
+        """Capacity and window, before any allocation.
+
+        Raises:
+            ValueError: the fields do not fit each other or the chunk.
+        """
+
+    @abstractmethod
+    def plan(self, view: CacheView) -> Plan:
+        """Decide for one chunk and layer. Pure: same view, same plan; no host sync."""
+
+    @property
+    def max_frames(self) -> int | None:
+        """The longest video in latent frames; None is any length."""
+        return None
+
+
+_REGISTRY: dict[str, type[KVPolicy]] = {}
+
+
+def register(name: str) -> Callable[[type[KVPolicy]], type[KVPolicy]]:
+    """Make a policy known to YAML as `kv_cache.policy: name`."""
+
+    def add(policy: type[KVPolicy]) -> type[KVPolicy]:
+        if name in _REGISTRY:
+            raise ValueError(f"KV policy {name!r} is registered twice: {_REGISTRY[name].__module__} and {policy.__module__}.")
+        _REGISTRY[name] = policy
+        return policy
+
+    return add
+
+
+def policy_fields() -> Mapping[str, frozenset[str]]:
+    """The YAML keys of every registered policy."""
+    return {name: frozenset(f.name for f in fields(policy)) for name, policy in _REGISTRY.items()}
+
+
+def build_policy(name: str, settings: Mapping[str, Any]) -> KVPolicy:
+    """The policy `name` with the YAML's `settings`.
+
+    Raises:
+        ValueError: unknown policy or key (with the nearest match), missing key, wrong type.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"kv_cache.policy={name!r} is unknown.{_nearest(name, _REGISTRY)} Known: {', '.join(sorted(_REGISTRY))}.")
+    policy = _REGISTRY[name]
+    known = {f.name: f for f in fields(policy)}
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"unknown key kv_cache.{key} for policy {name}.{_nearest(key, known)} Known: {', '.join(known)}.")
+    missing = [key for key, f in known.items() if f.default is MISSING and key not in settings]
+    if missing:
+        raise ValueError(f"kv_cache of policy {name} lacks {', '.join(missing)}. Add it to the YAML or with --set kv_cache.{missing[0]}=...")
+    hints = get_type_hints(policy)
+    for key, value in settings.items():
+        _check_type(f"kv_cache.{key}", value, hints[key])
+    return policy(**settings)
+
+
+def _nearest(word: str, known: Mapping[str, Any]) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {match[0]}?" if match else ""
+
+
+def _check_type(key: str, value: Any, expected: Any) -> None:
+    if get_origin(expected) is Literal:
+        if value not in get_args(expected):
+            raise ValueError(f"{key}={value!r} is not one of {', '.join(map(str, get_args(expected)))}.")
+    elif type(value) is not expected:
+        raise ValueError(f"{key}={value!r} is a {type(value).__name__}; it must be a {expected.__name__}.")
+
+
+def check_range(key: str, value: int, low: int, high: int, reason: str) -> None:
+    """Raise ValueError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ValueError(f"kv_cache.{key}={value} is outside {low}..{high}: {reason}.")

@@ -1,0 +1,69 @@
+"""Remembered keys and values of one layer.
+
+The store knows slots, not time and not policy: it stages, appends, forgets and resets.
+Keys are time-free: height and width RoPE applied, temporal RoPE not (see rope.py).
+
+B batch, N slots, A chosen slots, L new tokens, H heads, D head dim.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def take(buffer: Tensor, slots: Tensor) -> Tensor:
+    """Rows of `buffer` [B, N, ...] at `slots` [B, A], each sample its own: [B, A, ...]. No host sync."""
+    batch, rows = buffer.shape[:2]
+    offset = torch.arange(batch, device=slots.device).unsqueeze(1) * rows
+    return buffer.flatten(0, 1).index_select(0, (slots + offset).flatten()).unflatten(0, slots.shape)
+
+
+class KVStore:
+    """Slots of one layer. New tokens are staged beyond `length`; only `commit` makes them memory."""
+
+    keys: Tensor    # [B, N, H, D], time-free
+    values: Tensor  # [B, N, H, D]
+    origin: Tensor  # [B, N] int32, latent frame the token was born in
+    uses: Tensor    # [B, N] int32, how often the token was chosen
+    length: int     # slots in use; a host int, so no one needs .item()
+
+    def __init__(self, batch: int, capacity: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype):
+        self.keys = torch.zeros(batch, capacity, heads, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.origin = torch.zeros(batch, capacity, device=device, dtype=torch.int32)
+        self.uses = torch.zeros_like(self.origin)
+        self.reset()
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[1]
+
+    def reset(self) -> None:
+        """Forget everything; the buffers stay where they are."""
+        self.length = 0
+
+    def stage(self, keys: Tensor, values: Tensor) -> None:
+        """Write the chunk's [B, L, H, D] beyond `length`; a later call overwrites an earlier one."""
+        stop = self.length + keys.shape[1]
+        self.keys[:, self.length:stop] = keys
+        self.values[:, self.length:stop] = values
+
+    def commit(self, *, retain: Tensor, chosen: Tensor | None, origin: Tensor) -> None:
+        """Keep `retain`, count `chosen`, append the staged tokens.
+
+        Shapes: retain [B, R] ascending slots below `length`; chosen [B, C] slots or None;
+            origin [L], the latent frames of the staged tokens.
+        """
+        new = origin.shape[0]
+        stop = self.length + new
+        self.origin[:, self.length:stop] = origin
+        self.uses[:, self.length:stop] = 0
+        if chosen is not None:
+            self.uses.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.int32))
+        kept = retain.shape[1]
+        if kept < self.length:
+            staged = torch.arange(self.length, stop, device=retain.device).expand(retain.shape[0], -1)
+            survivors = torch.cat([retain, staged], dim=1)
+            for buffer in (self.keys, self.values, self.origin, self.uses):
+                buffer[:, :kept + new] = take(buffer, survivors)
+        self.length = kept + new

@@ -1,0 +1,58 @@
+"""Who votes on what is kept: per-frame sums of queries, and the score they give a remembered token.
+
+All tokens of a frame share one temporal phase, so the sum over a frame's queries can be taken before
+the temporal rotation; participation is linear in the query, so nothing else of the queries is needed.
+
+B batch, F frames, H heads, D head dim, N candidates.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wan.kv_cache.policy import Votes
+from wan.rope import phase_dtype, rotate_time, time_phase
+
+
+class QueryVotes:
+    """Time-free query sums [B, F, H, D] of the newest remembered frames and of the chunk.
+
+    `past_frames`: how many remembered frames vote. The chunk's sums are staged at each pass, so those
+    of the context pass are what `commit` remembers. Sums are float32 (float64 for float64 queries).
+    """
+
+    def __init__(self, batch: int, past_frames: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype):
+        self._past = torch.zeros(batch, past_frames, heads, head_dim, device=device, dtype=phase_dtype(dtype))
+        self._current = self._past[:, :0]
+        self._known_frames = 0
+
+    def reset(self) -> None:
+        """Forget every vote."""
+        self._known_frames = 0
+        self._current = self._past[:, :0]
+
+    def stage(self, query: Tensor) -> None:
+        """Take the sums of the chunk's queries [B, F, frame_tokens, H, D], height and width rotated."""
+        self._current = query.sum(dim=2, dtype=self._past.dtype)
+
+    def commit(self) -> None:
+        """Remember the staged sums; the oldest make room."""
+        new_frames = self._current.shape[1]
+        self._known_frames = min(self._past.shape[1], self._known_frames + new_frames)
+        self._past = torch.cat([self._past, self._current], dim=1)[:, new_frames:]
+
+    def score(self, keys: Tensor, origin: Tensor, start: int, votes: Votes) -> Tensor:
+        """Participation of candidate keys: mean over heads of the summed, scaled query-key products.
+
+        Shapes: keys [B, N, H, D] time-free; origin [B, N], their latent frames; `start`, the chunk's first.
+        Returns: [B, N] in the sums' dtype. Positions are true frame indices, counted from `start`.
+        Source: Deep Forcing, arXiv:2512.05081, section 3.2; scores as in the authors' code (raw, no softmax).
+        """
+        past = self._past[:, self._past.shape[1] - self._known_frames:]
+        sums = {"past": past, "denoising": self._current, "both": torch.cat([past, self._current], dim=1)}[votes]
+        first = 0 if votes == "denoising" else -past.shape[1]
+        frame = torch.arange(first, first + sums.shape[1], device=keys.device)
+        heads, head_dim = keys.shape[-2:]
+        query = rotate_time(sums, time_phase(frame, head_dim, sums.dtype)).sum(dim=1)
+        turned = rotate_time(keys.to(sums.dtype), time_phase(origin - start, head_dim, sums.dtype))
+        return torch.einsum("bnhd,bhd->bn", turned, query) / (head_dim**0.5 * heads)

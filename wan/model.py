@@ -1,0 +1,199 @@
+"""The causal Wan diffusion transformer: embed -> blocks -> head.
+
+It denoises one chunk of latent frames and reads the past through a memory, layer by layer. It knows
+neither the cache's policy nor rotary positions. Parameter names are those of Wan2.1's own files.
+
+B batch, F latent frames, C latent channels, L = F * tokens of a frame, T text tokens.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan.attention import AttentionBackend, CrossAttention, Memory, SelfAttention, sdpa
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanConfig:
+    """Sizes of the network; Wan2.1-T2V-1.3B is one set of them (configs/models/).
+
+    Raises:
+        ValueError: sizes that cannot be built.
+    """
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    freq_dim: int
+    text_dim: int
+    text_len: int
+    in_dim: int
+    out_dim: int
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        for name in ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len", "in_dim", "out_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"transformer.{name}={getattr(self, name)} must be at least 1.")
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.freq_dim % 2:
+            raise ValueError(
+                f"transformer.dim={self.dim} must be num_heads={self.num_heads} times an even head size, "
+                f"and freq_dim={self.freq_dim} even: rotations and sinusoids come in pairs."
+            )
+        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
+            raise ValueError(f"transformer.patch_size={self.patch_size}: a patch is (1, rows, columns); chunks are counted in latent frames.")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+class LayeredMemory(Protocol):
+    """The past of every layer: a KVCache, or anything of this shape."""
+
+    def layer(self, index: int) -> Memory: ...
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """A prompt as the blocks read it: cross-attention keys and values of each layer, [B, T, H, D]."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+def timestep_embedding(t: Tensor, freq_dim: int, dtype: torch.dtype) -> Tensor:
+    """Sinusoids [..., freq_dim] of timesteps [...], cosines first; angles in float64."""
+    half = freq_dim // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=t.device) / half
+    angles = t.to(torch.float64).unsqueeze(-1) * 10_000.0**-exponent
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x [B, F, frame_tokens, C] with shift and scale [B, F, 1, C]."""
+    return x * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward, modulated per frame."""
+
+    def __init__(self, config: WanConfig, backend: AttentionBackend):
+        super().__init__()
+        dim, eps = config.dim, config.eps
+        self.norm1 = nn.LayerNorm(dim, eps=eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(dim, config.num_heads, eps, backend)
+        self.norm3 = nn.LayerNorm(dim, eps=eps)
+        self.cross_attn = CrossAttention(dim, config.num_heads, eps, backend)
+        self.norm2 = nn.LayerNorm(dim, eps=eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.empty(1, 6, dim))
+
+    def forward(self, x: Tensor, modulation: Tensor, text: tuple[Tensor, Tensor], memory: Memory) -> Tensor:
+        """x [B, F, frame_tokens, dim], modulation [B, F, 6, dim], text keys and values -> like x."""
+        frames = x.shape[1:3]
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).unsqueeze(2).unbind(3)
+        attended = self.self_attn(_modulate(self.norm1(x), shift1, scale1).flatten(1, 2), memory)
+        x = x + gate1 * attended.unflatten(1, frames)
+        x = x + self.cross_attn(self.norm3(x).flatten(1, 2), *text).unflatten(1, frames)
+        return x + gate2 * self.ffn(_modulate(self.norm2(x), shift2, scale2))
+
+
+class Head(nn.Module):
+    """Modulated norm and projection back to patches."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
+        rows, columns = config.patch_size[1:]
+        self.head = nn.Linear(config.dim, rows * columns * config.out_dim)
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x [B, F, frame_tokens, dim], embedding [B, F, dim] -> [B, F, frame_tokens, patch * out_dim]."""
+        shift, scale = (self.modulation + embedding.unsqueeze(2)).unsqueeze(2).unbind(3)
+        return self.head(_modulate(self.norm(x), shift, scale))
+
+
+class CausalWanModel(nn.Module):
+    """Predicts the flow (noise minus clean) of a chunk, given text and memory.
+
+    Weights are uninitialised until loaded; see wan/checkpoint.py and `randomize`.
+    Source: Wan2.1 (arXiv:2503.20314), made causal by CausVid and Self Forcing (arXiv:2506.08009).
+    """
+
+    def __init__(self, config: WanConfig, backend: AttentionBackend = sdpa):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config, backend) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    def embed_text(self, embeddings: Tensor) -> TextContext:
+        """Prompt embeddings [B, T, text_dim], zero past the prompt's end -> what the blocks read.
+
+        Raises:
+            ValueError: not the model's text length or width.
+        """
+        expected = (self.config.text_len, self.config.text_dim)
+        if embeddings.ndim != 3 or tuple(embeddings.shape[1:]) != expected:
+            raise ValueError(f"prompt embeddings are {tuple(embeddings.shape)}; the model needs [batch, {expected[0]}, {expected[1]}].")
+        context = self.text_embedding(embeddings.to(self.device, self.dtype))
+        keys, values = zip(*(block.cross_attn.project(context) for block in self.blocks), strict=True)
+        return TextContext(keys, values)
+
+    def forward(self, x: Tensor, t: Tensor, text: TextContext, memory: LayeredMemory) -> Tensor:
+        """One pass over a chunk.
+
+        Shapes: x [B, F, C, h, w] noisy latents; t [B, F] timesteps in 0..1000, one per frame.
+        Returns: flow [B, F, C, h, w] in the model's dtype.
+        """
+        embedding = self.time_embedding(timestep_embedding(t, self.config.freq_dim, self.dtype))
+        modulation = self.time_projection(embedding).unflatten(-1, (6, -1))
+        hidden = self._patchify(x.to(self.dtype))
+        for index, block in enumerate(self.blocks):
+            hidden = block(hidden, modulation, (text.keys[index], text.values[index]), memory.layer(index))
+        return self._unpatchify(self.head(hidden, embedding), x.shape[-2:])
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        """[B, F, C, h, w] -> [B, F, frame_tokens, dim]. A patch is embedded by a matrix product, as the convolution would."""
+        rows, columns = self.config.patch_size[1:]
+        patches = x.unflatten(-1, (-1, columns)).unflatten(3, (-1, rows))  # [B, F, C, H, rows, W, columns]
+        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
+        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+    def _unpatchify(self, x: Tensor, size: torch.Size) -> Tensor:
+        """[B, F, frame_tokens, rows * columns * C] -> [B, F, C, h, w]; channels are last inside a patch."""
+        rows, columns = self.config.patch_size[1:]
+        x = x.unflatten(-1, (rows, columns, -1)).unflatten(2, (size[0] // rows, size[1] // columns))
+        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, seed: int) -> None:
+    """Seeded random weights of a plausible scale, for benchmarks and tests; never a fallback for missing ones."""
+    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm_q.weight", "norm_k.weight", "norm3.weight")):
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.02, generator=generator)
