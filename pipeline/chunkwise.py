@@ -22,7 +22,7 @@ class Chunk:
     """Finished latent frames."""
 
     span: ChunkSpan
-    latents: Tensor      # [B, F, C, h, w] float32, clean
+    latents: Tensor      # [B, F, C, h, w] clean, in the dtype of the noise
     given: bool = False  # an image or a clip to continue, not generated
 
 
@@ -51,7 +51,7 @@ class ChunkwisePipeline:
         with torch.inference_mode():
             text = self.model.embed_text(embeddings)
         for span in self.geometry.prefill_chunks(given_frames):
-            latents = initial_latent[:, span.start:span.stop].to(self.model.device, torch.float32)
+            latents = initial_latent[:, span.start:span.stop].to(self.model.device)
             self.cache.begin(span)
             self.remember(span, latents, text)
             yield Chunk(span, latents, given=True)

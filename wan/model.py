@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from wan.attention import AttentionBackend, CrossAttention, Memory, SelfAttention, sdpa
@@ -177,15 +178,13 @@ class CausalWanModel(nn.Module):
     def _patchify(self, x: Tensor) -> Tensor:
         """[B, F, C, h, w] -> [B, F, frame_tokens, dim]. A patch is embedded by a matrix product, as the convolution would."""
         rows, columns = self.config.patch_size[1:]
-        patches = x.unflatten(-1, (-1, columns)).unflatten(3, (-1, rows))  # [B, F, C, H, rows, W, columns]
-        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
+        patches = rearrange(x, "b f c (h p) (w q) -> b f (h w) (c p q)", p=rows, q=columns)
         return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
     def _unpatchify(self, x: Tensor, size: torch.Size) -> Tensor:
         """[B, F, frame_tokens, rows * columns * C] -> [B, F, C, h, w]; channels are last inside a patch."""
         rows, columns = self.config.patch_size[1:]
-        x = x.unflatten(-1, (rows, columns, -1)).unflatten(2, (size[0] // rows, size[1] // columns))
-        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+        return rearrange(x, "b f (h w) (p q c) -> b f c (h p) (w q)", h=size[0] // rows, p=rows, q=columns)
 
 
 @torch.no_grad()

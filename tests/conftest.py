@@ -1,0 +1,107 @@
+"""What several test files share: tiny networks with seeded random weights, and ways to run them."""
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from pipeline.chunkwise import ChunkwisePipeline  # noqa: E402
+from pipeline.noise import SampleSeed, SeededNoise  # noqa: E402
+from pipeline.sampler import FewStepSampler  # noqa: E402
+from wan.geometry import VideoGeometry  # noqa: E402
+from wan.kv_cache.cache import CacheShape, KVCache  # noqa: E402
+from wan.kv_cache.policy import KVPolicy, build_policy  # noqa: E402
+from wan.model import CausalWanModel, WanConfig, randomize  # noqa: E402
+
+SMALL = WanConfig(
+    dim=32, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=12, text_len=5, in_dim=3, out_dim=3,
+)
+
+EVERY_POLICY = {
+    "full": {"policy": "full", "window_frames": 48},
+    "rolling": {"policy": "rolling", "window_frames": 12},
+    "naive_sink": {"policy": "sink", "window_frames": 12, "sink_frames": 3, "positions": "original"},
+    "deep_sink": {"policy": "sink", "window_frames": 12, "sink_frames": 6},
+    "deep_sink_contiguous": {"policy": "sink", "window_frames": 12, "sink_frames": 6, "positions": "contiguous"},
+    "deep_forcing": {"policy": "participative", "window_frames": 12, "sink_frames": 4, "budget_frames": 9, "recent_frames": 4},
+    "deep_forcing_unified": {
+        "policy": "participative", "window_frames": 12, "sink_frames": 4, "budget_frames": 9, "recent_frames": 4,
+        "positions": "unified", "votes": "denoising", "topc_max_reuse": 1,
+    },
+    "deep_forcing_random": {
+        "policy": "participative", "window_frames": 12, "sink_frames": 4, "budget_frames": 9, "recent_frames": 4,
+        "positions": "contiguous", "selection": "random",
+    },
+}
+
+
+def policy_of(settings: dict) -> KVPolicy:
+    """A policy from what would stand under kv_cache in a YAML."""
+    settings = dict(settings)
+    return build_policy(settings.pop("policy"), settings)
+
+
+@dataclass
+class Tiny:
+    """A small random network, and everything needed to run it."""
+
+    model: CausalWanModel
+    geometry: VideoGeometry
+
+    def cache(self, policy: KVPolicy, batch: int = 1) -> KVCache:
+        config = self.model.config
+        shape = CacheShape(
+            layers=config.num_layers, heads=config.num_heads, head_dim=config.head_dim, batch=batch,
+            device=self.model.device, dtype=self.model.dtype,
+        )
+        return KVCache(shape, self.geometry, policy)
+
+    def pipeline(self, policy: KVPolicy, batch: int = 1) -> ChunkwisePipeline:
+        sampler = FewStepSampler([1000, 500], shift=5.0, warp=True)
+        return ChunkwisePipeline(self.model, sampler, self.geometry, self.cache(policy, batch))
+
+    def text(self, seed: int = 0, batch: int = 1) -> torch.Tensor:
+        config = self.model.config
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(1, config.text_len, config.text_dim, generator=generator).expand(batch, -1, -1).to(self.model.dtype)
+
+    def noise(self, *seeds: SampleSeed) -> SeededNoise:
+        shape = (self.model.config.in_dim, self.geometry.latent_height, self.geometry.latent_width)
+        return SeededNoise(seeds or (SampleSeed(0),), shape, self.model.device)
+
+    def run(self, policy: KVPolicy, frames: int, *, seeds: tuple[SampleSeed, ...] = (SampleSeed(0),), text: int = 0,
+            pipeline: ChunkwisePipeline | None = None, initial_latent: torch.Tensor | None = None) -> torch.Tensor:
+        """Latents [B, frames, C, h, w] of a whole rollout."""
+        pipeline = pipeline or self.pipeline(policy, len(seeds))
+        chunks = pipeline(
+            self.text(text, len(seeds)), frames, self.noise(*seeds), [s.key() for s in seeds], initial_latent=initial_latent,
+        )
+        return torch.cat([chunk.latents for chunk in chunks], dim=1)
+
+
+def make_tiny(chunk_frames: int = 3, height: int = 32, width: int = 48, dtype: torch.dtype = torch.float32,
+              config: WanConfig = SMALL, independent_first_frame: bool = False) -> Tiny:
+    """A seeded random network; weights do not depend on the geometry."""
+    model = CausalWanModel(config)
+    randomize(model, seed=7)
+    geometry = VideoGeometry(
+        height=height, width=width, fps=16, chunk_frames=chunk_frames, independent_first_frame=independent_first_frame,
+    )
+    return Tiny(model.to(dtype).requires_grad_(False), geometry)
+
+
+@pytest.fixture
+def tiny() -> Tiny:
+    return make_tiny()
+
+
+@pytest.fixture(params=EVERY_POLICY, ids=str)
+def policy(request: pytest.FixtureRequest) -> KVPolicy:
+    """Every policy runs every law of the contract."""
+    return policy_of(EVERY_POLICY[request.param])

@@ -1,0 +1,149 @@
+"""Where the golden files are silent: everything against a float64 reference that keeps all tokens in a list.
+
+The reference (reference.py) shares no code with the project. Both run in float64, so they agree to the
+last digits, and every kept token must be the same one.
+"""
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import SMALL, Tiny, make_tiny, policy_of
+from reference import ReferenceModel, reference_rollout
+from torch.testing import assert_close
+
+from pipeline.sampler import FewStepSampler
+
+BASE = {
+    "policy": "participative", "window_frames": 12, "sink_frames": 4, "budget_frames": 9, "recent_frames": 4,
+    "positions": "released", "votes": "both", "topc_max_reuse": 7,
+}
+SINK = {"policy": "sink", "window_frames": 12, "sink_frames": 5, "positions": "released"}
+
+
+class Given:
+    """Noise drawn ahead, so that both sides see the same; renoise is numbered by generated chunk."""
+
+    def __init__(self, noise: torch.Tensor, prefilled_chunks: int, prefilled_frames: int):
+        self.noise, self.chunks, self.frames = noise, prefilled_chunks, prefilled_frames
+
+    def initial(self, chunk) -> torch.Tensor:
+        return self.noise[:, chunk.start - self.frames:chunk.stop - self.frames]
+
+    def fresh(self, chunk, index: int) -> torch.Tensor:
+        return self.draw(chunk.index - self.chunks, index - 1, chunk.frames)
+
+    def draw(self, chunk_index: int, step: int, frames: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1000 * chunk_index + step)
+        shape = (self.noise.shape[0], frames, *self.noise.shape[2:])
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def ours(tiny: Tiny, policy: dict, text, noise: Given, frames: int, initial):
+    """Latents, and per chunk the window's tokens and each layer's kept slots."""
+    pipeline = tiny.pipeline(policy_of(policy), batch=len(text))
+    pipeline.sampler = FewStepSampler([1000, 500], shift=5.0, warp=True)
+    windows, kept = [], []
+    layers = [pipeline.cache.layer(i) for i in range(SMALL.num_layers)]
+
+    def watch(model, arguments, flow) -> None:
+        tokens = flow.shape[1] * tiny.geometry.frame_tokens
+        windows.append(layers[0].plan.attend.shape[1] + tokens)
+        kept.append([[
+            [*plan.retain[b].tolist(), *range(layer.store.length, layer.store.length + tokens)] for b in range(len(text))
+        ] for layer, plan in ((x, x.plan) for x in layers)])
+
+    hook = pipeline.model.register_forward_hook(watch)
+    latents = []
+    last_pass = []
+    for chunk in pipeline(text, frames, noise, seeds=[0] * len(text), initial_latent=initial):
+        latents.append(chunk.latents)
+        last_pass.append(len(windows) - 1)
+    hook.remove()
+    return torch.cat(latents, dim=1), [windows[i] for i in last_pass], [kept[i] for i in last_pass]
+
+
+def agree(policy: dict, *, chunk_frames: int = 3, batch: int = 1, frames: int = 30, given: int = 0, lone: bool = False):
+    """Run both and compare latents, windows and kept tokens; returns the reference's rollout."""
+    tiny = make_tiny(chunk_frames, dtype=torch.float64, independent_first_frame=lone)
+    geometry = tiny.geometry
+    frames = geometry.whole_chunks(frames, prefilled=given)
+    generator = torch.Generator().manual_seed(11)
+    shape = (SMALL.in_dim, geometry.latent_height, geometry.latent_width)
+    text = torch.randn(batch, SMALL.text_len, SMALL.text_dim, generator=generator, dtype=torch.float64)
+    noise = torch.randn(batch, frames - given, *shape, generator=generator, dtype=torch.float64)
+    initial = torch.randn(batch, given, *shape, generator=generator, dtype=torch.float64) if given else None
+    spans = list(geometry.chunks(frames, prefilled=given))
+    source = Given(noise, spans[0].index, given)
+    reference = reference_rollout(
+        ReferenceModel(tiny.model.state_dict(), dataclasses.asdict(SMALL)), prompt_embeds=text, noise=noise,
+        renoise=lambda chunk, step: source.draw(chunk, step, spans[chunk].frames), policy=policy,
+        chunk_frames=chunk_frames, independent_first_frame=lone, initial_latent=initial, steps=(1000, 500),
+    )
+    latents, windows, kept = ours(tiny, policy, text, source, frames, initial)
+    assert windows == reference.window_tokens
+    for chunk, expected in reference.kept:
+        assert kept[chunk] == [[list(map(int, sample)) for sample in layer] for layer in expected]
+    # float64 throughout; the reference sums over queries one by one, we sum them first. The schedule table is float32.
+    assert_close(latents, reference.latents, rtol=0, atol=1e-9)
+    return reference
+
+
+@pytest.mark.parametrize("votes", ["both", "past", "denoising"])
+@pytest.mark.parametrize("positions", ["released", "unified", "contiguous", "original"])
+def test_positions_and_votes(positions: str, votes: str) -> None:
+    """Every layout with every electorate, over several prunes."""
+    reference = agree(BASE | {"positions": positions, "votes": votes})
+    assert len(reference.topc) >= 3
+
+
+@pytest.mark.parametrize("positions", ["released", "unified", "contiguous", "original"])
+@pytest.mark.parametrize("sink_frames", [0, 1, 5, 9])
+def test_sinks(sink_frames: int, positions: str) -> None:
+    """From no sink to a sink that leaves room for the chunk alone."""
+    agree(SINK | {"sink_frames": sink_frames, "positions": positions})
+
+
+@pytest.mark.parametrize("policy", [BASE, SINK, {"policy": "rolling", "window_frames": 12}], ids=lambda p: p["policy"])
+@pytest.mark.parametrize("chunk_frames", [1, 2, 4])
+def test_chunk_sizes(policy: dict, chunk_frames: int) -> None:
+    """Chunks of 1, 2 and 4; with chunks of 1 the past votes span three chunks."""
+    agree(policy, chunk_frames=chunk_frames, frames=24)
+
+
+@pytest.mark.parametrize("chunk_frames", [1, 2])
+def test_past_votes_span_several_chunks(chunk_frames: int) -> None:
+    """Where a chunk is shorter than what is recent, older chunks vote with the queries of their context pass."""
+    agree(BASE | {"votes": "past", "recent_frames": 5, "budget_frames": 10}, chunk_frames=chunk_frames, frames=24)
+
+
+def test_batches() -> None:
+    """Samples with their own text and noise keep their own tokens."""
+    reference = agree(BASE, batch=2)
+    assert any(layer[0] != layer[1] for _, event in reference.topc for layer in event)
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_shortage_of_eligible_tokens(limit: int) -> None:
+    """When too few tokens may be chosen, refused ones fill up, oldest first; a limit of 0 refuses none."""
+    crowded = BASE | {"sink_frames": 2, "budget_frames": 11, "topc_max_reuse": limit}
+    reference = agree(crowded, frames=36)
+    short = [len(top) for _, event in reference.topc for layer in event for top in layer]
+    assert set(short) == {5 * make_tiny().geometry.frame_tokens}
+    if limit:
+        assert max(token.uses for layer in reference.tokens for sample in layer for token in sample) > limit
+
+
+@pytest.mark.parametrize("policy", [BASE, SINK], ids=lambda p: p["policy"])
+@pytest.mark.parametrize("chunk_frames", [2, 3])
+def test_independent_first_frame(policy: dict, chunk_frames: int) -> None:
+    """Chunks of 1, n, n, ..."""
+    agree(policy, chunk_frames=chunk_frames, lone=True)
+
+
+@pytest.mark.parametrize("lone", [False, True])
+@pytest.mark.parametrize("given", [1, 3, 5, 14])
+def test_image_and_video_continuation(given: int, lone: bool) -> None:
+    """Given latents enter by context passes and are then like any other memory; 14 frames already roll the window."""
+    agree(BASE, given=given, lone=lone)

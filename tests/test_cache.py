@@ -1,0 +1,163 @@
+"""The cache's life: staging, committing, forgetting; any length in flat memory."""
+from __future__ import annotations
+
+import resource
+
+import pytest
+import torch
+from conftest import EVERY_POLICY, Tiny, make_tiny, policy_of
+from test_policy_contract import walk
+
+from wan.geometry import ChunkSpan
+from wan.kv_cache.cache import CacheShape, KVCache
+from wan.kv_cache.policy import build_policy
+from wan.kv_cache.store import KVStore, take
+from wan.rope import rotate_time, time_phase
+
+
+def test_store_keeps_exactly_what_it_is_told() -> None:
+    """Retain and append, against a Python list of tokens per sample."""
+    generator = torch.Generator().manual_seed(0)
+    store = KVStore(2, 40, 1, 4, torch.device("cpu"), torch.float64)
+    lists: list[list[tuple]] = [[], []]
+    for step in range(12):
+        keys, values = torch.randn(2, 2, 7, 1, 4, generator=generator, dtype=torch.float64)
+        store.stage(keys * 0 - 1, values * 0 - 1)  # an earlier pass, overwritten
+        store.stage(keys, values)
+        kept = min(store.length, 20)
+        retain = torch.stack([torch.randperm(store.length, generator=generator)[:kept].sort().values for _ in range(2)])
+        chosen = retain[:, 1:4] if kept > 4 else None
+        for sample in range(2):
+            tokens = lists[sample]
+            if chosen is not None:
+                for slot in chosen[sample].tolist():
+                    key, value, origin, uses = tokens[slot]
+                    tokens[slot] = (key, value, origin, uses + 1)
+            lists[sample] = [tokens[slot] for slot in retain[sample].tolist()]
+            lists[sample] += [(keys[sample, i], values[sample, i], step, 0) for i in range(7)]
+        store.commit(retain=retain, chosen=chosen, origin=torch.full((7,), step, dtype=torch.int32))
+        for sample in range(2):
+            assert store.length == len(lists[sample])
+            for slot, (key, value, origin, uses) in enumerate(lists[sample]):
+                assert torch.equal(store.keys[sample, slot], key) and torch.equal(store.values[sample, slot], value)
+                assert (store.origin[sample, slot], store.uses[sample, slot]) == (origin, uses)
+
+
+def test_take_equals_indexing() -> None:
+    """Each sample reads its own slots."""
+    buffer, slots = torch.randn(3, 9, 2, 4), torch.tensor([[0, 8], [3, 4], [2, 2]])
+    assert torch.equal(take(buffer, slots), torch.stack([buffer[b, slots[b]] for b in range(3)]))
+
+
+def test_window_keys_are_rotated_from_the_stored_master() -> None:
+    """Rotation never accumulates: after 400 chunks a sink's window key is its birth key, turned once."""
+    born = None
+    for layer, view, plan, window in walk(policy_of(EVERY_POLICY["deep_sink_contiguous"]), chunks=400):
+        born = layer.store.keys[:, :view.frame_tokens * 3].clone() if born is None else born
+    sinks = born.shape[1]
+    assert view.start == 1197 and torch.equal(layer.store.keys[:, :sinks], born)
+    turned = rotate_time(born, time_phase(plan.position[:, :sinks], born.shape[-1], born.dtype))
+    assert plan.position[0, 0] == 3 and torch.equal(window.keys[:, :sinks], turned)
+
+
+def test_ten_thousand_chunks_in_flat_memory() -> None:
+    """Any length: the cache of one layer, random tokens, memory after 10,000 chunks as after 500."""
+    geometry = make_tiny(height=16, width=32).geometry
+    shape = CacheShape(layers=1, heads=1, head_dim=12, batch=1, device=torch.device("cpu"), dtype=torch.float32)
+    cache = KVCache(shape, geometry, policy_of(EVERY_POLICY["deep_forcing"]))
+    cache.reset([0])
+    tokens = torch.randn(3, 1, 3 * geometry.frame_tokens, 1, 12)
+    lengths = set()
+    for index in range(10_000):
+        cache.begin(ChunkSpan(index=index, start=3 * index, frames=3))
+        window = cache.layer(0).extend(*tokens)
+        cache.commit()
+        if index == 500:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if index > 500:
+            lengths.add(cache.layer(0).store.length)
+    assert window.keys.isfinite().all()
+    assert lengths == {9 * geometry.frame_tokens, 12 * geometry.frame_tokens}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2_000  # KiB
+
+
+def test_commit_needs_a_whole_chunk(tiny: Tiny) -> None:
+    """No memory is made of a chunk that some layer has not seen."""
+    cache = tiny.cache(policy_of(EVERY_POLICY["rolling"]))
+    cache.reset([0])
+    with pytest.raises(RuntimeError, match="every layer has seen"):
+        cache.commit()
+    cache.begin(ChunkSpan(0, 0, 3))
+    with pytest.raises(RuntimeError, match="every layer has seen"):
+        cache.commit()
+    with pytest.raises(ValueError, match="2 seeds for a cache of batch 1"):
+        cache.reset([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy": "sinc"}, "Did you mean sink"),
+        ({"policy": "sink", "window_frames": 12, "sink_framez": 3}, "Did you mean sink_frames"),
+        ({"policy": "sink", "window_frames": 12}, "lacks sink_frames"),
+        ({"policy": "sink", "window_frames": 12.0, "sink_frames": 3}, "is a float; it must be a int"),
+        ({"policy": "sink", "window_frames": 12, "sink_frames": True}, "is a bool"),
+        ({"policy": "sink", "window_frames": 12, "sink_frames": 3, "positions": "close"}, "not one of released"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict, message: str) -> None:
+    """What, got, why, what to do; before anything is allocated."""
+    settings = dict(settings)
+    with pytest.raises(ValueError, match=message):
+        build_policy(settings.pop("policy"), settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy": "sink", "window_frames": 12, "sink_frames": 10}, "outside 0..9"),
+        ({"policy": "sink", "window_frames": 2, "sink_frames": 0}, "outside 3.."),
+        ({"policy": "participative", "window_frames": 21, "sink_frames": 14, "budget_frames": 16, "recent_frames": 4}, "need 18 frames, which exceeds budget_frames=16"),
+        ({"policy": "participative", "window_frames": 21, "sink_frames": 10, "budget_frames": 22, "recent_frames": 4}, "budget_frames=22 is outside"),
+        ({"policy": "participative", "window_frames": 21, "sink_frames": 10, "budget_frames": 16, "recent_frames": 2}, "recent_frames=2 is outside 3..21"),
+        ({"policy": "participative", "window_frames": 21, "sink_frames": -1, "budget_frames": 16, "recent_frames": 4}, "sink_frames=-1"),
+        ({"policy": "participative", "window_frames": 21, "sink_frames": 10, "budget_frames": 16, "recent_frames": 3, "votes": "past"}, "no voters"),
+        ({"policy": "participative", "window_frames": 21, "sink_frames": 10, "budget_frames": 16, "recent_frames": 4, "topc_max_reuse": -1}, "topc_max_reuse=-1"),
+        ({"policy": "rolling", "window_frames": 1}, "window_frames=1"),
+        ({"policy": "full", "window_frames": 0}, "window_frames=0"),
+    ],
+)
+def test_sizes_are_checked_against_each_other(settings: dict, message: str) -> None:
+    """Sizes that do not fit are refused with the numbers to change."""
+    with pytest.raises(ValueError, match=message):
+        policy_of(settings).sizes(make_tiny().geometry)
+
+
+@pytest.mark.parametrize("sink_frames", range(0, 19))
+def test_every_sink_size_runs(sink_frames: int) -> None:
+    """Sinks of 0 to window - chunk, with whatever positions; the window is full and never overfull."""
+    for positions in ("released", "contiguous", "original"):
+        policy = policy_of({"policy": "sink", "window_frames": 21, "sink_frames": sink_frames, "positions": positions})
+        for _, view, plan, window in walk(policy, chunks=9):
+            assert window.keys.shape[1] == min(view.start + 3, 21) * view.frame_tokens
+
+
+def test_equal_budget_leaves_no_top() -> None:
+    """sink + recent = budget is Deep Sink that prunes in steps: no token is chosen."""
+    policy = policy_of({"policy": "participative", "window_frames": 12, "sink_frames": 5, "budget_frames": 9, "recent_frames": 4})
+    frames = [window.keys.shape[1] // view.frame_tokens for _, view, _, window in walk(policy)]
+    assert frames == [3, 6, 9, 12, 9, 12, 9, 12, 9, 12]
+
+
+def test_random_choice_is_a_function_of_seed_layer_chunk_and_slot() -> None:
+    """Appendix D's baseline: no two layers, chunks or seeds choose alike, and each choice is uniform."""
+    policy = policy_of(EVERY_POLICY["deep_forcing_random"])
+    chosen = [plan.chosen for _, _, plan, _ in walk(policy, chunks=30) if plan.chosen is not None]
+    assert not torch.equal(chosen[0][0], chosen[0][1])
+    assert not torch.equal(chosen[0], chosen[1])
+    share = torch.stack(chosen).flatten()
+    lowest, highest = 4 * 6, (12 - 1) * 6  # candidates lie between sink and the one recent past frame
+    assert share.min() >= lowest and share.max() < highest
+    middle = (lowest + highest) / 2
+    spread = (highest - lowest) / 12**0.5 / len(share) ** 0.5
+    assert abs(share.double().mean() - middle) < 5 * spread

@@ -1,0 +1,60 @@
+"""Time per stage and peak memory, without stalling the device."""
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class StageClock:
+    """Sums milliseconds per named stage: CUDA events on a GPU, the wall clock elsewhere.
+
+    Events are read only by `totals_ms`, so a stage costs no synchronisation while it runs.
+    """
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._totals_ms: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count what runs inside as `name`."""
+        if self._cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((name, begin, end))
+            return
+        begin = time.perf_counter()
+        yield
+        self._totals_ms[name] += 1000 * (time.perf_counter() - begin)
+
+    def totals_ms(self) -> dict[str, float]:
+        """Milliseconds of every stage so far; waits for the device."""
+        if self._events:
+            torch.cuda.synchronize()
+        for name, begin, end in self._events:
+            self._totals_ms[name] += begin.elapsed_time(end)
+        self._events.clear()
+        return dict(self._totals_ms)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new measurement; on a CPU the peak is that of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most bytes allocated on the GPU since the last reset, or held by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
