@@ -118,6 +118,13 @@ class LayerCache:
             self.votes.reset()
         self._moment, self.plan = None, None
 
+    def copy_memory_of(self, other: LayerCache) -> None:
+        """Take over the committed memory of `other`."""
+        self.reset()
+        self.store.copy_from(other.store)
+        if self.votes is not None:
+            self.votes.copy_from(other.votes)
+
     def _score(self, lo: int, hi: int, votes: Votes) -> Tensor:
         return self.votes.score(self.store.keys[:, lo:hi], self.store.origin[:, lo:hi], self._moment.chunk.start, votes)
 
@@ -154,6 +161,13 @@ class KVCache:
         self._chunk, self.seen_frames = None, 0
         for layer in self._layers:
             layer.reset()
+
+    def copy_memory_of(self, other: KVCache) -> None:
+        """Take over what `other` remembers, so that both go on from one state; shapes agree, dtypes need not."""
+        self._seeds.copy_(other._seeds)
+        self._chunk, self.seen_frames = None, other.seen_frames
+        for mine, theirs in zip(self._layers, other._layers, strict=True):
+            mine.copy_memory_of(theirs)
 
     def begin(self, chunk: ChunkSpan) -> None:
         """Start a chunk. Beginning again before `commit` drops what was staged."""

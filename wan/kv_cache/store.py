@@ -42,6 +42,12 @@ class KVStore:
         """Forget everything; the buffers stay where they are."""
         self.length = 0
 
+    def copy_from(self, other: KVStore) -> None:
+        """Take over another store's memory."""
+        self.length = other.length
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values), (self.origin, other.origin), (self.uses, other.uses)):
+            mine[:, :self.length].copy_(theirs[:, :self.length])
+
     def stage(self, keys: Tensor, values: Tensor) -> None:
         """Write the chunk's [B, L, H, D] beyond `length`; a later call overwrites an earlier one."""
         stop = self.length + keys.shape[1]

@@ -31,6 +31,11 @@ class QueryVotes:
         self._known_frames = 0
         self._current = self._past[:, :0]
 
+    def copy_from(self, other: QueryVotes) -> None:
+        """Take over another layer's remembered votes."""
+        self._past = other._past.to(self._past, copy=True)
+        self._known_frames = other._known_frames
+
     def stage(self, query: Tensor) -> None:
         """Take the sums of the chunk's queries [B, F, frame_tokens, H, D], height and width rotated."""
         self._current = query.sum(dim=2, dtype=self._past.dtype)

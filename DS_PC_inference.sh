@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Deep Forcing (Deep Sink + Participative Compression): a minute of video for each prompt. Sets itself up;
+# arguments are added to the command.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/utils/environment.sh"
+environment requirements.txt
+exec "$PYTHON" inference.py --config_path configs/deep_forcing.yaml --seconds 60 --use_ema --output_folder videos/deep_forcing "$@"

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Deep Sink: a minute of video for each prompt. Sets itself up; arguments are added to the command.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/utils/environment.sh"
+environment requirements.txt
+exec "$PYTHON" inference.py --config_path configs/deep_sink.yaml --seconds 60 --use_ema --output_folder videos/deep_sink "$@"

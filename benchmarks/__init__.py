@@ -1,0 +1,1 @@
+"""Speed, memory and numerical error at full size."""

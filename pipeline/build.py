@@ -1,0 +1,263 @@
+"""From a checked config to what runs: everything decided before a weight is read, then the networks.
+
+Nothing below this file sees a config object.
+"""
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import wan.kv_cache.policies  # noqa: F401  (registers every policy)
+from pipeline.sampler import FewStepSampler
+from utils.config import Config, ConfigError, ModelSpec, load_model_spec
+from utils.hashing import fingerprint, sha256_file
+from wan.checkpoint import check_transformer, weight_files
+from wan.geometry import VideoGeometry
+from wan.kv_cache.cache import CacheShape, KVCache
+from wan.kv_cache.policy import KVPolicy, build_policy
+from wan.model import CausalWanModel, WanConfig
+
+logger = logging.getLogger(__name__)
+
+REAL, EMBEDDED = "wan2.1_t2v_1.3b", "tiny"
+PREVIEW_CHUNKS = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """One run, decided and checked: what is computed, where, and from which files."""
+
+    config: Config
+    spec: ModelSpec
+    architecture: WanConfig
+    geometry: VideoGeometry
+    policy: KVPolicy
+    sampler: FewStepSampler
+    device: torch.device
+    dtype: torch.dtype
+    use_ema: bool
+    random_weights: bool  # seeded noise instead of files, for benchmarks
+
+    def cache_shape(self, batch: int) -> CacheShape:
+        a = self.architecture
+        return CacheShape(
+            layers=a.num_layers, heads=a.num_heads, head_dim=a.head_dim, batch=batch, device=self.device, dtype=self.dtype,
+        )
+
+    def weights(self) -> dict[str, str]:
+        """Content hash of each part's files; large files are hashed once and remembered."""
+        if self.random_weights:
+            return {"transformer": "random", "text_encoder": "random", "vae": "random"}
+        parts = {"transformer": self.spec.checkpoint, "text_encoder": self.spec.text_encoder, "tokenizer": self.spec.tokenizer, "vae": self.spec.vae}
+        return {name: content_hash(path) for name, path in parts.items()}
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the pixels besides prompt, seed and length; plain data."""
+        return {
+            "config": {k: v for k, v in self.config.resolved().items() if k != "model"} | {"height": self.geometry.height, "width": self.geometry.width, "dtype": str(self.dtype).removeprefix("torch.")},
+            "transformer": dataclasses.asdict(self.architecture), "fps": self.geometry.fps, "use_ema": self.use_ema, "weights": self.weights(),
+        }
+
+
+def plan_run(config: Config, *, checkpoint: Path | None, use_ema: bool, device: torch.device, random_weights: bool) -> RunPlan:
+    """Decide and check everything that needs no weights.
+
+    Args:
+        checkpoint: transformer weights that replace the model's own; None for those.
+        device: from `choose_device`.
+    Raises:
+        ConfigError: a model or size that cannot be used, or files that are missing, with the command that gets them.
+        wan.checkpoint.CheckpointError: a checkpoint that is damaged or belongs to another network.
+    """
+    spec = choose_model(config.model, checkpoint, random_weights)
+    try:
+        architecture = WanConfig(**spec.transformer)
+        geometry = VideoGeometry(
+            height=config.height or spec.height, width=config.width or spec.width, fps=spec.fps,
+            chunk_frames=config.num_frame_per_block, independent_first_frame=config.independent_first_frame,
+            patch=architecture.patch_size[1:], spatial_stride=spec.spatial_stride, temporal_stride=spec.temporal_stride,
+        )
+        settings = dict(config.kv_cache)
+        policy = build_policy(settings.pop("policy"), settings)
+        policy.sizes(geometry)
+        sampler = FewStepSampler(
+            config.denoising_step_list, config.timestep_shift, config.warp_denoising_step, config.context_noise,
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    plan = RunPlan(
+        config=config, spec=spec, architecture=architecture, geometry=geometry, policy=policy, sampler=sampler,
+        device=device, dtype=choose_dtype(config.dtype, device), use_ema=use_ema, random_weights=random_weights,
+    )
+    if not random_weights:
+        check_files(plan)
+    return plan
+
+
+def choose_model(name: str, checkpoint: Path | None, random_weights: bool) -> ModelSpec:
+    """The model that `name` means; `auto` is the 1.3B model if its checkpoint is there or named, else the embedded one."""
+    if name != "auto":
+        spec = load_model_spec(name)
+    else:
+        spec = load_model_spec(REAL)
+        embedded = load_model_spec(EMBEDDED)
+        if not (random_weights or checkpoint or spec.checkpoint.exists()):
+            if not embedded.checkpoint.exists():
+                raise ConfigError(f"no weights: {spec.checkpoint} is not there, nor is the embedded model. Get them with: {spec.download}")
+            logger.info("no checkpoint at %s: using the embedded tiny model. The real one: %s", spec.checkpoint, spec.download)
+            spec = embedded
+    return spec if checkpoint is None else dataclasses.replace(spec, checkpoint=Path(checkpoint))
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` is a GPU if there is one; without a number it is that of this process (`local_rank`).
+
+    Raises:
+        ConfigError: a GPU was asked for and none is usable, or the name is none of torch's.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name} is no device. Use auto, cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name} is not supported. Use auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= count:
+            raise ConfigError(
+                f"--device {name}: this process sees {count} CUDA devices (torch {torch.__version__}). "
+                "Check nvidia-smi and that torch was installed with CUDA, or use --device cpu with the tiny model."
+            )
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for; by default bfloat16 on a GPU, float32 on a CPU."""
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name or ("bfloat16" if device.type == "cuda" else "float32")]
+
+
+def check_files(plan: RunPlan) -> None:
+    """Every file is there and the transformer's tensors fit; headers only, so that a wrong file costs seconds."""
+    spec = plan.spec
+    for flag, path in (("text encoder", spec.text_encoder), ("tokenizer", spec.tokenizer), ("VAE", spec.vae), ("checkpoint", spec.checkpoint)):
+        if not path.exists():
+            raise ConfigError(f"{flag} {path} is not there. Get it with: {spec.download}")
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in CausalWanModel(plan.architecture).state_dict().items()}
+    check_transformer(spec.checkpoint, expected, use_ema=plan.use_ema)
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, or of all files of a folder under their names."""
+    if path.is_file():
+        return sha256_file(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    return fingerprint({file.relative_to(path).as_posix(): sha256_file(file) for file in files})
+
+
+# --- length -------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Length:
+    """How long a video becomes."""
+
+    latent_frames: int  # whole chunks, given frames included
+    pixel_frames: int   # what the file is cut to
+
+    @classmethod
+    def resolve(cls, plan: RunPlan, *, latent_frames: int | None, seconds: float | None, given_frames: int = 0) -> Length:
+        """The length asked for, in latent frames or seconds, rounded up to whole chunks.
+
+        Raises:
+            ConfigError: nothing to generate, or longer than the policy can go.
+        """
+        g = plan.geometry
+        if seconds is not None:
+            if not 0 < seconds < float("inf"):
+                raise ConfigError(f"--seconds {seconds} must be above 0.")
+            pixel_frames = g.pixel_frames_of_seconds(seconds)
+            wanted = g.latent_frames(pixel_frames)
+        else:
+            if latent_frames < 1:
+                raise ConfigError(f"--num_output_frames {latent_frames} must be at least 1 latent frame.")
+            wanted, pixel_frames = latent_frames, g.pixel_frames(latent_frames)
+        if wanted <= given_frames:
+            raise ConfigError(f"the length asked for is {wanted} latent frames, and {given_frames} are given: nothing is left to generate. Ask for more.")
+        whole = g.whole_chunks(wanted, prefilled=given_frames)
+        if whole != wanted:
+            logger.info(
+                "%d latent frames are rounded up to %d, whole chunks of %d; the file is cut to %d pixel frames (%.2f s)",
+                wanted, whole, g.chunk_frames, pixel_frames, pixel_frames / g.fps,
+            )
+        limit = plan.policy.max_frames
+        if limit is not None and whole > limit:
+            raise ConfigError(
+                f"the video needs {whole} latent frames, but kv_cache.policy=full keeps every frame and has a window of {limit} "
+                f"(local_attn_size: -1 is defined up to the length of a training clip). Choose a policy that forgets, such as "
+                f"--policy rolling or configs/deep_forcing.yaml, or pay for the memory with --set kv_cache.policy=full --set kv_cache.window_frames={whole}."
+            )
+        return cls(latent_frames=whole, pixel_frames=min(pixel_frames, g.pixel_frames(whole)))
+
+
+# --- what a run will do -------------------------------------------------------------------------------
+
+def preview_windows(plan: RunPlan, length: Length) -> Iterator[int]:
+    """Frames that attention sees in each chunk, by running the real policy on a cache of one token a frame."""
+    g = plan.geometry
+    unit = dataclasses.replace(
+        g, height=g.spatial_stride * g.patch[0], width=g.spatial_stride * g.patch[1],
+    )
+    shape = CacheShape(layers=1, heads=1, head_dim=12, batch=1, device=torch.device("cpu"), dtype=torch.float32)
+    cache = KVCache(shape, unit, plan.policy)
+    for span in unit.chunks(length.latent_frames):
+        cache.begin(span)
+        token = torch.ones(1, span.frames, 1, 12)
+        yield cache.layer(0).extend(token, token, token).keys.shape[1]
+        cache.commit()
+
+
+def estimate_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
+    """Memory of each part, from shapes alone; the VAE's work space is not in it."""
+    size = plan.dtype.itemsize
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in CausalWanModel(plan.architecture).parameters())
+    sizes = plan.policy.sizes(plan.geometry)
+    token = 2 * plan.architecture.dim * plan.architecture.num_layers * size * batch  # keys and values of all layers
+    parts = {"transformer": parameters * size, "kv_store": sizes.capacity_tokens * token, "kv_window": sizes.window_tokens * token}
+    if not plan.random_weights:
+        for name, path in (("text_encoder (freed before generation)", plan.spec.text_encoder), ("vae", plan.spec.vae)):
+            files = [path] if path.is_file() else weight_files(path, subfolder=path.name)
+            parts[name] = sum(file.stat().st_size for file in files)
+    return parts
+
+
+def describe(plan: RunPlan, length: Length, batch: int) -> str:
+    """The resolved plan in words, for --dry_run."""
+    g, sizes = plan.geometry, plan.policy.sizes(plan.geometry)
+    windows = list(islice(preview_windows(plan, length), PREVIEW_CHUNKS + 1))
+    shown = ", ".join(map(str, windows[:PREVIEW_CHUNKS])) + (", ..." if len(windows) > PREVIEW_CHUNKS else "")
+    memory = estimate_bytes(plan, batch)
+    weights = "random" if plan.random_weights else plan.spec.checkpoint
+    lines = [
+        f"model     {plan.spec.name}, {weights}, {str(plan.dtype).removeprefix('torch.')} on {plan.device}",
+        f"video     {g.width}x{g.height} at {g.fps} FPS, {length.pixel_frames} pixel frames = {length.pixel_frames / g.fps:.2f} s, "
+        f"{length.latent_frames} latent frames of {g.frame_tokens} tokens",
+        f"sampling  chunks of {g.chunk_frames}; timesteps {', '.join(f'{t:g}' for t in plan.sampler.times)}; context pass at {plan.sampler.context_time:g}",
+        f"policy    {plan.policy}",
+        f"window    {shown} frames, chunk by chunk; at most {sizes.window_tokens} tokens attended, {sizes.capacity_tokens} stored",
+        "memory    " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in memory.items()) + "; the VAE's work space comes on top",
+    ]
+    return "\n".join(lines)

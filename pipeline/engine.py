@@ -1,0 +1,169 @@
+"""The networks of one run, and videos as streams of chunks: latents and frames, as they are made.
+
+File writer, server and notebook use the same generator, `Engine.stream`.
+"""
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.build import RunPlan
+from pipeline.chunkwise import Chunk, ChunkwisePipeline
+from pipeline.noise import SampleSeed, SeededNoise
+from utils.files import user_cache_dir
+from utils.hashing import fingerprint
+from utils.profiling import StageClock
+from utils.video import fit_to, read_image, read_video
+from wan.checkpoint import load_transformer
+from wan.geometry import ChunkSpan
+from wan.kv_cache.cache import KVCache
+from wan.model import CausalWanModel, randomize
+from wan.text_encoder import EmbeddingCache, TextEncoder, embed_prompts
+from wan.vae import WanVAE, to_uint8
+
+logger = logging.getLogger(__name__)
+
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+
+
+@dataclass(frozen=True)
+class VideoRequest:
+    """One video: what to show, with which noise, and what to continue."""
+
+    text: str
+    seed: SampleSeed
+    source: Path | None = None  # an image or a video; its frames begin the result
+
+
+@dataclass(frozen=True)
+class FrameChunk:
+    """Finished frames of a batch of videos."""
+
+    span: ChunkSpan
+    latents: Tensor  # [B, F, C, h, w] float32, on the device
+    frames: Tensor   # uint8 [B, T, H, W, 3], on the host
+    given: bool      # reconstructed from the source, not generated
+
+
+class Engine:
+    """Loads each network once, in the order that needs the least memory: text, then transformer and VAE."""
+
+    def __init__(self, plan: RunPlan):
+        self.plan = plan
+        self._embeddings = _Embeddings(plan)
+        self._model: CausalWanModel | None = None
+        self._pipeline: tuple[int, ChunkwisePipeline] | None = None
+        self._vae: WanVAE | None = None
+
+    def prepare(self, texts: Sequence[str]) -> None:
+        """Embed every prompt (the encoder leaves the device again), then load transformer and VAE."""
+        self._embeddings.prepare(texts)
+        plan = self.plan
+        with torch.device("meta"):
+            model = CausalWanModel(plan.architecture)
+        if plan.random_weights:
+            model = model.to_empty(device=plan.device).to(plan.dtype)
+            randomize(model, seed=0)
+            self._vae = WanVAE.random(plan.spec.vae, device=plan.device, dtype=plan.dtype, seed=0)
+        else:
+            load_transformer(model, plan.spec.checkpoint, use_ema=plan.use_ema, device=plan.device, dtype=plan.dtype)
+            self._vae = WanVAE.load(plan.spec.vae, device=plan.device, dtype=plan.dtype)
+        self._model = model.eval().requires_grad_(False)
+
+    def source_latents(self, source: Path) -> Tensor:
+        """Latents [1, F, C, h, w] of an image or a video, scaled and cut to the run's size and frame rate.
+
+        A video keeps its last frames, a number that the VAE's stride divides (1, 5, 9, ...).
+        """
+        g = self.plan.geometry
+        if source.suffix.lower() in IMAGES:
+            frames = read_image(source)
+        else:
+            frames = read_video(source, fps=g.fps)
+            frames = frames[(len(frames) - 1) % g.temporal_stride:]
+        frames = torch.from_numpy(fit_to(frames, g.height, g.width))
+        pixels = frames.permute(0, 3, 1, 2).unsqueeze(0).float() / 127.5 - 1
+        return self._vae.encode(pixels)
+
+    def stream(
+        self, requests: Sequence[VideoRequest], latent_frames: int, clock: StageClock | None = None, initial: Tensor | None = None,
+    ) -> Iterator[FrameChunk]:
+        """Generate a batch of videos, chunk by chunk; memory does not grow with their length.
+
+        Args:
+            latent_frames: of each video, whole chunks, given frames included.
+            clock: adds up the stages `dit` and `vae`.
+            initial: latents [B, F0, C, h, w] to continue, from `source_latents`.
+        """
+        clock = clock or StageClock(self.plan.device)
+        pipeline = self._pipeline_for(len(requests))
+        embeddings = torch.stack([self._embeddings.get(request.text) for request in requests])
+        g, seeds = self.plan.geometry, [request.seed for request in requests]
+        noise = SeededNoise(seeds, (self.plan.architecture.in_dim, g.latent_height, g.latent_width), self.plan.device)
+        chunks = pipeline(embeddings, latent_frames, noise, [seed.key() for seed in seeds], initial_latent=initial)
+        decoder = self._vae.stream()
+        while True:
+            with clock.stage("dit"):
+                chunk: Chunk | None = next(chunks, None)
+            if chunk is None:
+                return
+            with clock.stage("vae"):
+                frames = to_uint8(decoder.decode(chunk.latents))
+            yield FrameChunk(chunk.span, chunk.latents, frames.cpu(), chunk.given)
+
+    def release(self) -> None:
+        """Free the cache after a failure, so that the next video starts from a clean device."""
+        self._pipeline = None
+        gc.collect()
+        if self.plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _pipeline_for(self, batch: int) -> ChunkwisePipeline:
+        if self._pipeline is None or self._pipeline[0] != batch:
+            self._pipeline = None  # free the old cache before the new one is allocated
+            plan = self.plan
+            cache = KVCache(plan.cache_shape(batch), plan.geometry, plan.policy)
+            self._pipeline = (batch, ChunkwisePipeline(self._model, plan.sampler, plan.geometry, cache))
+        return self._pipeline[1]
+
+
+class _Embeddings:
+    """Prompt embeddings: encoded once, kept on disk by content; seeded noise when weights are random."""
+
+    def __init__(self, plan: RunPlan):
+        self._plan = plan
+        self._known: dict[str, Tensor] = {}
+
+    def prepare(self, texts: Sequence[str]) -> None:
+        plan = self._plan
+        if plan.random_weights:
+            self._known = {text: self._random(text) for text in texts}
+            return
+        hashes, spec = plan.weights(), plan.spec
+        identity = fingerprint([hashes["text_encoder"], hashes["tokenizer"], str(plan.dtype)])
+        cache = EmbeddingCache(user_cache_dir() / "embeddings", identity, plan.architecture.text_len)
+
+        def load() -> TextEncoder:
+            return TextEncoder.load(
+                spec.text_encoder, tokenizer=spec.tokenizer, text_len=plan.architecture.text_len, device=plan.device, dtype=plan.dtype,
+            )
+
+        self._known = embed_prompts(texts, cache, load)
+
+    def get(self, text: str) -> Tensor:
+        return self._known[text]
+
+    def _random(self, text: str) -> Tensor:
+        """Seeded by the prompt itself, zero past a plausible length."""
+        a = self._plan.architecture
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+        embedding = torch.randn(a.text_len, a.text_dim, generator=torch.Generator().manual_seed(seed))
+        embedding[max(1, min(a.text_len, len(text) // 4)):] = 0
+        return embedding.to(self._plan.dtype)
