@@ -34,7 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config_path", type=Path, default=Path("configs/deep_forcing.yaml"), help="method: a YAML of configs/")
     add("--prompt", help="one prompt, instead of --data_path")
-    add("--data_path", type=Path, help="prompts: .txt (one a line), .jsonl, or a folder")
+    add("--data_path", type=Path, help="prompts: .txt (one a line), .jsonl, or a folder (default: the model's own)")
     add("--extended_prompt_path", type=Path, help="longer prompts, line by line; the short ones name the files")
     add("--output_folder", type=Path, default=Path("videos"), help="where videos and their records go")
     add("--checkpoint_path", type=Path, help="transformer weights, any known layout (default: the model's own)")
@@ -79,8 +79,12 @@ def run(options: argparse.Namespace) -> int:
     )
     length = LengthRequest(options.num_output_frames, options.seconds)
     resolved = length.resolve(plan)
+    data_path = options.data_path
+    if data_path is None and options.prompt is None:
+        data_path = plan.spec.prompts
+        logger.info("no prompt given: showing %s", data_path)
     items = load_prompts(
-        prompt=options.prompt, data_path=options.data_path, extended_prompt_path=options.extended_prompt_path, i2v=options.i2v,
+        prompt=options.prompt, data_path=data_path, extended_prompt_path=options.extended_prompt_path, i2v=options.i2v,
     )
     if options.dry_run:
         print(describe(plan, resolved, options.batch_size))

@@ -63,7 +63,7 @@ def make_model(folder: Path) -> Path:
         "transformer": sizes | {"patch_size": list(TRANSFORMER.patch_size)}, "height": 32, "width": 48, "fps": 16,
         "temporal_stride": 4, "spatial_stride": 8, "train_frames": 21, "download": "python -m utils.download",
         "checkpoint": str(folder / "transformer"), "text_encoder": str(folder / "text_encoder"),
-        "tokenizer": str(folder / "tokenizer"), "vae": str(folder / "vae"),
+        "tokenizer": str(folder / "tokenizer"), "vae": str(folder / "vae"), "prompts": "prompts/tiny.txt",
     }
     path = folder / "model.yaml"
     path.write_text(yaml.safe_dump(spec))

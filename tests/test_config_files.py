@@ -1,0 +1,141 @@
+"""The files under configs/: runs and models."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import wan.kv_cache.policies  # noqa: F401  registers the policies
+from utils.config import REPOSITORY, ConfigError, load_config, load_model_spec
+from wan.geometry import VideoGeometry
+from wan.kv_cache.policy import build_policy, policy_fields
+
+CONFIGS = REPOSITORY / "configs"
+DMD = CONFIGS / "self_forcing_dmd"
+MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
+RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path not in MODELS)
+PLAIN, DEEP_SINK, COMPRESSED = {}, {"is_ds_only": True}, {"budget": 16, "recent": 4}
+
+
+def load(path, **flags):
+    return load_config(path, policy_fields=policy_fields(), build_policy=build_policy, **flags)
+
+
+def check_policy(config):
+    """The real policy can be made, and accepts the chunks of the config."""
+    fields = dict(config.kv_cache)
+    geometry = VideoGeometry(height=96, width=160, fps=16, chunk_frames=config.num_frame_per_block)
+    sizes = build_policy(fields.pop("policy"), fields).sizes(geometry)
+    assert sizes.window_tokens == fields["window_frames"] * geometry.frame_tokens
+
+
+def released():
+    """Every file of upstream's names with each set of the released flags."""
+    for path in sorted(DMD.glob("*.yaml")):
+        for flags in (PLAIN, DEEP_SINK, COMPRESSED):
+            yield pytest.param(path, flags, id=f"{path.stem}-{'-'.join(flags) or 'plain'}")
+
+
+@pytest.mark.parametrize("path", [path for path in RUNS if path.parent != DMD], ids=lambda path: path.stem)
+def test_our_configs_build_their_policy(path):
+    """Each of our files makes a real policy that accepts its chunk, and so does its Deep Sink."""
+    check_policy(load(path))
+    check_policy(load(path, **DEEP_SINK))
+
+
+@pytest.mark.parametrize("path, flags", list(released()))
+def test_released_commands_work(path, flags):
+    """The released configs take --is_ds_only 1 always, and --Budget 16 --Recent 4 where the sinks leave room."""
+    sink = int((re.search(r"sink(\d+)", path.stem) or [0, 0])[1])
+    if sink + 4 > 16 and not flags.get("is_ds_only"):
+        with pytest.raises(ConfigError, match=f"sink_size={sink} .*--is_ds_only 1"):
+            load(path, **flags)
+        return
+    config = load(path, **flags)
+    check_policy(config)
+    expected = "rolling" if not sink else "sink" if flags.get("is_ds_only") else "participative"
+    assert (config.kv_cache["policy"], config.kv_cache.get("sink_frames", 0)) == (expected, sink)
+
+
+def test_upstream_names_and_ours_agree():
+    """Two roads to one config: upstream's file with its flags, and our file of that method."""
+    assert load(DMD / "self_forcing_dmd.yaml") == load(CONFIGS / "self_forcing.yaml")
+    assert load(DMD / "self_forcing_dmd_sink10.yaml") == load(CONFIGS / "deep_forcing.yaml")
+    assert load(DMD / "self_forcing_dmd_sink10.yaml", is_ds_only=1) == load(CONFIGS / "deep_sink.yaml")
+    assert load(DMD / "self_forcing_dmd.yaml", overrides=["model_kwargs.local_attn_size=-1"]) == load(CONFIGS / "full.yaml")
+    assert load(CONFIGS / "deep_forcing.yaml", overrides=["num_frame_per_block=1"]) == load(CONFIGS / "framewise.yaml")
+
+
+@pytest.mark.parametrize("path", RUNS + MODELS, ids=lambda path: path.stem)
+def test_every_line_is_explained(path):
+    """A reader of a shipped YAML finds a comment on each line."""
+    bare = [line for line in path.read_text().splitlines() if line.strip() and "# " not in line]
+    assert bare == []
+
+
+def test_the_real_model_has_its_size():
+    """The parameter count that follows from the 1.3B file's shape is that of the released weights."""
+    spec = load_model_spec("wan2.1_t2v_1.3b")
+    d, f, t = spec.transformer["dim"], spec.transformer["ffn_dim"], spec.transformer["text_dim"]
+    freq, patch = spec.transformer["freq_dim"], spec.transformer["in_dim"] * 4
+    attention = 4 * (d * d + d) + 2 * d
+    block = 2 * attention + 2 * d + (d * f + f) + (f * d + d) + 6 * d
+    embeddings = (patch * d + d) + (t * d + d) + (d * d + d) + (freq * d + d) + (d * d + d) + (d * 6 * d + 6 * d)
+    head = 2 * d + d * patch + patch
+    assert spec.transformer["num_layers"] * block + embeddings + head == 1_418_996_800
+
+
+def test_a_model_has_one_name_and_one_path():
+    """By stem or by path, it is the same model, and it can be saved beside a video."""
+    spec = load_model_spec("tiny")
+    assert spec == load_model_spec(CONFIGS / "models" / "tiny.yaml")
+    saved = json.loads(json.dumps(spec.resolved()))
+    assert (saved["name"], saved["transformer"]["patch_size"], saved["vae"]) == ("tiny", [1, 2, 2], str(spec.vae))
+
+
+@pytest.mark.parametrize("change, message", [
+    ("height: 0", "m.yaml:2: height=0 is not allowed. Allowed: a whole number"),
+    ("heigth: 8", "m.yaml:2: unknown key heigth. Did you mean height?"),
+    ("name: tiny", "unknown key name"),
+    ("vae: 3", "m.yaml:2: vae=3 is not allowed. Allowed: a path"),
+    ("transformer: {dims: 8}", "unknown key transformer.dims. Did you mean dim?"),
+    ("transformer: {dim: 2.5}", "m.yaml:2: transformer.dim=2.5 is not allowed"),
+    ("transformer: {patch_size: [2, 2]}", r"transformer.patch_size=\[2, 2\] is not allowed. Allowed: three whole numbers"),
+    ("transformer: 3", "lacks the group transformer"),
+])
+def test_bad_model_says_where_and_what(tmp_path, change, message):
+    """Models are checked as configs are."""
+    path = tmp_path / "m.yaml"
+    path.write_text(f"extends: {CONFIGS / 'models/tiny.yaml'}\n{change}\n")
+    with pytest.raises(ConfigError, match=message):
+        load_model_spec(path)
+
+
+def test_incomplete_model_lists_what_it_lacks(tmp_path):
+    """Every missing key is named at once."""
+    path = tmp_path / "m.yaml"
+    path.write_text("height: 8\ntransformer:\n  dim: 8\n  num_heads: 1\n")
+    with pytest.raises(ConfigError, match="m.yaml:2: lacks transformer.ffn_dim, .*transformer.patch_size. Add"):
+        load_model_spec(path)
+
+
+def test_unknown_model_suggests_its_neighbour():
+    """A mistyped name is answered with the nearest."""
+    with pytest.raises(ConfigError, match="model='tinny' is unknown. Did you mean tiny?"):
+        load_model_spec("tinny")
+
+
+def test_model_paths_are_of_the_repository_unless_absolute(tmp_path):
+    """Weights are found from any working folder; absolute paths and ~ are kept."""
+    path = tmp_path / "m.yaml"
+    path.write_text(f"extends: {CONFIGS / 'models/tiny.yaml'}\nvae: {tmp_path / 'vae'}\ncheckpoint: ~/x.pt\n")
+    spec = load_model_spec(path)
+    assert (spec.vae, spec.checkpoint) == (tmp_path / "vae", Path.home() / "x.pt")
+    assert spec.tokenizer == REPOSITORY / "weights/tiny/tokenizer"
+
+
+def test_yaml_is_read_in_one_place():
+    """No other module imports a YAML reader."""
+    code = [path for folder in ("utils", "wan", "pipeline") for path in (REPOSITORY / folder).rglob("*.py")]
+    readers = [p.name for p in code if re.search(r"^\s*(import|from) (yaml|omegaconf)\b", p.read_text(), re.MULTILINE)]
+    assert readers == ["config.py"]

@@ -1,0 +1,336 @@
+"""Every setting that a YAML may hold, and how a file becomes a checked `Config`.
+
+A YAML says only what differs from its base (`extends: base.yaml`, relative to the file). What comes later wins:
+base, file, command-line flags, `--set key=value`. Configs of Self Forcing and Deep Forcing load as they are;
+utils/config_cache.py says which cache policy their keys mean. Nothing else in the project reads YAML.
+
+This file knows no policy: the registry comes in as `policy_fields` and `build_policy`.
+"""
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from utils.config_cache import CacheFlags, PolicyFields, cache_group, clip_keys_in_use
+from utils.config_schema import (
+    DTYPE,
+    FLAG,
+    NOISE,
+    PATCH,
+    POSITIVE,
+    STEPS,
+    TEXT,
+    ConfigError,
+    Layer,
+    Rule,
+    checked,
+    is_training_key,
+    nearest,
+    refuse_unknown,
+    rules_of,
+    setting,
+    whole,
+)
+
+__all__ = ["Config", "ConfigError", "ModelSpec", "load_config", "load_model_spec", "load_structured"]
+log = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MODEL_FOLDER = REPOSITORY / "configs" / "models"
+GROUPS = ("model_kwargs", "kv_cache")  # keys that hold keys; the first is upstream's
+UPSTREAM_KEYS = ("timestep_shift", "local_attn_size", "sink_size")  # of model_kwargs
+PATH = Rule("a path, relative to the repository or absolute", TEXT.accepts, lambda text: REPOSITORY / Path(text).expanduser())
+
+BuildPolicy = Callable[[str, Mapping[str, Any]], Any]  # (name, fields) -> a dataclass of all fields; ValueError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The settings of one run. Defaults are Self Forcing's; configs/base.yaml explains each key."""
+
+    denoising_step_list: tuple[float, ...] = setting(STEPS, (1000, 750, 500, 250))  # one pass each, noisiest first
+    warp_denoising_step: bool = setting(FLAG, True)          # the steps are nominal: warp them by timestep_shift
+    timestep_shift: float = setting(POSITIVE, 5.0)
+    context_noise: float = setting(NOISE, 0)                 # timestep of the context pass
+    num_frame_per_block: int = setting(whole(1), 3)          # a chunk, in latent frames
+    independent_first_frame: bool = setting(FLAG, False)     # chunks of 1, n, n, ... frames
+    height: int | None = setting(whole(1).or_null("the model's own"), None)  # pixels
+    width: int | None = setting(whole(1).or_null("the model's own"), None)   # pixels
+    dtype: str | None = setting(DTYPE.or_null("by device"), None)
+    model: str = setting(TEXT, "auto")                       # auto, a file stem in configs/models, or a path
+    kv_cache: Mapping[str, Any]                              # policy: its name, then every field of that policy
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting as plain data for JSON or YAML, in a stable order; loads back to an equal Config."""
+        return _plain(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """One model: the shape of its transformer, the videos that it makes, where its files lie."""
+
+    name: str                                    # stem of the YAML
+    transformer: Mapping[str, Any]               # the fields of WanConfig
+    height: int = setting(whole(1))              # pixels
+    width: int = setting(whole(1))               # pixels
+    fps: int = setting(whole(1))                 # pixel frames a second
+    temporal_stride: int = setting(whole(1))     # pixel frames in a latent frame
+    spatial_stride: int = setting(whole(1))      # pixels in a latent row or column
+    train_frames: int = setting(whole(1))        # latent frames of a training clip
+    checkpoint: Path = setting(PATH)
+    text_encoder: Path = setting(PATH)
+    tokenizer: Path = setting(PATH)
+    vae: Path = setting(PATH)
+    prompts: Path = setting(PATH)                            # shown when no prompt is given
+    download: str = setting(TEXT)                # the command that fetches what is missing
+
+    def resolved(self) -> dict[str, Any]:
+        """Every field as plain data for JSON or YAML, in a stable order."""
+        return _plain(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Transformer:
+    """The keys of a model's `transformer` group; sizes in channels unless said otherwise."""
+
+    dim: int = setting(whole(1))
+    ffn_dim: int = setting(whole(1))
+    num_heads: int = setting(whole(1))
+    num_layers: int = setting(whole(1))
+    freq_dim: int = setting(whole(1))            # of the timestep embedding
+    text_dim: int = setting(whole(1))            # of the text encoder's output
+    text_len: int = setting(whole(1))            # tokens
+    in_dim: int = setting(whole(1))
+    out_dim: int = setting(whole(1))
+    patch_size: tuple[int, ...] = setting(PATCH)  # latent frames, rows, columns
+    eps: float = setting(POSITIVE, 1e-6)         # of every normalisation
+
+
+def load_config(
+    path: str | Path,
+    *,
+    policy_fields: PolicyFields,
+    build_policy: BuildPolicy,
+    overrides: Sequence[str] = (),
+    policy: str | None = None,
+    is_ds_only: bool = False,
+    budget: int | None = None,
+    recent: int | None = None,
+) -> Config:
+    """Read, merge, translate and check the config at `path`.
+
+    Args:
+        policy_fields: YAML keys of every registered cache policy.
+        build_policy: makes a policy, a dataclass of all its fields, or raises ValueError.
+        overrides: the `key=value` of each --set; they come last.
+        policy: --policy; replaces the policy and keeps the fields that both have.
+        is_ds_only: --is_ds_only; participative becomes Deep Sink alone.
+        budget, recent: --Budget and --Recent, in latent frames.
+    Raises:
+        ConfigError: file or flags cannot be used; says file and line, key, value, and what is allowed.
+    """
+    files = _read_with_bases(Path(path))
+    sets = [_read_override(text) for text in overrides]
+    given = _merge([*files, *map(_without_cache, sets)])
+    _check_keys(given)
+    flags = CacheFlags(policy=policy, is_ds_only=bool(is_ds_only), budget=budget, recent=recent)
+    group = cache_group(given, sets, flags, policy_fields)
+    used = clip_keys_in_use(given, group)
+    ignored = [str(key) for key in given.values if is_training_key(key) and key not in used]
+    if ignored:
+        log.info("%s: ignored training keys: %s", given.name, ", ".join(ignored))
+    settings = checked(Config, given.values, given.at)
+    name = group.pop("policy")
+    try:
+        built = build_policy(name, group)
+    except ValueError as error:
+        raise ConfigError(f"{given.name}: {error}") from error
+    return Config(**settings, kv_cache=MappingProxyType({"policy": name, **asdict(built)}))
+
+
+def load_model_spec(name_or_path: str | Path) -> ModelSpec:
+    """Read and check a model's YAML: a file stem in configs/models, or a path that ends in .yaml.
+
+    Raises:
+        ConfigError: no such model, or a key or value that cannot be used.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        known = sorted(file.stem for file in MODEL_FOLDER.glob("*.yaml"))
+        if str(name_or_path) not in known:
+            raise ConfigError(
+                f"model={str(name_or_path)!r} is unknown.{nearest(str(name_or_path), known)} "
+                f"Known: {', '.join(known)}; or give the path of a .yaml file."
+            )
+        path = MODEL_FOLDER / f"{name_or_path}.yaml"
+    given = _merge(_read_with_bases(path))
+    explained = "explained in configs/models/wan2.1_t2v_1.3b.yaml"
+    refuse_unknown(given.values, ["transformer", *rules_of(ModelSpec)], given.at, explained=explained)
+    shape = given.values.get("transformer")
+    if not isinstance(shape, Mapping):
+        raise ConfigError(f"{given.at('transformer')}: lacks the group transformer, with dim, num_heads and so on ({explained}).")
+    refuse_unknown(shape, rules_of(_Transformer), given.at, prefix="transformer.", explained=explained)
+    transformer = _Transformer(**checked(_Transformer, shape, given.at, prefix="transformer."))
+    values = checked(ModelSpec, given.values, given.at)
+    return ModelSpec(name=path.stem, transformer=MappingProxyType(asdict(transformer)), **values)
+
+
+def _check_keys(given: Layer) -> None:
+    """Raise ConfigError for unknown keys, and for step lists that leave open what they mean."""
+    own = [key for key in given.values if not is_training_key(key)]
+    refuse_unknown(own, [*rules_of(Config), *GROUPS], given.at, explained="explained in configs/base.yaml")
+    kwargs = given.group("model_kwargs")
+    refuse_unknown(kwargs, UPSTREAM_KEYS, given.at, prefix="model_kwargs.", explained="upstream's names; see configs/base.yaml")
+    if "denoising_step_list" not in given.values:
+        return
+    where, steps = given.at("denoising_step_list"), given.values["denoising_step_list"]
+    steps = STEPS.check("denoising_step_list", steps, where)
+    if "warp_denoising_step" not in given.values:
+        raise ConfigError(
+            f"{where}: denoising_step_list is given without warp_denoising_step. Add true if the steps are nominal "
+            "(Self Forcing), false if they are the timesteps themselves (CausVid)."
+        )
+    if given.values["warp_denoising_step"] is True and not all(isinstance(step, int) for step in steps):
+        raise ConfigError(
+            f"{where}: denoising_step_list={list(steps)} is not allowed with warp_denoising_step: true, where steps are "
+            "rows of the schedule. Allowed: whole numbers; or set warp_denoising_step: false."
+        )
+
+
+# --- reading and merging ---------------------------------------------------------------------------------------
+
+def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
+    """The layers of `path`: what it extends, from the first base on, then itself."""
+    if path.resolve() in [file.resolve() for file in above]:
+        raise ConfigError(f"extends goes in a circle: {' extends '.join(map(str, (*above, path)))}. Drop one of them.")
+    if not path.is_file():
+        known = [file.name for file in path.parent.glob("*.yaml")]
+        user = f", though {above[-1]} extends it" if above else ""
+        raise ConfigError(f"{path}: no such file{user}.{nearest(path.name, known)}")
+    layer = _read_file(path)
+    if "extends" not in layer.values:
+        return [layer]
+    base = TEXT.check("extends", layer.values.pop("extends"), layer.at("extends"))
+    return [*_read_with_bases(path.parent / base, (*above, path)), layer]
+
+
+def _read_file(path: Path) -> Layer:
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)  # nodes know their lines, which OmegaConf drops
+        if not isinstance(root, yaml.MappingNode):
+            found = "is empty" if root is None else f"holds a {'list' if root.id == 'sequence' else 'single value'}"
+            raise ConfigError(f"{path}: {found}; a config is lines of `key: value`, such as `extends: base.yaml`.")
+        values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise ConfigError(f"{path}:{mark.line + 1}: not valid YAML: {error.problem.rstrip('.')}.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {_first_line(error)}.") from error
+    where = {}
+    for key, value in root.value:
+        where[key.value] = f"{path}:{key.start_mark.line + 1}"
+        for inner, _ in value.value if isinstance(value, yaml.MappingNode) else ():
+            where[f"{key.value}.{inner.value}"] = f"{path}:{inner.start_mark.line + 1}"
+    return _normalised(Layer(str(path), values, where))
+
+
+def _read_override(text: str) -> Layer:
+    name = f"--set {text}"
+    key, equals, _ = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"{name}: write key=value, such as kv_cache.sink_frames=12.")
+    if key == "extends":
+        raise ConfigError(f"{name}: only a file can extend another.")
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{name}: the value cannot be read as YAML: {_first_line(error)}.") from error
+    inner = [f"{group}.{key}" for group in GROUPS if isinstance(values.get(group), dict) for key in values[group]]
+    return _normalised(Layer(name, values, dict.fromkeys([*values, *inner], name)))
+
+
+def _normalised(layer: Layer) -> Layer:
+    """`layer` without empty groups, and with upstream's model_kwargs.timestep_shift as timestep_shift."""
+    values, where = dict(layer.values), dict(layer.where)
+    for key in GROUPS:
+        if key in values and not isinstance(values[key], dict | None):
+            raise ConfigError(f"{layer.at(key)}: {key}={values[key]!r} is not allowed. Allowed: a group of keys.")
+        if key in values and not values[key]:
+            del values[key]
+    kwargs = dict(values.get("model_kwargs", {}))
+    if "timestep_shift" in kwargs:
+        shift = kwargs.pop("timestep_shift")
+        where["timestep_shift"] = layer.at("model_kwargs.timestep_shift")
+        if values.setdefault("timestep_shift", shift) != shift:
+            raise ConfigError(
+                f"{where['timestep_shift']}: model_kwargs.timestep_shift={shift!r} contradicts "
+                f"timestep_shift={values['timestep_shift']!r} of the same file. Drop one of them."
+            )
+        values["model_kwargs"] = kwargs
+    return replace(layer, values=values, where=where)
+
+
+def _without_cache(layer: Layer) -> Layer:
+    return replace(layer, values={key: value for key, value in layer.values.items() if key != "kv_cache"})
+
+
+def _merge(layers: Iterable[Layer]) -> Layer:
+    """One layer out of many, later ones winning, interpolations resolved; named after the last file."""
+    merged, where, name = OmegaConf.create(), {}, ""
+    for layer in layers:
+        name = name if layer.name.startswith("--set ") else layer.name
+        policy = layer.group("kv_cache").get("policy")
+        if policy is not None and "kv_cache" in merged and merged.kv_cache.get("policy") != policy:
+            del merged["kv_cache"]  # the fields of the base's policy mean nothing to another one
+        try:
+            merged = OmegaConf.merge(merged, layer.values)
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            reason = _first_line(error)
+            raise ConfigError(f"{layer.name}: does not fit what was there: {reason}. Give the whole value.") from error
+        where.update(layer.where)
+    try:
+        own = OmegaConf.masked_copy(merged, [key for key in merged if not is_training_key(key)])
+        values = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = str(error.full_key)
+        raise ConfigError(f"{where.get(key, name)}: {key} has no value: {_first_line(error)}.") from error
+    return Layer(name, {**OmegaConf.to_container(merged), **values}, where)
+
+
+def _first_line(error: Exception) -> str:
+    """What went wrong, without the library's own context lines."""
+    return str(error).partition("\n")[0].rstrip(".")
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON and YAML know it."""
+    if isinstance(value, Config | ModelSpec):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def load_structured(path: Path, schema: type, overrides: Sequence[str] = ()) -> Any:
+    """A dataclass `schema` filled from the YAML at `path`, then from `key=value` overrides; every value type-checked.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value does not fit.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_object(merged)
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: {_first_line(error)}. Keys and types are those of {schema.__module__}.{schema.__name__}.") from error

@@ -1,0 +1,114 @@
+"""Writing files so that a reader never sees half of one.
+
+A file is written under a hidden temporary name in its own folder, flushed to the disk, and renamed
+over the final name. A killed process leaves only the temporary file, which the next start of the same
+file removes. While a process writes, it holds an advisory lock on the temporary file, so that cleaning
+up never takes the work of a run that is still alive.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from pathlib import Path
+from typing import IO
+
+try:  # POSIX only; without it a temporary file is simply taken to be stale
+    import fcntl
+except ImportError:
+    fcntl = None
+
+RANDOM_BYTES = 4
+
+
+def user_cache_dir() -> Path:
+    """Folder for data that may be lost: $XDG_CACHE_HOME/deep-forcing, else ~/.cache/deep-forcing."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deep-forcing"
+
+
+def temp_path(path: Path) -> Path:
+    """A fresh temporary name `.<stem>.<random>.tmp<suffix>` beside `path`."""
+    return path.with_name(f".{path.stem}.{secrets.token_hex(RANDOM_BYTES)}.tmp{path.suffix}")
+
+
+def temp_files(path: Path) -> list[Path]:
+    """Temporary files that some process made, or is making, for `path`."""
+    pattern = re.compile(
+        rf"\.{re.escape(path.stem)}\.[0-9a-f]{{{2 * RANDOM_BYTES}}}\.tmp{re.escape(path.suffix)}"
+    )
+    if not path.parent.is_dir():
+        return []
+    return sorted(p for p in path.parent.iterdir() if pattern.fullmatch(p.name))
+
+
+def hold(path: Path) -> IO[bytes] | None:
+    """Mark the existing file `path` as being written, until the returned file is closed.
+
+    Returns: the open file that carries the lock; None where the file system knows no locks.
+    Errors: BlockingIOError if another process holds it.
+    """
+    if fcntl is None:
+        return None
+    file = path.open("rb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    except OSError:  # some network file systems refuse locks
+        file.close()
+        return None
+    return file
+
+
+def remove_stale(path: Path) -> int:
+    """Delete what killed runs left for `path`; return how many files went.
+
+    Errors: OSError if another process is writing `path` right now.
+    """
+    removed = 0
+    for leftover in temp_files(path):
+        try:
+            lock = hold(leftover)
+        except BlockingIOError as error:
+            raise OSError(
+                error.errno,
+                f"{path}: another process is writing this file right now (its unfinished file is {leftover.name}). "
+                "Wait for it, stop it, or choose another output folder",
+            ) from error
+        except FileNotFoundError:  # finished or cleaned up meanwhile
+            continue
+        leftover.unlink(missing_ok=True)
+        removed += 1
+        if lock is not None:
+            lock.close()
+    return removed
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file or a folder, so that a rename cannot outlive the bytes it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Flush `temporary`, rename it over `path` in the same folder, flush the folder."""
+    flush_to_disk(temporary)
+    os.replace(temporary, path)
+    with contextlib.suppress(OSError):  # not every system lets a folder be flushed
+        flush_to_disk(path.parent)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all. Errors: OSError; the old file then still stands."""
+    temporary = temp_path(path)
+    try:
+        temporary.write_bytes(data)
+        move_into_place(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

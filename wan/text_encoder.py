@@ -1,0 +1,369 @@
+"""Prompts -> embeddings, and a disk cache of embeddings so that a second run needs no encoder.
+
+The encoder is transformers' UMT5EncoderModel; the weights may have Wan's original names or Hugging
+Face's. Each prompt is encoded alone and unpadded, so that its embedding never depends on the
+prompts beside it.
+
+T text tokens kept (text_len), D text width.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import html
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import ftfy
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_bytes
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from wan.checkpoint import CheckpointError, load_strictly, read_tensors
+from wan.names import strip_wrappers, t5_to_transformers
+
+log = logging.getLogger(__name__)
+
+_TOKENIZER_FOLDERS = (".", "tokenizer", "google/umt5-xxl")
+_FIRST_WORDS = 8
+
+
+def clean_prompt(text: str) -> str:
+    """Repair broken encoding, resolve HTML entities (also doubly escaped ones) and collapse white space.
+
+    Source: the text preparation that Wan2.1 was trained with.
+    """
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+class TextEncoder:
+    """umT5 encoder, and the tokenizer and length that turn prompts into its ids."""
+
+    def __init__(self, encoder: UMT5EncoderModel, words: tuple[PreTrainedTokenizerBase, int] | None = None) -> None:
+        """Args: `words` is a tokenizer and T; without it only `encode_ids` works."""
+        if words is not None and words[1] < 1:
+            raise ValueError(f"text_len={words[1]} must be at least 1: it is the number of text tokens the model reads.")
+        self._encoder = encoder.eval().requires_grad_(False)
+        self._words = words
+
+    @classmethod
+    def load(
+        cls, path: Path, *, tokenizer: Path, text_len: int, device: torch.device | str, dtype: torch.dtype
+    ) -> TextEncoder:
+        """Load encoder and tokenizer.
+
+        Args:
+            path: `models_t5_*.pth` or another file with original names, a folder that holds one, a Hugging
+                Face folder (config.json beside its weights), or a repository with `text_encoder/`.
+            tokenizer: `tokenizer.json`, a folder with it, or a repository with `tokenizer/` or `google/umt5-xxl/`.
+            text_len: tokens a prompt is cut and padded to.
+            dtype: float32 or bfloat16.
+        Raises:
+            CheckpointError: missing, damaged or unsafe files, or weights that do not fit.
+            ValueError: a dtype that umT5 overflows in.
+        """
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"text encoder dtype {dtype}: umT5 overflows in half precision. Use torch.bfloat16 or torch.float32.")
+        words = load_tokenizer(Path(tokenizer)), text_len  # first: it is small, and a wrong path should cost no time
+        path = Path(path)
+        config, tensors = _read_encoder(path)
+        return cls(_build(config, tensors, source=path, device=device, dtype=dtype), words)
+
+    @classmethod
+    def from_state_dict(cls, tensors: Mapping[str, Tensor], *, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
+        """An encoder of token ids alone, from tensors under original Wan names.
+
+        Raises:
+            CheckpointError: not an umT5 encoder's tensors, or not all of them.
+        """
+        source = Path("state dict")
+        config, renamed = _from_original(tensors, source=source)
+        return cls(_build(config, renamed, source=source, device=device, dtype=dtype))
+
+    @property
+    def text_dim(self) -> int:
+        """Width of an embedding."""
+        return self._encoder.config.d_model
+
+    def token_count(self, prompt: str) -> int:
+        """Tokens of the cleaned prompt, end mark included, before any cutting."""
+        tokenizer, _ = self._reader()
+        return len(tokenizer(clean_prompt(prompt), verbose=False).input_ids)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Embed prompts.
+
+        Returns: [B, T, D] on the encoder's device and in its dtype; zeros past each prompt's end.
+        A prompt of more than T tokens is cut, keeping its end mark, and a warning says what is lost.
+        Raises:
+            ValueError: the tokenizer makes ids that the encoder has no embedding for.
+            RuntimeError: the encoder was made without a tokenizer.
+        """
+        _, text_len = self._reader()
+        rows = [self._ids(prompt) for prompt in prompts]
+        ids = torch.zeros(len(rows), text_len, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.tensor(row, dtype=torch.long)
+            mask[number, : len(row)] = 1
+        return self.encode_ids(ids, mask)
+
+    @torch.no_grad()
+    def encode_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Embed token ids [B, L], of which each row uses as many as its `mask` [B, L] has ones, from the left.
+
+        Returns: [B, L, D] as `encode`. Raises: as `encode`.
+        """
+        weight = self._encoder.shared.weight
+        if ids.numel() and int(ids.max()) >= weight.shape[0]:
+            raise ValueError(
+                f"token id {int(ids.max())} does not suit an encoder of {weight.shape[0]} ids. "
+                "Give the tokenizer that belongs to this text encoder."
+            )
+        embeddings = torch.zeros(*ids.shape, self.text_dim, device=weight.device, dtype=weight.dtype)
+        for row, tokens, used in zip(embeddings, ids.to(weight.device), mask.cpu().sum(dim=1), strict=True):
+            if length := int(used):
+                row[:length] = self._encoder(input_ids=tokens[None, :length]).last_hidden_state[0]
+        return embeddings
+
+    def _reader(self) -> tuple[PreTrainedTokenizerBase, int]:
+        if self._words is None:
+            raise RuntimeError("this text encoder has no tokenizer. Make it with TextEncoder.load, or call encode_ids.")
+        return self._words
+
+    def _ids(self, prompt: str) -> list[int]:
+        tokenizer, text_len = self._reader()
+        text = clean_prompt(prompt)
+        ids = tokenizer(text, verbose=False).input_ids
+        if len(ids) <= text_len:
+            return list(ids)
+        log.warning(
+            "prompt of %d tokens is longer than the %d the model reads; its last %d are lost: %s ...",
+            len(ids), text_len, len(ids) - text_len, " ".join(text.split()[:_FIRST_WORDS]),
+        )
+        return list(tokenizer(text, truncation=True, max_length=text_len).input_ids)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from `tokenizer.json` or a folder that transformers can read.
+
+    tokenizer.json comes first: it is complete, while the T5 class that the released folder names
+    rebuilds normalisation from scratch in transformers 5 and can give other ids.
+
+    Raises:
+        CheckpointError: no tokenizer there, or one that cannot be read.
+    """
+    folders = [path / folder for folder in _TOKENIZER_FOLDERS]
+    files = [path] if path.is_file() else [folder / "tokenizer.json" for folder in folders]
+    try:
+        for file in files:
+            if file.is_file():
+                return PreTrainedTokenizerFast(tokenizer_file=str(file))
+        for folder in folders:
+            if (folder / "tokenizer_config.json").is_file() or (folder / "spiece.model").is_file():
+                return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the tokenizer libraries raise bare Exception on a bad file
+        raise CheckpointError(f"{path}: the tokenizer there cannot be read ({error}). Download it again.") from error
+    raise CheckpointError(
+        f"{path}: no tokenizer. Looked for tokenizer.json in it and in {', '.join(_TOKENIZER_FOLDERS[1:])}. "
+        "Give the folder of the text encoder's tokenizer; `python -m utils.download` fetches it."
+    )
+
+
+# -- weights -----------------------------------------------------------------------------------
+
+
+def _build(
+    config: UMT5Config, tensors: dict[str, Tensor], *, source: Path, device: torch.device | str, dtype: torch.dtype
+) -> UMT5EncoderModel:
+    """Make an encoder out of tensors under transformers' names; empties `tensors`.
+
+    The module is built on meta and takes its weights one by one, so they are never held twice.
+    """
+    with torch.device("meta"):
+        encoder = UMT5EncoderModel(config)
+    # Some transformers releases leave these two untied, and the second one random.
+    encoder.encoder.set_input_embeddings(encoder.shared)
+    load_strictly(encoder, tensors, source=source, device=device, dtype=dtype)
+    if encoder.encoder.embed_tokens.weight is not encoder.shared.weight:
+        raise CheckpointError(f"{source}: the encoder does not read the embedding that was loaded. Use another transformers release.")
+    return encoder
+
+
+def _from_original(tensors: Mapping[str, Tensor], *, source: Path) -> tuple[UMT5Config, dict[str, Tensor]]:
+    """Original Wan names -> the configuration that the shapes imply, and transformers' names.
+
+    Source: umT5 as Wan2.1 uses it; bucket distance and epsilon leave no trace in the shapes.
+    Raises:
+        CheckpointError: these are not an umT5 encoder's tensors.
+    """
+    tensors = {strip_wrappers(name): value for name, value in tensors.items()}
+    layers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    try:
+        vocabulary, width = tensors["token_embedding.weight"].shape
+        buckets, heads = tensors["blocks.0.pos_embedding.embedding.weight"].shape
+        config = UMT5Config(
+            vocab_size=vocabulary,
+            d_model=width,
+            d_kv=tensors["blocks.0.attn.q.weight"].shape[0] // heads,
+            d_ff=tensors["blocks.0.ffn.fc1.weight"].shape[0],
+            num_layers=len(layers),
+            num_heads=heads,
+            relative_attention_num_buckets=buckets,
+            relative_attention_max_distance=128,
+            layer_norm_epsilon=1e-6,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            use_cache=False,
+        )
+    except KeyError as error:
+        raise CheckpointError(
+            f"{source}: not a umT5 encoder with original names ({error} is missing). "
+            "Give models_t5_umt5-xxl-enc-bf16.pth, or a Hugging Face folder with its config.json."
+        ) from error
+    return config, {t5_to_transformers(name): value for name, value in tensors.items()}
+
+
+def _read_encoder(path: Path) -> tuple[UMT5Config, dict[str, Tensor]]:
+    for home in (path.parent,) if path.is_file() else (path, path / "text_encoder"):
+        if (home / "config.json").is_file() and (config := _umt5_config(home / "config.json")):
+            tensors = read_tensors(path if path.is_file() else home, subfolder="text_encoder")
+            if "token_embedding.weight" not in tensors:  # else original names that happen to lie beside a config
+                return config, _encoder_part(tensors)
+    if path.is_dir():
+        originals = sorted(path.glob("models_t5*"))
+        if len(originals) != 1:
+            raise CheckpointError(
+                f"{path}: no text encoder. Looked for one models_t5_*.pth (found {len(originals)}) and for a umT5 config.json "
+                "there or in text_encoder/. `python -m utils.download` fetches it."
+            )
+        path = originals[0]
+    return _from_original(read_tensors(path, subfolder="text_encoder"), source=path)
+
+
+def _umt5_config(file: Path) -> UMT5Config | None:
+    """The umT5 configuration in `file`, or None if it describes something else."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}). Download it again.") from error
+    return UMT5Config.from_dict(values) if values.get("model_type") == "umt5" else None
+
+
+def _encoder_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the decoder of a full model and the second name of the tied embedding."""
+    tied = tensors.pop("encoder.embed_tokens.weight", None)
+    if tied is not None:
+        tensors.setdefault("shared.weight", tied)
+    return {name: value for name, value in tensors.items() if not name.startswith(("decoder.", "lm_head."))}
+
+
+# -- cache -------------------------------------------------------------------------------------
+
+
+class EmbeddingCache:
+    """Prompt embeddings on disk, one file each, named by content.
+
+    Args:
+        folder: made when the first embedding is stored.
+        encoder_id: whatever fixes the embedding besides the prompt: weights, tokenizer, dtype.
+        text_len: T.
+    Only rows up to the prompt's end are stored; the zeros after it are added again on reading.
+    A file that is damaged or belongs to another prompt counts as absent.
+    """
+
+    def __init__(self, folder: Path, encoder_id: str, text_len: int) -> None:
+        self._folder = Path(folder)
+        self._encoder_id = encoder_id
+        self._text_len = text_len
+
+    def get(self, prompt: str) -> Tensor | None:
+        """The stored embedding [T, D] on the CPU in its stored dtype, or None."""
+        identity = self._identity(prompt)
+        file = self._file(identity)
+        if not file.exists():
+            return None
+        try:
+            with safe_open(file, framework="pt") as entry:
+                rows, about = entry.get_tensor("embedding"), entry.metadata()
+            whole = about == {"identity": identity, "sha256": _digest(rows)}
+        except (OSError, SafetensorError) as error:
+            whole = False
+            log.debug("%s: %s", file, error)
+        if not whole:
+            log.warning("%s is damaged or unreadable; encoding its prompt again", file)
+            return None
+        return torch.cat([rows, rows.new_zeros(self._text_len - rows.shape[0], rows.shape[1])])
+
+    def put(self, prompt: str, embedding: Tensor) -> None:
+        """Store an embedding [T, D] or [1, T, D], atomically.
+
+        Raises:
+            ValueError: not T rows.
+            OSError: the folder cannot be written.
+        """
+        if embedding.ndim == 3 and embedding.shape[0] == 1:
+            embedding = embedding[0]
+        if embedding.ndim != 2 or embedding.shape[0] != self._text_len:
+            raise ValueError(f"embedding of shape {list(embedding.shape)}: the cache holds [{self._text_len}, width] for one prompt.")
+        identity = self._identity(prompt)
+        rows = embedding.detach().cpu()
+        used = rows.ne(0).any(dim=1) * torch.arange(1, self._text_len + 1)
+        rows = rows[: max(1, int(used.max()))].contiguous()
+        content = save_bytes({"embedding": rows}, {"identity": identity, "sha256": _digest(rows)})
+        self._folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self._folder, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.replace(name, self._file(identity))
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    def _identity(self, prompt: str) -> str:
+        return json.dumps([clean_prompt(prompt), self._encoder_id, self._text_len])
+
+    def _file(self, identity: str) -> Path:
+        return self._folder / f"{hashlib.sha256(identity.encode()).hexdigest()}.safetensors"
+
+
+def _digest(rows: Tensor) -> str:
+    return hashlib.sha256(rows.view(torch.uint8).numpy()).hexdigest()
+
+
+def embed_prompts(
+    prompts: Sequence[str], cache: EmbeddingCache, load_encoder: Callable[[], TextEncoder]
+) -> dict[str, Tensor]:
+    """Embed every prompt, from the cache where possible.
+
+    `load_encoder` is called only if an embedding is missing, and the encoder is freed before this returns.
+    Returns: prompt -> [T, D] on the CPU.
+    """
+    embeddings = {prompt: cache.get(prompt) for prompt in prompts}
+    missing = [prompt for prompt, embedding in embeddings.items() if embedding is None]
+    if not missing:
+        return embeddings
+    encoder = load_encoder()
+    try:
+        for prompt in missing:
+            embeddings[prompt] = encoder.encode([prompt])[0].cpu()
+            try:
+                cache.put(prompt, embeddings[prompt])
+            except OSError as error:  # the cache saves time; without it the run is as good
+                log.warning("cannot store a prompt embedding (%s); the next run will encode it again", error)
+    finally:
+        del encoder
+        gc.collect()  # modules hold reference cycles, and the memory is wanted now
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+    return embeddings

@@ -1,0 +1,351 @@
+"""Pixels <-> latents, one latent frame at a time, with diffusers' AutoencoderKLWan.
+
+Encoding and decoding are causal in time, so both run frame by frame over feature caches; memory
+does not grow with the video. A decoder's cache belongs to its StreamDecoder, never to the VAE.
+
+B batch, T pixel frames, F latent frames, C latent channels, s temporal stride.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from wan.checkpoint import CheckpointError, load_strictly, read_tensors
+from wan.names import strip_wrappers, vae_to_diffusers
+
+
+class WanVAE:
+    """Encoder and decoder with their latent normalisation."""
+
+    def __init__(self, model: AutoencoderKLWan) -> None:
+        self._model = model.eval().requires_grad_(False)
+        config = model.config
+        for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
+            if len(values) != config.z_dim:
+                raise CheckpointError(
+                    f"the VAE has {config.z_dim} latent channels, but the {name} to normalise them by has {len(values)} values "
+                    "(Wan 2.1's, where a file brings none). Give mean= and std= with one value a channel."
+                )
+        shape = (1, config.z_dim, 1, 1, 1)
+        self._mean = torch.tensor(config.latents_mean, device=self.device).view(shape)
+        self._std = torch.tensor(config.latents_std, device=self.device).view(shape)
+        self._patch = config.patch_size or 1
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> WanVAE:
+        """Load a VAE.
+
+        Args:
+            path: `Wan2.1_VAE.pth` or another file with original names, a folder that holds one, a diffusers
+                folder (config.json beside its weights), or a repository with `vae/`.
+            mean, std: latent statistics, one value a channel. Needed for original files other than Wan 2.1's
+                16 channels; diffusers folders bring their own.
+        Raises:
+            CheckpointError: missing, damaged or unsafe file, weights that do not fit, or statistics of another length.
+            ValueError: one of `mean` and `std` without the other.
+        """
+        path = Path(path)
+        config, tensors = _read_vae(path)
+        return cls(_build(config, tensors, source=path, device=device, dtype=dtype, mean=mean, std=std))
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        tensors: Mapping[str, Tensor],
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> WanVAE:
+        """A VAE from tensors under original Wan names; `mean`, `std` and errors as in `load`."""
+        source = Path("state dict")
+        config, renamed = _from_original(tensors, source=source)
+        return cls(_build(config, renamed, source=source, device=device, dtype=dtype, mean=mean, std=std))
+
+    @classmethod
+    def random(cls, path: Path, *, device: torch.device | str, dtype: torch.dtype, seed: int) -> WanVAE:
+        """A VAE of seeded random weights, for benchmarks and tests; never a fallback for missing ones.
+
+        Its architecture is that of `path` (a config.json is enough), or Wan 2.1's if nothing is there.
+        """
+        path = Path(path)
+        found = _find_config(path)
+        config = found[1] if found else _read_vae(path)[0] if path.exists() else {}
+        with torch.device("meta"):
+            shapes = {name: value.shape for name, value in AutoencoderKLWan.from_config(config).named_parameters()}
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for name, shape in shapes.items():
+            if name.endswith("weight"):
+                tensors[name] = torch.randn(shape, generator=generator) * shape[1:].numel() ** -0.5
+            else:
+                tensors[name] = torch.full(shape, float(name.endswith("gamma")))
+        return cls(_build(config, tensors, source=path, device=device, dtype=dtype))
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._model.dtype
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+        return self._model.config.z_dim
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels a latent spans along height, and along width."""
+        return self._patch * 2 ** (len(self._model.config.dim_mult) - 1)
+
+    @property
+    def temporal_stride(self) -> int:
+        """s: pixel frames a latent frame spans; the first latent frame spans one."""
+        steps = len(self._model.config.dim_mult) - 1
+        return 2 ** sum(self._model.config.temperal_downsample[:steps])
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encode a video or, with T = 1, an image.
+
+        Args:
+            pixels: [B, T, 3, H, W] in [-1, 1], T = 1 + s k, on any device.
+        Returns: normalised latents [B, 1 + k, C, h, w], float32, on the VAE's device; the mean of the
+            posterior, so that the same pixels always give the same latents.
+        Raises:
+            ValueError: a frame count or size that the strides do not divide.
+        """
+        self._check_pixels(pixels)
+        encoder = self._model.encoder
+        cache = _feature_cache(encoder)
+        latents = []
+        start = 0
+        while start < pixels.shape[1]:
+            stop = start + self.temporal_stride if start else 1
+            x = pixels[:, start:stop].to(self.device, self.dtype).transpose(1, 2)
+            features = encoder(_patchify(x, self._patch), feat_cache=cache, feat_idx=[0])
+            mu = self._model.quant_conv(features)[:, : self.latent_channels].float()
+            latents.append((mu - self._mean) / self._std)
+            start = stop
+        return torch.cat(latents, dim=2).transpose(1, 2).contiguous()
+
+    def stream(self) -> StreamDecoder:
+        """Start decoding a video. Any number of streams can share a VAE without touching each other."""
+        return StreamDecoder(self)
+
+    def _check_pixels(self, pixels: Tensor) -> None:
+        if pixels.ndim != 5 or pixels.shape[2] != 3:
+            raise ValueError(f"pixels are {list(pixels.shape)}; expected [batch, frames, 3, height, width].")
+        frames, height, width = pixels.shape[1], *pixels.shape[3:]
+        stride = self.temporal_stride
+        if not frames:
+            raise ValueError("a video without frames cannot be encoded; give at least one pixel frame.")
+        if extra := (frames - 1) % stride:
+            keep = frames - extra
+            raise ValueError(
+                f"{frames} pixel frames cannot be encoded: the first latent frame holds 1 and each later one {stride}, so "
+                f"their number must be 1 + {stride} k. Cut the video to {keep} frames, or repeat its last frame up to {keep + stride}."
+            )
+        unit = self.spatial_stride
+        if height % unit or width % unit:
+            raise ValueError(
+                f"pixels of {height}x{width} cannot be encoded: height and width must be multiples of {unit}. "
+                f"Crop or resize to {max(unit, height - height % unit)}x{max(unit, width - width % unit)}."
+            )
+
+    def _decode_frame(self, latent: Tensor, cache: list[Any], *, first: bool) -> Tensor:
+        """[B, C, 1, h, w] normalised -> pixels [B, 3, 1 or s, H, W]; `cache` is advanced."""
+        z = latent.to(self.device, torch.float32) * self._std + self._mean
+        z = self._model.post_quant_conv(z.to(self.dtype))
+        pixels = self._model.decoder(z, feat_cache=cache, feat_idx=[0], first_chunk=first)
+        return _unpatchify(pixels, self._patch).float().clamp(-1, 1)
+
+
+class StreamDecoder:
+    """Decodes one video chunk by chunk; any split of the latents gives the same pixels, bit for bit."""
+
+    def __init__(self, vae: WanVAE) -> None:
+        self._vae = vae
+        self._cache = _feature_cache(vae._model.decoder)
+        self._shape: torch.Size | None = None  # of one latent frame with its batch, once known
+        self._broken = False
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode the next latent frames.
+
+        Args:
+            latents: [B, F, C, h, w], normalised; B, h and w as in the first call.
+        Returns: pixels [B, T, 3, H, W] in [-1, 1], float32, on the VAE's device. T is 1 + s (F - 1) in the
+            first call, s F later.
+        Raises:
+            ValueError: another shape than before, or no frame.
+            RuntimeError: an earlier call failed half-way, so that the cache is between two frames.
+        """
+        if self._broken:
+            raise RuntimeError("this stream failed in the middle of a frame and cannot go on. Start a new one with vae.stream().")
+        channels = self._vae.latent_channels
+        if latents.ndim != 5 or latents.shape[2] != channels or not latents.shape[1]:
+            raise ValueError(f"latents are {list(latents.shape)}; expected [batch, frames, {channels}, height, width] with a frame or more.")
+        shape = latents[:, 0].shape
+        if self._shape not in (None, shape):
+            raise ValueError(f"latent frames were {list(self._shape)} and are now {list(shape)}. Start a new stream for another video.")
+        pixels = []
+        self._broken = True
+        for frame in latents.unbind(1):
+            pixels.append(self._vae._decode_frame(frame.unsqueeze(2), self._cache, first=self._shape is None))
+            self._shape = shape
+        self._broken = False
+        return torch.cat(pixels, dim=2).transpose(1, 2)
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels [B, T, 3, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3], rounded, on the same device."""
+    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(2, -1).contiguous()
+
+
+def _feature_cache(coder: nn.Module) -> list[Any]:
+    """Empty slots, one for each convolution that may look back in time."""
+    return [None] * sum(isinstance(module, nn.Conv3d) for module in coder.modules())
+
+
+def _patchify(x: Tensor, patch: int) -> Tensor:
+    """[B, c, T, H, W] -> [B, c * patch * patch, T, H / patch, W / patch]; inside a patch, column before row."""
+    x = x.unflatten(-1, (-1, patch)).unflatten(3, (-1, patch))  # [B, c, T, H, row, W, column]
+    return x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
+
+
+def _unpatchify(x: Tensor, patch: int) -> Tensor:
+    """The inverse of `_patchify`."""
+    x = x.unflatten(1, (-1, patch, patch))  # [B, c, column, row, T, H, W]
+    return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(5).flatten(3, 4)
+
+
+# -- weights -----------------------------------------------------------------------------------
+
+
+def _build(
+    config: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    *,
+    source: Path,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> AutoencoderKLWan:
+    """Make a VAE out of tensors under diffusers' names; empties `tensors`.
+
+    Latent statistics: `mean` and `std`, else those of `config`, else Wan 2.1's (diffusers' default).
+    Raises:
+        CheckpointError: the tensors do not fit.
+        ValueError: one of `mean` and `std` without the other.
+    """
+    values = dict(config)
+    if (mean is None) != (std is None):
+        raise ValueError("latent statistics come in pairs: give both mean= and std=, or neither.")
+    if mean is not None and std is not None:
+        values |= {"latents_mean": list(mean), "latents_std": list(std)}
+    with torch.device("meta"):
+        model = AutoencoderKLWan.from_config(values)
+    load_strictly(model, tensors, source=source, device=device, dtype=dtype)
+    return model
+
+
+def _from_original(tensors: Mapping[str, Tensor], *, source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Original Wan names -> the diffusers configuration that the shapes imply, and diffusers' names.
+
+    Raises:
+        CheckpointError: these are not the tensors of a VAE of this design.
+    """
+    tensors = {strip_wrappers(name): value for name, value in tensors.items()}
+    try:
+        base, colours = tensors["encoder.conv1.weight"].shape[:2]
+        widths, temporal = _levels(tensors)
+        blocks = sum(f"encoder.downsamples.{n}.residual.2.weight" in tensors for n in range(_count(tensors)))
+        multipliers = [width // base for width in widths]
+        config = {
+            "base_dim": base,
+            "decoder_base_dim": tensors["decoder.head.2.weight"].shape[1] // multipliers[0],
+            "z_dim": tensors["conv2.weight"].shape[0],
+            "dim_mult": multipliers,
+            "num_res_blocks": blocks // len(widths),
+            "temperal_downsample": temporal,
+            "in_channels": colours,
+            "out_channels": tensors["decoder.head.2.weight"].shape[0],
+            "patch_size": None if colours == 3 else round((colours / 3) ** 0.5),
+        }
+    except (KeyError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{source}: not a Wan 2.1 VAE with original names ({error}). Give Wan2.1_VAE.pth, or a diffusers folder with its config.json."
+        ) from error
+    names = {name: vae_to_diffusers(name, num_res_blocks=config["num_res_blocks"]) for name in tensors}
+    return config, {names[name]: value for name, value in tensors.items()}
+
+
+def _count(tensors: Mapping[str, Tensor]) -> int:
+    return 1 + max((int(name.split(".")[2]) for name in tensors if name.startswith("encoder.downsamples.")), default=-1)
+
+
+def _levels(tensors: Mapping[str, Tensor]) -> tuple[list[int], list[bool]]:
+    """Channel count of each encoder level, and whether the step after it halves time."""
+    widths, temporal = [], []
+    width = 0
+    for n in range(_count(tensors)):
+        block = f"encoder.downsamples.{n}."
+        if block + "resample.1.weight" in tensors:
+            widths.append(width)
+            temporal.append(block + "time_conv.weight" in tensors)
+        else:
+            width = tensors[block + "residual.2.weight"].shape[0]
+    return [*widths, width], temporal
+
+
+def _read_vae(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    found = _find_config(path)
+    if found:
+        tensors = read_tensors(path if path.is_file() else found[0], subfolder="vae")
+        if "decoder.conv1.weight" not in tensors:  # else original names that happen to lie beside a config
+            return found[1], tensors
+    if path.is_dir():
+        originals = sorted([*path.glob("*VAE*.pth"), *path.glob("*VAE*.safetensors")])
+        if len(originals) != 1:
+            raise CheckpointError(
+                f"{path}: no VAE. Looked for one *VAE*.pth or *VAE*.safetensors (found {len(originals)}) and for an "
+                "AutoencoderKLWan config.json there or in vae/. `python -m utils.download` fetches it."
+            )
+        path = originals[0]
+    return _from_original(read_tensors(path, subfolder="vae"), source=path)
+
+
+def _find_config(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The diffusers folder that `path` means and its configuration, or None."""
+    for home in (path.parent,) if path.is_file() else (path, path / "vae"):
+        file = home / "config.json"
+        if not file.is_file():
+            continue
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({error}). Download it again.") from error
+        if values.get("_class_name") == "AutoencoderKLWan":
+            return home, values
+    return None
