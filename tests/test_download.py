@@ -191,7 +191,8 @@ def test_the_real_client_wraps_every_error(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail(RuntimeError("No space left on device (os error 28)")))
     with pytest.raises(OSError, match="No space left"):
         HuggingFaceHub().fetch(WAN, "config.json", PIN, tmp_path)
-    for error, remedy in ((TimeoutError("slow"), "Check the connection"), (RevisionNotFoundError("gone"), "--revision")):
+    remedies = {TimeoutError("slow"): "Check the connection", RevisionNotFoundError("gone"): "--revision"}
+    for error, remedy in remedies.items():
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail(error))
         with pytest.raises(DownloadError, match=f"{type(error).__name__}: .*{remedy}"):
             HuggingFaceHub().fetch(WAN, "config.json", PIN, tmp_path)
@@ -210,7 +211,11 @@ def test_the_real_client_reads_the_hubs_description(monkeypatch):
         "big": RepoFile(path="big", size=9, oid="g1", lfs={"size": 9, "oid": "s1", "pointerSize": 1}),
         "small": RepoFile(path="small", size=3, oid="g2"),
     }
-    monkeypatch.setattr(HfApi, "get_paths_info", lambda self, repo, paths, revision: [found[p] for p in paths if p in found])
+
+    def answer(self, repo, paths, revision):
+        return [found[path] for path in paths if path in found]
+
+    monkeypatch.setattr(HfApi, "get_paths_info", answer)
     assert HuggingFaceHub().info(WAN, "big", "main") == FileInfo(9, "s1", None)
     assert HuggingFaceHub().info(WAN, "small", "main") == FileInfo(3, None, "g2")
     with pytest.raises(DownloadError, match="has no file other"):
@@ -250,17 +255,20 @@ def test_hub_and_pin_must_agree(tmp_path):
 def test_files_outside_lfs_are_checked_by_their_git_id(tmp_path):
     """Without a SHA-256 the git blob id decides: sha1 of the header and the bytes, as git computes it."""
 
-    class GitHub(FakeHub):
+    class PlainHub(FakeHub):
         def info(self, repo, path, revision):
             data = CONTENT[path]
             return FileInfo(len(data), None, hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
 
     revisions = {**REVISIONS, WAN: "main"}
-    fetch_all(tmp_path / "good", GitHub(), revisions=revisions)
+    fetch_all(tmp_path / "good", PlainHub(), revisions=revisions)
     assert without_lock(tmp_path / "good") == EXPECTED
+    damaging = PlainHub(lambda path, part: b"[]" if path == "config.json" else None)
     with pytest.raises(DownloadError, match="its git id is"):
-        fetch_all(tmp_path / "bad", GitHub(lambda path, part: b"[]" if path == "config.json" else None), revisions=revisions)
-    assert hashlib.sha1(b"blob 12\0hello world\n").hexdigest() == "3b18e512dba79e4c8300dd08aeb37f8e728b8dad"  # git's own
+        fetch_all(tmp_path / "bad", damaging, revisions=revisions)
+    hello = tmp_path / "hello"
+    hello.write_bytes(b"hello world\n")  # whose id `git hash-object` gives
+    assert module._difference(hello, FileInfo(git_sha1="3b18e512dba79e4c8300dd08aeb37f8e728b8dad")) is None
 
 
 def test_dry_run_lists_and_touches_nothing(tmp_path, capsys):
@@ -295,7 +303,12 @@ def test_table_is_sane():
 
 # GitHub, over a real connection to this machine ---------------------------------------------------
 
-PAGES = {"a.txt": b"one\ntwo\n" * 500, "b.txt": b"ONE\nTWO\n" * 500, "odd.txt": b"one\n", "lfs.txt": b"version https://git-lfs.github.com/spec/v1\n"}
+PAGES = {
+    "a.txt": b"one\ntwo\n" * 500,
+    "b.txt": b"ONE\nTWO\n" * 500,
+    "odd.txt": b"one\n",
+    "lfs.txt": b"version https://git-lfs.github.com/spec/v1\n",
+}
 
 
 class Server(http.server.BaseHTTPRequestHandler):

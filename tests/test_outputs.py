@@ -44,7 +44,8 @@ def test_names_are_portable(prompt):
     """Lower-case letters, digits and single hyphens only, short, and never a reserved Windows name."""
     name = stem(item(prompt), seed=1356145, sample=3)
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) and len(name) <= 60 + 8 + 25
-    assert name.split("-")[0] not in {"con", "prn", "aux", "nul"} or "-" in name
+    reserved = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}
+    assert name not in reserved and stem(item(prompt), with_index=True) not in reserved
 
 
 def test_names_are_readable_and_cut_between_words():
@@ -297,7 +298,8 @@ def test_progress_in_a_log_is_sparse_and_right(caplog):
     with caplog.at_level(logging.INFO, logger="utils.progress"):
         run_progress(io.StringIO(), 3.0)
     lines = [record.message for record in caplog.records]
-    assert lines[0] == "cat: start, 20 chunks" and lines[-1].startswith("cat: done at chunk 20/20, 14.8 s of video in 60")
+    assert lines[0] == "cat: start, 20 chunks"
+    assert lines[-1] == "cat: done at chunk 20/20, 14.8 s of video in 60.0 s, 4.0 FPS"
     assert [line.split(",")[0] for line in lines[1:-1]] == [f"cat: chunk {i}/20" for i in (4, 8, 12, 16)]
     assert "2.8 s of video, 3.8 FPS, 00:48 left" in lines[1]
 

@@ -237,13 +237,10 @@ def _difference(path: Path, expected: FileInfo) -> str | None:
 
 
 def _check_space(folder: Path, wanted: Sequence[tuple[RemoteFile, FileInfo]]) -> None:
-    existing = folder.resolve()
-    while not existing.exists():
-        existing = existing.parent
     needed = sum(known.size_bytes or 0 for _, known in wanted)
     for file, _ in wanted:  # less what an earlier run brought
         needed -= sum(p.stat().st_size for p in _staging(folder / file.target).rglob("*") if p.is_file())
-    free = shutil.disk_usage(existing).free
+    free = _free_bytes(folder)
     if needed > free:
         raise DownloadError(
             f"{folder}: {_size(needed)} are needed and {_size(free)} are free. Make room, choose another --folder, "
@@ -251,10 +248,17 @@ def _check_space(folder: Path, wanted: Sequence[tuple[RemoteFile, FileInfo]]) ->
         )
 
 
+def _free_bytes(path: Path) -> int:
+    """Space on the disk that holds, or would hold, `path`."""
+    existing = path.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
 def _disk_message(target: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free = shutil.disk_usage(target.parent).free
-        return f"{target}: the disk is full ({_size(free)} free). Make room. {NOTHING_LOST}"
+        return f"{target}: the disk is full ({_size(_free_bytes(target))} free). Make room. {NOTHING_LOST}"
     return f"{target}: cannot be written: {error.strerror or error}. Check the folder's permissions or use --folder"
 
 

@@ -1,9 +1,18 @@
-"""Which process of how many this is, from the environment that torchrun sets."""
+"""Which process of how many this is, from the environment that torchrun sets, and ending together."""
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+LONGEST_CONNECT = timedelta(seconds=60)
+LONGEST_WAIT = timedelta(days=30)  # a list of long videos may keep the other processes busy for days
 
 
 @dataclass(frozen=True)
@@ -43,3 +52,19 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             f"{shown}: must satisfy 0 <= LOCAL_RANK <= RANK < WORLD_SIZE. Start with torchrun, or unset them"
         )
     return Launch(rank=rank, world_size=world_size, local_rank=local_rank)
+
+
+def wait_for_others(launch: Launch, *, failed: bool) -> None:
+    """Say that this process is done; one that `failed` returns only when all the others are done too.
+
+    torchrun stops every process as soon as one ends with a failure, so that one must not end early.
+    """
+    if launch.world_size == 1 or not dist.is_torchelastic_launched():
+        return
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=LONGEST_CONNECT))
+        store.set(f"done/{launch.rank}", "")
+        if failed:
+            store.wait([f"done/{rank}" for rank in range(launch.world_size)], LONGEST_WAIT)
+    except dist.DistError as error:
+        logger.warning("the other processes cannot be reached (%s); if some still run, torchrun may stop them", error)

@@ -1,0 +1,121 @@
+"""The three networks of the tiny model, made, embedded and exported in the layouts that inference loads."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from training.memory import dense
+from training.settings import TextSettings, VaeSettings
+from utils.config import ModelSpec
+from wan.model import CausalWanModel, WanConfig, randomize
+
+SHARD_BYTES = 12 * 2**20
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+
+
+def make_vae(settings: VaeSettings, latent_channels: int) -> AutoencoderKLWan:
+    """AutoencoderKLWan with a half-resolution patch stage; stride 4x8x8."""
+    return AutoencoderKLWan(
+        base_dim=settings.base_dim, z_dim=latent_channels, dim_mult=[1, 2, 4], num_res_blocks=settings.num_res_blocks,
+        temperal_downsample=[True, True], in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=8, scale_factor_temporal=4,
+        latents_mean=[0.0] * latent_channels, latents_std=[1.0] * latent_channels,
+    )
+
+
+def make_transformer(architecture: WanConfig, seed: int) -> CausalWanModel:
+    """A fresh causal DiT; the output starts at zero, so that the first flow is the mean flow."""
+    model = CausalWanModel(architecture, dense)
+    randomize(model, seed)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.modulation.normal_(0.0, 0.02)
+            for name in ("self_attn.o", "cross_attn.o", "ffn.2"):
+                block.get_submodule(name).weight.mul_((2 * architecture.num_layers) ** -0.5)
+        model.head.head.weight.zero_()
+        model.head.head.bias.zero_()
+    return model
+
+
+def make_tokenizer(words: list[str]) -> Tokenizer:
+    """Whole lower-case words and punctuation marks."""
+    vocabulary = {word: i for i, word in enumerate([PAD, END, UNKNOWN, ".", ",", "-", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, vocabulary[END])])
+    return tokenizer
+
+
+def make_text_encoder(settings: TextSettings, text_dim: int, vocabulary: int) -> UMT5EncoderModel:
+    """A small umT5 encoder."""
+    config = UMT5Config(
+        vocab_size=vocabulary, d_model=text_dim, d_kv=text_dim // settings.heads, d_ff=settings.ffn_dim, num_layers=settings.layers,
+        num_heads=settings.heads, dropout_rate=0.0, feed_forward_proj="gated-gelu",
+    )
+    return UMT5EncoderModel(config)
+
+
+class CaptionEncoder(nn.Module):
+    """Tokenizer and encoder for batches of captions, as wan/text_encoder.py does for one prompt at a time."""
+
+    def __init__(self, tokenizer: Tokenizer, encoder: UMT5EncoderModel, text_len: int):
+        super().__init__()
+        self.encoder, self._tokenizer, self._text_len = encoder, tokenizer, text_len
+
+    def tokens(self, captions: list[str]) -> Tensor:
+        """Ids [B, T] on the CPU, zero-padded."""
+        ids = torch.zeros(len(captions), self._text_len, dtype=torch.long)
+        for row, encoding in zip(ids, self._tokenizer.encode_batch(captions), strict=True):
+            kept = encoding.ids[:self._text_len]
+            row[:len(kept)] = torch.tensor(kept)
+        return ids
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embeddings [B, T, text_dim], zero past each caption's end."""
+        mask = ids != 0
+        return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask.unsqueeze(-1)
+
+
+def export_transformer(state: dict[str, Tensor], folder: Path) -> None:
+    """bf16 safetensors under the original names, in shards small enough for a repository."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in state.items():
+        tensor = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        if sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = tensor
+    names = [f"diffusion_pytorch_model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name)
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.values())},
+        "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+    }
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def export_vae(vae: AutoencoderKLWan, mean: list[float], std: list[float], folder: Path) -> None:
+    """A diffusers folder with the latents' statistics in its config, fp16."""
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+    vae.half().save_pretrained(folder)
+    vae.float()
+
+
+def export_text(encoder: CaptionEncoder, text_encoder: Path, tokenizer: Path) -> None:
+    """A Hugging Face folder and a tokenizer.json."""
+    tokenizer.mkdir(parents=True, exist_ok=True)
+    encoder.encoder.to(torch.bfloat16).save_pretrained(text_encoder)
+    encoder.encoder.float()
+    encoder._tokenizer.save(str(tokenizer / "tokenizer.json"))
+
+
+def architecture_of(spec: ModelSpec) -> WanConfig:
+    return WanConfig(**spec.transformer)

@@ -1,0 +1,86 @@
+"""What each training stage does, as typed settings; configs/training/tiny.yaml holds the values."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class VaeSettings:
+    """The video autoencoder."""
+
+    steps: int = 3600
+    batch: int = 32
+    latent_frames: int = 5      # of a short clip
+    whole_batch: int = 8
+    whole_latent_frames: int = 21
+    lr: float = 2e-3
+    ema: float = 0.995
+    base_dim: int = 24
+    num_res_blocks: int = 1
+    edge_weight: float = 2.0    # extra weight of pixels near edges, where shapes are told apart
+    gradient_weight: float = 1.0
+    kl_weight: float = 1e-6
+
+
+@dataclass
+class DataSettings:
+    """The latent clips that teacher and student learn from."""
+
+    clips: int = 16384
+    openings: int = 65536       # first chunks alone
+    latent_frames: int = 21
+    batch: int = 64             # clips rendered and encoded at a time
+
+
+@dataclass
+class TextSettings:
+    """The text encoder, trained with the teacher."""
+
+    layers: int = 2
+    heads: int = 4
+    ffn_dim: int = 256
+
+
+@dataclass
+class TeacherSettings:
+    """The causal flow-matching teacher: every chunk denoised at its own level, given the clean ones before it."""
+
+    steps: int = 6000
+    batch: int = 48
+    first_chunk_steps: int = 3000   # before that: the first chunk alone, where the caption decides everything
+    first_chunk_batch: int = 512
+    first_chunk_share: int = 96     # extra first chunks beside every batch of clips
+    lr: float = 2e-3                # of matrices (Muon)
+    lr_rest: float = 1e-3           # of everything else (AdamW)
+    ema: float = 0.998
+    caption_drop: float = 0.1
+    noisy_context_share: float = 0.33
+    noisy_context_max: float = 0.12
+
+
+@dataclass
+class StudentSettings:
+    """The few-step student: distribution matching on its own rollouts."""
+
+    steps: int = 400
+    batch: int = 48
+    lr: float = 4e-5
+    lr_critic: float = 1e-4
+    critic_updates: int = 3         # per update of the student
+    guidance: float = 2.0           # of the teacher
+    ema: float = 0.97
+
+
+@dataclass
+class Settings:
+    """Everything that decides a training run besides its data, which is procedural."""
+
+    seed: int = 0
+    model: str = "tiny"             # a file stem of configs/models
+    checkpoint_seconds: float = 120.0
+    log_every: int = 50
+    vae: VaeSettings = field(default_factory=VaeSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    text: TextSettings = field(default_factory=TextSettings)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    student: StudentSettings = field(default_factory=StudentSettings)

@@ -1,0 +1,165 @@
+"""From an integer to a clip: what is in it, where, how it looks, and what its caption says.
+
+A clip depends on its split and seed alone. Splits differ by what they may contain:
+    train    no held-out shape-colour pair, no held-out sentence
+    test     no held-out pair; only held-out sentences
+    held_out at least one held-out pair; any sentence
+Whether a sentence is held out is a property of its text, so no test sentence is ever seen in training.
+"""
+from __future__ import annotations
+
+import colorsys
+import math
+import random
+import zlib
+from dataclasses import dataclass, replace
+
+from training.world.captions import write_caption
+from training.world.layout import NoRoom, place
+from training.world.scene import Backdrop, Scene, View, Wave, World
+from training.world.truth import ObjectTruth, Truth
+from training.world.vocabulary import (
+    BACKGROUNDS, COLOURS, HELD_OUT_PAIRS, KINDS, MOTIONS, PATTERNS, SIZES, SPINNING_KINDS,
+)
+
+SPLITS = ("train", "test", "held_out")
+HELD_OUT_SENTENCES = 16   # one sentence in so many
+COUNT_SHARES = ((1, 0.65), (2, 0.25), (3, 0.10))
+ALIKE_SHARE = 0.5         # of the scenes with several shapes: all of one kind, colour and size
+RETRIES = 400
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A scene with its sentence. `said` holds what the caption says, `truth` all that is true, in the same order."""
+
+    seed: int
+    split: str
+    caption: str
+    said: Truth
+    truth: Truth
+    scene: Scene
+
+
+def sample(seed: int, split: str = "train", world: World = World()) -> Clip:
+    """The clip of `seed` in `split`: the same on every machine and in every order.
+
+    Args: seed: any non-negative int; split: one of SPLITS; world: frame size and rate.
+    Raises: ValueError for an unknown split or a negative seed.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}.")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: seeds count from 0.")
+    rng = random.Random(f"{split}:{seed}")
+    for _ in range(RETRIES):
+        truth = _draw_truth(rng, split)
+        caption, said = write_caption(rng, truth)
+        if split != "held_out" and sentence_is_held_out(caption) != (split == "test"):
+            continue
+        try:
+            scene = _draw_scene(rng, truth, world)
+        except NoRoom:
+            continue
+        return Clip(seed, split, caption, said, truth, scene)
+    raise ValueError(f"{split} seed {seed}: nothing of this split in {RETRIES} tries. Use the next seed.")
+
+
+def sentence_is_held_out(caption: str) -> bool:
+    """Whether `caption` belongs to the sentences that training never sees."""
+    return zlib.crc32(caption.encode()) % HELD_OUT_SENTENCES == 0
+
+
+def pick(rng: random.Random, options):
+    """One of `options`, by a single draw: stable across Python versions."""
+    options = tuple(options)
+    return options[int(rng.random() * len(options))]
+
+
+def _draw_truth(rng: random.Random, split: str) -> Truth:
+    motion, count = pick(rng, MOTIONS), _draw_count(rng)
+    kinds = SPINNING_KINDS if motion == "spin" else KINDS
+    pairs = [(kind, colour) for kind in kinds for colour in COLOURS]
+    seen = [pair for pair in pairs if pair not in HELD_OUT_PAIRS]
+    unseen = [pair for pair in pairs if pair in HELD_OUT_PAIRS]
+    first = _draw_object(rng, unseen if split == "held_out" else seen, count, motion)
+    if rng.random() < ALIKE_SHARE:
+        objects = (first,) * count
+    else:
+        objects = (first, *(_draw_object(rng, seen, count, motion) for _ in range(count - 1)))
+    objects = _grouped(objects)
+    return Truth(objects, motion, pick(rng, BACKGROUNDS), pick(rng, PATTERNS))
+
+
+def _draw_count(rng: random.Random) -> int:
+    draw = rng.random()
+    for count, share in COUNT_SHARES:
+        if draw < share:
+            return count
+        draw -= share
+    return COUNT_SHARES[-1][0]
+
+
+def _draw_object(rng: random.Random, pairs: list[tuple[str, str]], count: int, motion: str) -> ObjectTruth:
+    """One shape of a size that can make this motion in such company."""
+    kind, colour = pick(rng, pairs)
+    crowded = count == 3 or (count == 2 and motion in ("orbit", "zigzag"))
+    sizes = ("small",) if count == 3 and motion != "spin" else ("small", "medium") if crowded else tuple(SIZES)
+    return ObjectTruth(kind, colour, pick(rng, sizes))
+
+
+def _grouped(objects: tuple[ObjectTruth, ...]) -> tuple[ObjectTruth, ...]:
+    """Alike shapes next to each other, and of one size, so that a caption can count them."""
+    size_of = {(item.kind, item.colour): item.size for item in reversed(objects)}
+    order = list(dict.fromkeys((item.kind, item.colour) for item in objects))
+    alike = [replace(item, size=size_of[(item.kind, item.colour)]) for item in objects]
+    return tuple(sorted(alike, key=lambda item: order.index((item.kind, item.colour))))
+
+
+def _draw_scene(rng: random.Random, truth: Truth, world: World) -> Scene:
+    objects = _shuffled(rng, truth.objects)
+    colours = [_tint(rng, COLOURS[item.colour], hue=0.012, saturation=0.04, value=0.04) for item in objects]
+    bodies = place(rng, objects, truth.motion, colours, world)
+    return Scene(bodies, _draw_backdrop(rng, truth, world), _draw_view(rng, world))
+
+
+def _draw_backdrop(rng: random.Random, truth: Truth, world: World) -> Backdrop:
+    base = _tint(rng, BACKGROUNDS[truth.background], hue=0.012, saturation=0.06, value=0.05)
+    contrast = rng.uniform(0.05, 0.07) if truth.pattern != "gradient" else rng.uniform(0.07, 0.09)
+    step = [contrast * (0.4 + 0.6 * channel / max(base)) for channel in base]
+    period = {"stripes": rng.uniform(18, 28), "checker": rng.uniform(28, 40), "noise": rng.uniform(30, 42)}
+    heading, speed = rng.uniform(0, 2 * math.pi), rng.uniform(0.0, 4.0) * world.unit
+    return Backdrop(
+        pattern=truth.pattern,
+        dark=tuple(max(0.0, channel - by) for channel, by in zip(base, step, strict=True)),
+        light=tuple(min(1.0, channel + by) for channel, by in zip(base, step, strict=True)),
+        angle=rng.random(),
+        period=period.get(truth.pattern, 1.0) * world.unit,
+        phase=(rng.random(), rng.random()),
+        slide=(speed * math.cos(heading), speed * math.sin(heading)),
+        texture_seed=int(rng.random() * 2 ** 31),
+    )
+
+
+def _draw_view(rng: random.Random, world: World) -> View:
+    def slow(amplitude: float) -> Wave:
+        return Wave("cosine", amplitude * rng.random(), 1 / rng.uniform(4.0, 7.0), rng.random())
+
+    return View(
+        pan_x=slow(2.2 * world.unit), pan_y=slow(2.2 * world.unit), zoom=slow(0.018), light=slow(0.045),
+        shade=rng.uniform(0.0, 0.10), shade_angle=rng.random(),
+    )
+
+
+def _tint(rng: random.Random, rgb: tuple[float, float, float], hue: float, saturation: float, value: float):
+    """`rgb` moved a little within its name: hue in turns, saturation and value relative."""
+    h, s, v = colorsys.rgb_to_hsv(*rgb)
+    h += rng.uniform(-hue, hue)
+    s = min(1.0, s * (1 + rng.uniform(-saturation, saturation)))
+    v = min(1.0, v * (1 + rng.uniform(-value, value)))
+    return colorsys.hsv_to_rgb(h % 1.0, s, v)
+
+
+def _shuffled(rng: random.Random, items) -> list:
+    keyed = [(rng.random(), item) for item in items]
+    return [item for _, item in sorted(keyed, key=lambda pair: pair[0])]
