@@ -6,7 +6,8 @@
 endurance: the transformer alone (4 denoising passes + 1 context pass a chunk), with every device-to-host
     synchronisation inside a pass an error. A prune cycle is the chunks from one prune to the next; its time
     is their mean. Compared: the first minute of steady cycles and the last.
-exactness: on every tenth chunk, the bf16 model and a float32 twin start from one memory and one noise.
+exactness: on every tenth chunk and the one before it (one prunes, the other does not), the bf16 model and a
+    float32 twin start from one memory and one noise.
 Timings do not depend on the weights. Results are one JSON with GPU, versions and command.
 """
 from __future__ import annotations
@@ -32,7 +33,7 @@ from wan.kv_cache.cache import KVCache
 from wan.kv_cache.policy import build_policy, policy_fields
 from wan.model import CausalWanModel, TextContext, randomize
 
-EVERY = 10  # exactness compares every tenth chunk
+COMPARED = (0, 9)  # of every ten chunks
 
 
 def make_plan(policy: str, model: str, device: torch.device, dtype: str) -> RunPlan:
@@ -137,11 +138,12 @@ def exactness(plan: RunPlan, twin_plan: RunPlan, seconds: float) -> dict:
     exact_text, _ = start(twin_plan, twin)
     rows = []
     for span in spans(plan, seconds):
-        if span.index % EVERY == 0:
+        compared = span.index % 10 in COMPARED
+        if compared:
             twin.cache.copy_memory_of(ours.cache)
             exact = twin.denoise(span, exact_text, noise)
         latents = ours.denoise(span, text, noise)
-        if span.index % EVERY == 0:
+        if compared:
             error = (latents.double() - exact.double()).norm() / exact.double().norm()
             kept = [
                 (a.plan.chosen == b.plan.chosen).float().mean().item() for a, b in

@@ -1,0 +1,142 @@
+"""What lies behind the subjects: its colour, its pattern, and how far it has moved from what it was.
+
+T frames, H height, W width.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from evaluation.analysers.palette import nearest
+from training.world.vocabulary import PATTERNS
+
+LEVELS = 256
+CELL = 2                 # pixels averaged before the pattern is judged: noise and compression go, stripes stay
+PLAIN_DEVIATION = 0.018  # of brightness in 0..1; the faintest pattern of this world has 0.035
+GRADIENT_SHARE = 0.65    # of the variance that a plane explains
+PEAK_REACH = 1.3         # cycles a frame height around a peak that belong to it
+CONE = 0.15              # half the opening of the cone around a direction
+# Stripes and checks have two tones (a fourth moment near 1) and one wave or two equal crossing ones; noise has neither.
+FOURTH_WEIGHT = 0.5
+STRIPED, CHECKED = -0.27, -0.36  # midway between them and noise, as rendered and as blurred
+LOWEST = 2.0             # frequencies below, in cycles a frame height, are slow shading and no pattern
+
+
+@dataclass(frozen=True)
+class Behind:
+    """The background of every frame."""
+
+    rgb: np.ndarray         # [T, 3] mean, 0..1
+    name: np.ndarray        # [T] index into palette.PROTOTYPES; a subject's colour where it left this world's backgrounds
+    pattern: np.ndarray     # [T] index into PATTERNS
+    histogram: np.ndarray   # [T, 3, LEVELS] pixels of each level
+    energy: np.ndarray      # [T, 5] deviation of brightness, and of its variance the shares of a plane, a line, a grid; fourth moment
+
+
+def look_behind(frames: np.ndarray, free: np.ndarray) -> Behind:
+    """Measure the background. Shapes: frames uint8 [T, H, W, 3]; free bool [T, H, W], True where no subject is near."""
+    histogram = np.zeros((len(frames), 3, LEVELS), np.int64)
+    for index, (frame, open_) in enumerate(zip(frames, free, strict=True)):
+        seen = frame[open_]
+        for channel in range(3):
+            histogram[index, channel] = np.bincount(seen[:, channel], minlength=LEVELS)
+    rgb = mean_of(histogram)
+    energy = np.concatenate([_pattern_energy(part, open_) for part, open_ in _blocks(frames, free)])
+    return Behind(rgb, nearest(rgb, lightness=0.7), name_pattern(energy), histogram, energy)
+
+
+def mean_of(histogram: np.ndarray) -> np.ndarray:
+    """Mean colour in 0..1 of histograms [..., 3, LEVELS] -> [..., 3]; 0 where nothing was seen."""
+    return histogram @ np.arange(LEVELS) / np.maximum(histogram.sum(-1), 1) / (LEVELS - 1)
+
+
+def colour_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How far one distribution of colours lies from another, mean over the channels, 0..1.
+
+    The mean absolute difference after sorting both (the 1-Wasserstein distance): a sliding texture costs nothing,
+    a change of any tone counts in full. Shapes: [..., 3, LEVELS] counts, broadcast; returns [...].
+    """
+    cdf_a = np.cumsum(a, -1) / np.maximum(a.sum(-1, keepdims=True), 1)
+    cdf_b = np.cumsum(b, -1) / np.maximum(b.sum(-1, keepdims=True), 1)
+    return np.abs(cdf_a - cdf_b).sum(-1).mean(-1) / (LEVELS - 1)
+
+
+def name_pattern(energy: np.ndarray) -> np.ndarray:
+    """[T, 5] energies -> index into PATTERNS [T]."""
+    deviation, plane, line, grid, fourth = energy.T
+    choice = np.full(len(energy), PATTERNS.index("noise"))
+    choice[grid - FOURTH_WEIGHT * fourth > CHECKED] = PATTERNS.index("checker")
+    choice[line - grid - FOURTH_WEIGHT * fourth > STRIPED] = PATTERNS.index("stripes")
+    choice[plane >= GRADIENT_SHARE] = PATTERNS.index("gradient")
+    choice[deviation < PLAIN_DEVIATION] = PATTERNS.index("plain")
+    return choice
+
+
+def _blocks(frames: np.ndarray, free: np.ndarray, size: int = 64):
+    for start in range(0, len(frames), size):
+        yield frames[start:start + size], free[start:start + size]
+
+
+def _pattern_energy(frames: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """[T, 5], see Behind.energy; line, grid and fourth moment are of what the plane leaves."""
+    bright, open_ = _reduced(frames, free)
+    count = np.maximum(open_.sum((1, 2)), 1)
+    bright = (bright - ((bright * open_).sum((1, 2)) / count)[:, None, None]) * open_
+    total = (bright ** 2).sum((1, 2)) / count
+    rest = bright - _plane(bright, open_)
+    left = (rest ** 2).sum((1, 2)) / count
+    line, grid = _peaks(rest)
+    fourth = (rest ** 4).sum((1, 2)) / count / np.maximum(left ** 2, 1e-16)
+    return np.stack([np.sqrt(total), 1 - left / np.maximum(total, 1e-12), line, grid, fourth], 1)
+
+
+def _reduced(frames: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Brightness averaged over cells [T, h, w], and where a whole cell is background."""
+    count, height, width = free.shape
+    height, width = height // CELL * CELL, width // CELL * CELL
+    channels = frames[:, :height, :width].astype(np.float32)
+    bright = (channels[..., 0] + channels[..., 1] + channels[..., 2]) / (3 * 255)
+    bright = bright.reshape(count, height // CELL, CELL, width // CELL, CELL).mean((2, 4))
+    open_ = free[:, :height, :width].reshape(count, height // CELL, CELL, width // CELL, CELL).all((2, 4))
+    return bright, open_
+
+
+def _plane(bright: np.ndarray, open_: np.ndarray) -> np.ndarray:
+    """The least-squares plane through `bright` where `open_`, zero elsewhere. [T, h, w]."""
+    _, height, width = bright.shape
+    ys, xs = np.mgrid[-1:1:height * 1j, -1:1:width * 1j]
+    basis = np.stack([np.ones_like(xs), xs, ys])                                     # [3, h, w]
+    normal = np.einsum("ahw,bhw,thw->tab", basis, basis, open_.astype(np.float32))
+    right = np.einsum("ahw,thw->ta", basis, bright)
+    slope = np.linalg.solve(normal + 1e-3 * np.eye(3), right[..., None])[..., 0]
+    return np.einsum("ta,ahw->thw", slope, basis) * open_
+
+
+def _peaks(rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of the energy along the strongest wave's direction, and in its square grid. [T] each.
+
+    The first is that of all frequencies within a narrow double cone, as stripes have, harmonics included.
+    The second is that of the strongest frequency and of the same frequency turned by 90 degrees, the weaker counted twice,
+    as checks have.
+    """
+    count, height, width = rest.shape
+    taper = np.hanning(height + 2)[1:-1, None] * np.hanning(width + 2)[1:-1]
+    power = np.abs(np.fft.fft2(rest * taper)) ** 2
+    fy = (np.fft.fftfreq(height)[:, None] * height) + np.zeros((height, width))       # cycles a frame height
+    fx = (np.fft.fftfreq(width) * height) + np.zeros((height, width))
+    power *= np.hypot(fx, fy) >= LOWEST
+    total = np.maximum(power.sum((1, 2)), 1e-12)
+    best = power.reshape(count, -1).argmax(1)
+    top_x, top_y = fx.reshape(-1)[best][:, None, None], fy.reshape(-1)[best][:, None, None]
+    for _ in range(2):                                                                # to the peak's centre of mass
+        weight = power * (np.hypot(fx - top_x, fy - top_y) <= PEAK_REACH)
+        mass = np.maximum(weight.sum((1, 2), keepdims=True), 1e-12)
+        top_x, top_y = (weight * fx).sum((1, 2), keepdims=True) / mass, (weight * fy).sum((1, 2), keepdims=True) / mass
+    length = np.maximum(np.hypot(top_x, top_y), 1e-9)
+    beside = np.abs(fx * top_y - fy * top_x) / length                                 # distance from the wave's line
+    along = np.abs(fx * top_x + fy * top_y) / length
+    cone = (power * (beside <= np.maximum(PEAK_REACH, CONE * along))).sum((1, 2)) / total
+    mine = (power * (np.hypot(fx - top_x, fy - top_y) <= PEAK_REACH)).sum((1, 2))
+    turned = (power * (np.hypot(fx + top_y, fy - top_x) <= PEAK_REACH)).sum((1, 2))
+    return cone, 4 * np.minimum(mine, turned) / total                                 # 4: each has its mirror image

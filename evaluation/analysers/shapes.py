@@ -1,0 +1,96 @@
+"""What a component is: kind, colour, place, size and turn, from its pixels' moments.
+
+A shape with n-fold symmetry has a large complex moment of order n: the sum of z**n over its pixels, z = x + iy
+from its centre. Its size says which kind it is, its phase how far it is turned.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from evaluation.analysers.palette import PROTOTYPES, SUBJECTS, oklab
+from evaluation.analysers.segment import Pixels
+from training.world.vocabulary import KINDS
+
+SYMMETRY = {"triangle": 3, "square": 4, "star": 5}
+ORDERS = (3, 4, 5)
+CORE = 0.6      # of the rms radius: empty in a ring, full in all else
+
+# Each kind's features (|moment| of order 3, 4, 5; compactness, 1 for a disc; share of the core), as rendered.
+CENTRES = np.array([
+    {"circle": (0.01, 0.01, 0.01, 1.00, 0.18), "square": (0.01, 0.42, 0.02, 0.96, 0.19),
+     "triangle": (0.65, 0.02, 0.03, 0.83, 0.22), "star": (0.02, 0.03, 0.80, 0.82, 0.22),
+     "ring": (0.01, 0.01, 0.01, 0.55, 0.00)}[kind] for kind in KINDS
+])
+SCALES = np.array([0.32, 0.21, 0.40, 0.22, 0.10])  # half the way between two kinds counts as one, in every feature
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """All components of all frames; lengths in pixels."""
+
+    frame: np.ndarray    # [C]
+    kind: np.ndarray     # [C] index into KINDS
+    colour: np.ndarray   # [C] index into SUBJECTS
+    rgb: np.ndarray      # [C, 3] 0..1, mean
+    x: np.ndarray        # [C]
+    y: np.ndarray        # [C]
+    radius: np.ndarray   # [C] of the disc of equal area
+    turn: np.ndarray     # [C] cycles within one symmetry sector, for polygons
+    area: np.ndarray     # [C]
+    features: np.ndarray  # [C, 5]
+
+
+def describe(frames: np.ndarray, found: Pixels) -> Shapes:
+    """Measure and name every component. Shapes: frames uint8 [T, H, W, 3]."""
+    count = len(found.frame)
+
+    def total(weight: np.ndarray | None = None) -> np.ndarray:
+        return np.bincount(found.component, weight, count).astype(np.float64)
+
+    area = np.maximum(total(), 1)
+    x, y = total(found.x) / area, total(found.y) / area
+    z = (found.x - x[found.component]) + 1j * (found.y - y[found.component])
+    distance = np.abs(z)
+    spread = total(distance ** 2) / area                      # squared rms radius
+    moments = []
+    for order in ORDERS:
+        power = z ** order
+        moments.append((total(power.real) + 1j * total(power.imag)) / np.maximum(total(distance ** order), 1e-9))
+    core = total(distance < CORE * np.sqrt(spread)[found.component]) / area
+    compact = area / (2 * np.pi * np.maximum(spread, 1e-9))
+    features = np.stack([*(np.abs(moment) for moment in moments), compact, core], 1)
+    kind = name_kind(features)
+    rgb = _mean_colour(frames, found, distance, total)
+    phase = np.zeros(count)
+    for name, order in SYMMETRY.items():
+        mine = kind == KINDS.index(name)
+        phase[mine] = np.angle(moments[ORDERS.index(order)][mine]) / (2 * np.pi * order)
+    return Shapes(found.frame, kind, name_colour(rgb), rgb, x, y, np.sqrt(area / np.pi), phase, area, features)
+
+
+def _mean_colour(frames: np.ndarray, found: Pixels, distance: np.ndarray, total) -> np.ndarray:
+    """Mean over the pixels that are surrounded by their own component: its rim is mixed with the background."""
+    height, width = frames.shape[1:3]
+    frame = found.frame[found.component]
+    owner = np.full(frames.shape[:3], -1, np.int32)
+    owner[frame, found.y, found.x] = found.component
+    inside = np.ones(len(found.component), bool)
+    for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+        y, x = np.clip(found.y + dy, 0, height - 1), np.clip(found.x + dx, 0, width - 1)
+        inside &= owner[frame, y, x] == found.component
+    weight = total(inside)
+    values = frames[frame, found.y, found.x] / 255.0 * inside[:, None]
+    return np.stack([total(values[:, channel]) for channel in range(3)], 1) / np.maximum(weight, 1)[:, None]
+
+
+def name_colour(rgb: np.ndarray) -> np.ndarray:
+    """The nearest subject colour, index into SUBJECTS. Shapes: rgb [C, 3] in 0..1; returns [C]."""
+    apart = oklab(rgb)[:, None] - oklab(PROTOTYPES[: len(SUBJECTS)])
+    return (apart ** 2).sum(-1).argmin(-1)
+
+
+def name_kind(features: np.ndarray) -> np.ndarray:
+    """The nearest kind, index into KINDS. Shapes: features [C, 5]; returns [C]."""
+    return (((features[:, None] - CENTRES) / SCALES) ** 2).sum(-1).argmin(-1)

@@ -1,0 +1,154 @@
+"""The training room computes what inference computes: same flows, same windows, same autoencoder."""
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import SMALL, make_tiny, policy_of
+from torch.testing import assert_close
+
+from training.loop import Optimizers, learning_rate, run_stage
+from training.memory import RolloutMemory, Rotation, dense
+from training.parallel_vae import decode_clip, encode_clip
+from training.parts import CaptionEncoder, make_text_encoder, make_tokenizer, make_vae
+from training.settings import TextSettings, VaeSettings
+from training.teacher import TeacherForcedFlow
+from training.world import sample, words
+from wan.vae import WanVAE
+
+FRAMES = 9
+CPU = torch.device("cpu")
+FULL = {"policy": "full", "window_frames": FRAMES}
+
+
+def inputs(tiny, batch: int = 2):
+    generator = torch.Generator().manual_seed(5)
+    shape = (batch, FRAMES, SMALL.in_dim, tiny.geometry.latent_height, tiny.geometry.latent_width)
+    clean, noise = torch.randn(2, *shape, generator=generator)
+    return clean, noise, torch.randn(batch, SMALL.text_len, SMALL.text_dim, generator=generator)
+
+
+@pytest.mark.parametrize("chunk_frames", [1, 3])
+def test_teacher_forcing_equals_inference(chunk_frames: int) -> None:
+    """All chunks at once under the mask give the flow that the KV cache gives chunk by chunk; float32 sums differ in order."""
+    tiny = make_tiny(chunk_frames)
+    clean, noise, embeddings = inputs(tiny)
+    chunks = FRAMES // chunk_frames
+    sigma = torch.linspace(0.2, 0.9, chunks).repeat_interleave(chunk_frames).expand(2, -1)
+    noisy = (1 - sigma[..., None, None, None]) * clean + sigma[..., None, None, None] * noise
+    pipeline = tiny.pipeline(policy_of(FULL), batch=2)
+    pipeline.cache.reset([0, 1])
+    text, flows = pipeline.model.embed_text(embeddings), []
+    for span in tiny.geometry.chunks(FRAMES):
+        pipeline.cache.begin(span)
+        part = slice(span.start, span.stop)
+        flows.append(pipeline.model(noisy[:, part], 1000 * sigma[:, part], text, pipeline.cache))
+        pipeline.remember(span, clean[:, part], text)
+    at_once = TeacherForcedFlow(tiny.geometry, SMALL, FRAMES, CPU)
+    model = at_once.attach(make_tiny(chunk_frames).model)
+    ours = at_once(model, clean, torch.zeros(2, FRAMES), noisy, sigma, embeddings)
+    assert_close(ours, torch.cat(flows, dim=1), rtol=0, atol=2e-5)
+
+
+def test_rollout_memory_equals_the_cache() -> None:
+    """The appended windows that gradients pass through show attention what the KV cache shows it."""
+    tiny = make_tiny()
+    clean, noise, embeddings = inputs(tiny)
+    pipeline = tiny.pipeline(policy_of(FULL), batch=2)
+    pipeline.cache.reset([0, 1])
+    memory = RolloutMemory(Rotation(tiny.geometry, SMALL.head_dim, CPU), SMALL.num_layers, CPU)
+    text, t = pipeline.model.embed_text(embeddings), torch.full((2, 3), 750.0)
+    for span in tiny.geometry.chunks(FRAMES):
+        part = slice(span.start, span.stop)
+        pipeline.cache.begin(span)
+        memory.begin(span)
+        flow = pipeline.model(noise[:, part], t, text, pipeline.cache)
+        assert_close(pipeline.model(noise[:, part], t, text, memory), flow, rtol=0, atol=2e-5)
+        pipeline.remember(span, clean[:, part], text)
+        pipeline.model(clean[:, part], 0 * t, text, memory)
+        memory.commit()
+
+
+def test_gradient_stays_in_the_chunk() -> None:
+    """A rollout's memory carries no gradient into earlier chunks, and the current chunk's does reach the weights."""
+    tiny = make_tiny()
+    model = tiny.model.requires_grad_(True)
+    for block in model.blocks:
+        block.self_attn.backend = block.cross_attn.backend = dense
+    memory = RolloutMemory(Rotation(tiny.geometry, SMALL.head_dim, CPU), SMALL.num_layers, CPU)
+    clean, _, embeddings = inputs(tiny)
+    clean.requires_grad_(True)
+    text, t = model.embed_text(embeddings), torch.zeros(2, 3)
+    for span in tiny.geometry.chunks(FRAMES):
+        memory.begin(span)
+        flow = model(clean[:, span.start:span.stop], t, text, memory)
+        memory.commit()
+    flow.square().sum().backward()
+    assert clean.grad[:, :6].abs().max() == 0
+    assert clean.grad[:, 6:].abs().min(dim=1).values.max() > 0
+    assert model.blocks[0].self_attn.k.weight.grad.abs().max() > 0
+
+
+def test_the_parallel_autoencoder_equals_the_streaming_one() -> None:
+    """Whole clips at once, as trained, against frame by frame with caches, as used."""
+    torch.manual_seed(0)
+    vae = make_vae(VaeSettings(base_dim=8), 16).eval()
+    streaming = WanVAE(vae)
+    pixels = torch.rand(2, 17, 3, 32, 48) * 2 - 1
+    with torch.no_grad():
+        mean, _ = encode_clip(vae, pixels.transpose(1, 2))
+        decoded = decode_clip(vae, mean).transpose(1, 2)
+    assert_close(mean.transpose(1, 2), streaming.encode(pixels), rtol=0, atol=1e-5)
+    assert_close(decoded.clamp(-1, 1), streaming.stream().decode(mean.transpose(1, 2)), rtol=0, atol=2e-5)
+
+
+def test_captions_are_whole_words() -> None:
+    """Every caption of the world is known to the tokenizer, fits the text length, and batching does not change it."""
+    tokenizer = make_tokenizer(words())
+    encoder = CaptionEncoder(tokenizer, make_text_encoder(TextSettings(layers=1, heads=2, ffn_dim=16), 16, tokenizer.get_vocab_size()), 32)
+    captions = [sample(seed).caption for seed in range(200)]
+    ids = encoder.tokens(captions)
+    assert (ids != tokenizer.token_to_id("<unk>")).all()
+    ends = (ids == tokenizer.token_to_id("</s>")).sum(dim=1)
+    assert (ends == 1).all()
+    with torch.no_grad():
+        together = encoder.eval()(ids[:4])
+        assert_close(together[2:3], encoder(ids[2:3]), rtol=0, atol=1e-5)
+
+
+class Count:
+    """A stage that fits one number; its state is its weights."""
+
+    name = "count"
+
+    def __init__(self, steps: int):
+        torch.manual_seed(0)
+        self.steps = steps
+        self.module = torch.nn.Linear(3, 1)
+        self.optimizers = Optimizers(self.module, lr=0.0, lr_rest=0.05)
+
+    def state(self) -> dict:
+        return {"optimizers": self.optimizers.state()}
+
+    def load(self, state: dict) -> None:
+        self.optimizers.load(state["optimizers"])
+
+    def step(self, index: int) -> dict[str, torch.Tensor]:
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(index))
+        loss = (self.module(x) - x.sum(dim=1, keepdim=True)).square().mean()
+        loss.backward()
+        self.optimizers.step(learning_rate(index, self.steps, warmup=2))
+        return {"loss": loss}
+
+
+def test_a_stage_resumes_exactly(tmp_path) -> None:
+    """Stopped and gone on equals never stopped, optimiser included."""
+    common = {"device": CPU, "checkpoint_seconds": 1e9, "log_every": 5}
+    straight = Count(30)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    assert run_stage(straight, tmp_path / "a", seconds=None, **common)
+    assert not run_stage(Count(30), tmp_path / "b", seconds=0.0, **common)  # stops after the first log
+    resumed = Count(30)
+    assert run_stage(resumed, tmp_path / "b", seconds=None, **common)
+    for a, b in zip(straight.module.parameters(), resumed.module.parameters(), strict=True):
+        assert torch.equal(a, b)
