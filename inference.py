@@ -10,29 +10,47 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import NoReturn
+
+import torch
 
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
-from pipeline.build import choose_device, describe, plan_run
+from pipeline.build import (
+    RunPlan,
+    asked_pixel_frames,
+    check_memory,
+    choose_device,
+    describe,
+    plan_run,
+    video_length,
+)
 from pipeline.engine import Engine
-from pipeline.render import LengthRequest, make_jobs, pending_jobs, render
-from utils.config import ConfigError, load_config
-from utils.launch import read_launch
+from pipeline.render import Summary, make_jobs, pending_jobs, reason, refuse_other_settings, render
+from utils.config import load_config
+from utils.launch import Launch, read_launch, wait_for_others
 from utils.outputs import OutputFolder
-from utils.prompts import PromptError, load_prompts, shard
-from wan.checkpoint import CheckpointError
+from utils.prompts import PromptItem, load_prompts, shard
 from wan.kv_cache.policy import build_policy, policy_fields
 
 logger = logging.getLogger("inference")
 
+DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "deep_forcing.yaml"
 DEFAULT_FRAMES = 126
 DEFAULT_SEED = 1356145
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}. --help lists every flag\n")
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; names are those that sibling projects use."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--config_path", type=Path, default=Path("configs/deep_forcing.yaml"), help="method: a YAML of configs/")
+    add("--config_path", type=Path, default=DEFAULT_CONFIG, help="method: a YAML (default: configs/deep_forcing.yaml)")
     add("--prompt", help="one prompt, instead of --data_path")
     add("--data_path", type=Path, help="prompts: .txt (one a line), .jsonl, or a folder (default: the model's own)")
     add("--extended_prompt_path", type=Path, help="longer prompts, line by line; the short ones name the files")
@@ -40,11 +58,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint_path", type=Path, help="transformer weights, any known layout (default: the model's own)")
     add("--use_ema", action="store_true", help="take the averaged weights of a .pt checkpoint")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--num_output_frames", type=int, default=DEFAULT_FRAMES, help="length in latent frames (default %(default)s)")
+    length.add_argument(
+        "--num_output_frames", type=int, default=DEFAULT_FRAMES, help="length in latent frames (default %(default)s)"
+    )
     length.add_argument("--seconds", type=float, help="length in seconds, instead of latent frames")
-    add("--seed", type=int, default=DEFAULT_SEED, help="every prompt starts from it afresh (default %(default)s)")
-    add("--num_samples", type=int, default=1, help="videos per prompt")
-    add("--batch_size", type=int, default=1, help="videos made side by side")
+    add("--seed", type=_whole(0), default=DEFAULT_SEED, help="every prompt starts from it afresh (default %(default)s)")
+    add("--num_samples", type=_whole(1), default=1, help="videos per prompt")
+    add("--batch_size", type=_whole(1), default=1, help="videos made side by side")
     add("--save_with_index", action="store_true", help="name files by line number instead of by prompt")
     add("--i2v", action="store_true", help="continue the image or video that belongs to each prompt")
     add("--policy", help="replace the config's cache policy")
@@ -57,55 +77,81 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dry_run", action="store_true", help="print what would be done and stop")
     add("--random_weights", action="store_true", help="seeded random networks, for benchmarks")
     add("--verbose", action="store_true", help="full traces of failures")
-    options = parser.parse_args(arguments)
-    for name in ("num_samples", "batch_size"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)} must be at least 1")
-    if options.seed < 0:
-        parser.error(f"--seed {options.seed} must be 0 or more")
-    return options
+    return parser.parse_args(arguments)
+
+
+def _whole(least: int):
+    """An argument type: a whole number, at least `least`."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {least}")
+        return number
+
+    return read
+
+
+def make_plan(options: argparse.Namespace, launch: Launch) -> RunPlan:
+    """The run as config and flags decide it."""
+    config = load_config(
+        options.config_path, policy_fields=policy_fields(), build_policy=build_policy, overrides=options.set,
+        policy=options.policy, is_ds_only=bool(options.is_ds_only), budget=options.budget, recent=options.recent,
+    )
+    return plan_run(
+        config, checkpoint=options.checkpoint_path, use_ema=options.use_ema,
+        device=choose_device(options.device, launch.local_rank), random_weights=options.random_weights,
+    )
+
+
+def read_prompts(options: argparse.Namespace, plan: RunPlan) -> list[PromptItem]:
+    """What to show: the prompts given, or else those that come with the model."""
+    data_path = options.data_path
+    if data_path is None and options.prompt is None:
+        data_path = plan.spec.prompts
+        logger.info("no prompt given: showing %s", data_path)
+    return load_prompts(
+        prompt=options.prompt, data_path=data_path, extended_prompt_path=options.extended_prompt_path, i2v=options.i2v,
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Check everything, then load, then make the videos; returns the exit status."""
     launch = read_launch()
-    config = load_config(
-        options.config_path, policy_fields=policy_fields(), build_policy=build_policy, overrides=options.set, policy=options.policy,
-        is_ds_only=bool(options.is_ds_only), budget=options.budget, recent=options.recent,
-    )
-    plan = plan_run(
-        config, checkpoint=options.checkpoint_path, use_ema=options.use_ema,
-        device=choose_device(options.device, launch.local_rank), random_weights=options.random_weights,
-    )
-    length = LengthRequest(options.num_output_frames, options.seconds)
-    resolved = length.resolve(plan)
-    data_path = options.data_path
-    if data_path is None and options.prompt is None:
-        data_path = plan.spec.prompts
-        logger.info("no prompt given: showing %s", data_path)
-    items = load_prompts(
-        prompt=options.prompt, data_path=data_path, extended_prompt_path=options.extended_prompt_path, i2v=options.i2v,
-    )
+    plan = make_plan(options, launch)
+    pixel_frames = asked_pixel_frames(plan, latent_frames=options.num_output_frames, seconds=options.seconds)
+    items = read_prompts(options, plan)
+    length = video_length(plan, pixel_frames, given_frames=1 if options.i2v else 0)  # a source is one frame at least
+    check_memory(plan, options.batch_size)
     if options.dry_run:
-        print(describe(plan, resolved, options.batch_size))
+        print(describe(plan, length, options.batch_size))
         print(f"prompts   {len(items)} x {options.num_samples} samples -> {options.output_folder}")
         return 0
     folder = OutputFolder(options.output_folder, overwrite=options.overwrite)
-    jobs = make_jobs(plan, items, length, seed=options.seed, num_samples=options.num_samples, with_index=options.save_with_index)
+    jobs = make_jobs(
+        plan, items, pixel_frames, seed=options.seed, num_samples=options.num_samples,
+        with_index=options.save_with_index,
+    )
+    refuse_other_settings(folder, jobs)
     jobs = pending_jobs(folder, shard(jobs, launch.rank, launch.world_size))
-    if not jobs:
-        return 0
-    engine = Engine(plan)
-    engine.prepare([job.item.text for job in jobs])
-    summary = render(engine, folder, jobs, length, batch_size=options.batch_size)
-    logger.info("%d videos finished in %s", len(summary.finished), folder.folder)
-    for stem, reason in summary.failed.items():
-        logger.error("failed: %s: %s", stem, reason)
+    summary = Summary()
+    if jobs:
+        engine = Engine(plan)
+        engine.prepare([job.item.text for job in jobs])
+        summary = render(engine, folder, jobs, pixel_frames, batch_size=options.batch_size)
+        logger.info("finished %d of %d videos in %s", len(summary.finished), len(jobs), folder.folder)
+    for stem, why in summary.failed.items():
+        logger.error("failed: %s: %s", stem, why)
+    if not summary.interrupted:
+        wait_for_others(launch, failed=bool(summary.failed))
     return summary.exit_status
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; bad input is one line on stderr and exit status 2."""
+    """Run the command line; bad input is an error on stderr and exit status 2."""
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("pipeline").setLevel(logging.DEBUG if options.verbose else logging.INFO)
@@ -113,13 +159,13 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         return run(options)
-    except (ConfigError, PromptError, CheckpointError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:  # every error class of this project is a ValueError
         if options.verbose:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {reason(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted before anything was made", file=sys.stderr)
+        print("interrupted at once; finished videos are kept, and the same command goes on from there", file=sys.stderr)
         return 130
 
 

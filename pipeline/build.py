@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.sampler import FewStepSampler
 from utils.config import Config, ConfigError, ModelSpec, load_model_spec
 from utils.hashing import fingerprint, sha256_file
-from wan.checkpoint import check_transformer, weight_files
+from wan.checkpoint import CheckpointError, check_transformer, weight_files
 from wan.geometry import VideoGeometry
 from wan.kv_cache.cache import CacheShape, KVCache
 from wan.kv_cache.policy import KVPolicy, build_policy
@@ -28,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 REAL, EMBEDDED = "wan2.1_t2v_1.3b", "tiny"
 PREVIEW_CHUNKS = 24
+MOST_PIXEL_FRAMES = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,25 +52,34 @@ class RunPlan:
     def cache_shape(self, batch: int) -> CacheShape:
         a = self.architecture
         return CacheShape(
-            layers=a.num_layers, heads=a.num_heads, head_dim=a.head_dim, batch=batch, device=self.device, dtype=self.dtype,
+            layers=a.num_layers, heads=a.num_heads, head_dim=a.head_dim, batch=batch,
+            device=self.device, dtype=self.dtype,
         )
 
+    @cached_property
     def weights(self) -> dict[str, str]:
         """Content hash of each part's files; large files are hashed once and remembered."""
         if self.random_weights:
             return {"transformer": "random", "text_encoder": "random", "vae": "random"}
-        parts = {"transformer": self.spec.checkpoint, "text_encoder": self.spec.text_encoder, "tokenizer": self.spec.tokenizer, "vae": self.spec.vae}
-        return {name: content_hash(path) for name, path in parts.items()}
+        spec = self.spec
+        return {
+            "transformer": content_hash(spec.checkpoint), "text_encoder": content_hash(spec.text_encoder),
+            "tokenizer": content_hash(spec.tokenizer), "vae": content_hash(spec.vae),
+        }
 
     def settings(self) -> dict[str, Any]:
         """What decides the pixels besides prompt, seed and length; plain data."""
+        config = {key: value for key, value in self.config.resolved().items() if key != "model"}
+        chosen = {"height": self.geometry.height, "width": self.geometry.width, "dtype": dtype_name(self.dtype)}
         return {
-            "config": {k: v for k, v in self.config.resolved().items() if k != "model"} | {"height": self.geometry.height, "width": self.geometry.width, "dtype": str(self.dtype).removeprefix("torch.")},
-            "transformer": dataclasses.asdict(self.architecture), "fps": self.geometry.fps, "use_ema": self.use_ema, "weights": self.weights(),
+            "config": config | chosen, "transformer": dataclasses.asdict(self.architecture), "fps": self.geometry.fps,
+            "use_ema": self.use_ema, "weights": self.weights,
         }
 
 
-def plan_run(config: Config, *, checkpoint: Path | None, use_ema: bool, device: torch.device, random_weights: bool) -> RunPlan:
+def plan_run(
+    config: Config, *, checkpoint: Path | None, use_ema: bool, device: torch.device, random_weights: bool,
+) -> RunPlan:
     """Decide and check everything that needs no weights.
 
     Args:
@@ -82,7 +95,8 @@ def plan_run(config: Config, *, checkpoint: Path | None, use_ema: bool, device: 
         geometry = VideoGeometry(
             height=config.height or spec.height, width=config.width or spec.width, fps=spec.fps,
             chunk_frames=config.num_frame_per_block, independent_first_frame=config.independent_first_frame,
-            patch=architecture.patch_size[1:], spatial_stride=spec.spatial_stride, temporal_stride=spec.temporal_stride,
+            patch=architecture.patch_size[1:], spatial_stride=spec.spatial_stride,
+            temporal_stride=spec.temporal_stride,
         )
         settings = dict(config.kv_cache)
         policy = build_policy(settings.pop("policy"), settings)
@@ -104,7 +118,7 @@ def plan_run(config: Config, *, checkpoint: Path | None, use_ema: bool, device: 
 
 
 def choose_model(name: str, checkpoint: Path | None, random_weights: bool) -> ModelSpec:
-    """The model that `name` means; `auto` is the 1.3B model if its checkpoint is there or named, else the embedded one."""
+    """The model that `name` means; `auto` is the 1.3B model if its checkpoint is there or named, else the tiny one."""
     if name != "auto":
         spec = load_model_spec(name)
     else:
@@ -112,8 +126,13 @@ def choose_model(name: str, checkpoint: Path | None, random_weights: bool) -> Mo
         embedded = load_model_spec(EMBEDDED)
         if not (random_weights or checkpoint or spec.checkpoint.exists()):
             if not embedded.checkpoint.exists():
-                raise ConfigError(f"no weights: {spec.checkpoint} is not there, nor is the embedded model. Get them with: {spec.download}")
-            logger.info("no checkpoint at %s: using the embedded tiny model. The real one: %s", spec.checkpoint, spec.download)
+                raise ConfigError(
+                    f"no weights: {spec.checkpoint} is not there, nor is the embedded model "
+                    f"({embedded.checkpoint}). Get them with: {spec.download}"
+                )
+            logger.info(
+                "no checkpoint at %s: using the embedded tiny model. The real one: %s", spec.checkpoint, spec.download
+            )
             spec = embedded
     return spec if checkpoint is None else dataclasses.replace(spec, checkpoint=Path(checkpoint))
 
@@ -146,15 +165,24 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """The dtype asked for; by default bfloat16 on a GPU, float32 on a CPU."""
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name or ("bfloat16" if device.type == "cuda" else "float32")]
+    name = name or ("bfloat16" if device.type == "cuda" else "float32")
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As a config writes it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def check_files(plan: RunPlan) -> None:
     """Every file is there and the transformer's tensors fit; headers only, so that a wrong file costs seconds."""
     spec = plan.spec
-    for flag, path in (("text encoder", spec.text_encoder), ("tokenizer", spec.tokenizer), ("VAE", spec.vae), ("checkpoint", spec.checkpoint)):
+    parts = {
+        "checkpoint": spec.checkpoint, "text encoder": spec.text_encoder, "tokenizer": spec.tokenizer, "VAE": spec.vae,
+    }
+    for part, path in parts.items():
         if not path.exists():
-            raise ConfigError(f"{flag} {path} is not there. Get it with: {spec.download}")
+            raise ConfigError(f"{part} {path} is not there. Get it with: {spec.download}")
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in CausalWanModel(plan.architecture).state_dict().items()}
     check_transformer(spec.checkpoint, expected, use_ema=plan.use_ema)
@@ -174,42 +202,62 @@ def content_hash(path: Path) -> str:
 class Length:
     """How long a video becomes."""
 
-    latent_frames: int  # whole chunks, given frames included
     pixel_frames: int   # what the file is cut to
+    asked_frames: int   # fewest latent frames that hold them
+    latent_frames: int  # whole chunks, given frames included
 
-    @classmethod
-    def resolve(cls, plan: RunPlan, *, latent_frames: int | None, seconds: float | None, given_frames: int = 0) -> Length:
-        """The length asked for, in latent frames or seconds, rounded up to whole chunks.
+    @property
+    def notice(self) -> str | None:
+        """One line if more is computed than was asked for."""
+        if self.latent_frames == self.asked_frames:
+            return None
+        return (
+            f"{self.asked_frames} latent frames are rounded up to {self.latent_frames}, whole chunks; "
+            f"the file is cut to {self.pixel_frames} pixel frames"
+        )
 
-        Raises:
-            ConfigError: nothing to generate, or longer than the policy can go.
-        """
-        g = plan.geometry
-        if seconds is not None:
-            if not 0 < seconds < float("inf"):
-                raise ConfigError(f"--seconds {seconds} must be above 0.")
-            pixel_frames = g.pixel_frames_of_seconds(seconds)
-            wanted = g.latent_frames(pixel_frames)
-        else:
-            if latent_frames < 1:
-                raise ConfigError(f"--num_output_frames {latent_frames} must be at least 1 latent frame.")
-            wanted, pixel_frames = latent_frames, g.pixel_frames(latent_frames)
-        if wanted <= given_frames:
-            raise ConfigError(f"the length asked for is {wanted} latent frames, and {given_frames} are given: nothing is left to generate. Ask for more.")
-        whole = g.whole_chunks(wanted, prefilled=given_frames)
-        if whole != wanted:
-            logger.info(
-                "%d latent frames are rounded up to %d, whole chunks of %d; the file is cut to %d pixel frames (%.2f s)",
-                wanted, whole, g.chunk_frames, pixel_frames, pixel_frames / g.fps,
-            )
-        limit = plan.policy.max_frames
-        if limit is not None and whole > limit:
-            raise ConfigError(
-                f"the video needs {whole} latent frames, but kv_cache.policy=full keeps every frame and has a window of {limit} "
-                f"(local_attn_size: -1 is defined up to the length of a training clip). Choose a policy that forgets, such as "
-                f"--policy rolling or configs/deep_forcing.yaml, or pay for the memory with --set kv_cache.policy=full --set kv_cache.window_frames={whole}."
-            )
-        return cls(latent_frames=whole, pixel_frames=min(pixel_frames, g.pixel_frames(whole)))
+
+def asked_pixel_frames(plan: RunPlan, *, latent_frames: int, seconds: float | None) -> int:
+    """The length asked for, in pixel frames; `seconds` goes before `latent_frames`.
+
+    Raises:
+        ConfigError: nothing, no number, or more than a video file can count.
+    """
+    g = plan.geometry
+    if seconds is None:
+        flag, amount = f"--num_output_frames {latent_frames}", latent_frames * g.temporal_stride
+    else:
+        flag, amount = f"--seconds {seconds}", seconds * g.fps
+    if not 0 < amount <= MOST_PIXEL_FRAMES:
+        raise ConfigError(
+            f"{flag} is no length that a video can have. Ask for more than 0, and at most "
+            f"{MOST_PIXEL_FRAMES // g.fps} seconds: an mp4 counts its frames in 32 bits."
+        )
+    return g.pixel_frames(latent_frames) if seconds is None else g.pixel_frames_of_seconds(seconds)
+
+
+def video_length(plan: RunPlan, pixel_frames: int, *, given_frames: int) -> Length:
+    """The length of a video that begins with `given_frames` latent frames, rounded up to whole chunks.
+
+    Raises:
+        ConfigError: nothing is left to generate, or it is longer than the policy can go.
+    """
+    g, limit = plan.geometry, plan.policy.max_frames
+    asked = g.latent_frames(pixel_frames)
+    if asked <= given_frames:
+        raise ConfigError(
+            f"the length asked for is {asked} latent frames, and {given_frames} are given: nothing is left to "
+            "generate. Ask for more with --num_output_frames or --seconds."
+        )
+    whole = g.whole_chunks(asked, prefilled=given_frames)
+    if limit is not None and whole > limit:
+        raise ConfigError(
+            f"the video needs {whole} latent frames, but kv_cache.policy=full keeps every frame and has a window of "
+            f"{limit} (local_attn_size: -1 is defined up to the length of a training clip). Choose a policy that "
+            "forgets, such as --policy rolling or configs/deep_forcing.yaml, or pay for the memory with "
+            f"--set kv_cache.policy=full --set kv_cache.window_frames={whole}."
+        )
+    return Length(pixel_frames, asked, whole)
 
 
 # --- what a run will do -------------------------------------------------------------------------------
@@ -230,18 +278,44 @@ def preview_windows(plan: RunPlan, length: Length) -> Iterator[int]:
 
 
 def estimate_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
-    """Memory of each part, from shapes alone; the VAE's work space is not in it."""
+    """Memory of transformer and cache, from shapes alone."""
     size = plan.dtype.itemsize
     with torch.device("meta"):
         parameters = sum(p.numel() for p in CausalWanModel(plan.architecture).parameters())
     sizes = plan.policy.sizes(plan.geometry)
     token = 2 * plan.architecture.dim * plan.architecture.num_layers * size * batch  # keys and values of all layers
-    parts = {"transformer": parameters * size, "kv_store": sizes.capacity_tokens * token, "kv_window": sizes.window_tokens * token}
-    if not plan.random_weights:
-        for name, path in (("text_encoder (freed before generation)", plan.spec.text_encoder), ("vae", plan.spec.vae)):
+    return {
+        "transformer": parameters * size, "kv_store": sizes.capacity_tokens * token,
+        "kv_window": sizes.window_tokens * token,
+    }
+
+
+def file_bytes(plan: RunPlan) -> dict[str, int]:
+    """Size of the other networks' files, where it is clear which those are."""
+    parts: dict[str, int] = {}
+    if plan.random_weights:
+        return parts
+    networks = {"text_encoder (freed before generation)": plan.spec.text_encoder, "vae": plan.spec.vae}
+    for name, path in networks.items():
+        with suppress(CheckpointError):  # a folder of several networks, which only the loader of this one can read
             files = [path] if path.is_file() else weight_files(path, subfolder=path.name)
             parts[name] = sum(file.stat().st_size for file in files)
     return parts
+
+
+def check_memory(plan: RunPlan, batch: int) -> None:
+    """Raise ConfigError if transformer and cache alone need more memory than the device has."""
+    need = sum(estimate_bytes(plan, batch).values())
+    if plan.device.type == "cuda":
+        there = torch.cuda.get_device_properties(plan.device).total_memory
+    else:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > there:
+        raise ConfigError(
+            f"{plan.geometry.width}x{plan.geometry.height} at --batch_size {batch} needs {need / 2**30:,.1f} GiB "
+            f"for transformer and cache, and {plan.device} has {there / 2**30:,.1f} GiB. "
+            "Lower the size, --batch_size or kv_cache.window_frames; --dry_run shows what each part needs."
+        )
 
 
 def describe(plan: RunPlan, length: Length, batch: int) -> str:
@@ -249,15 +323,21 @@ def describe(plan: RunPlan, length: Length, batch: int) -> str:
     g, sizes = plan.geometry, plan.policy.sizes(plan.geometry)
     windows = list(islice(preview_windows(plan, length), PREVIEW_CHUNKS + 1))
     shown = ", ".join(map(str, windows[:PREVIEW_CHUNKS])) + (", ..." if len(windows) > PREVIEW_CHUNKS else "")
-    memory = estimate_bytes(plan, batch)
-    weights = "random" if plan.random_weights else plan.spec.checkpoint
+    times = ", ".join(f"{time:g}" for time in plan.sampler.times)
+    parts = estimate_bytes(plan, batch) | file_bytes(plan)
+    memory = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())
+    weights = "random weights" if plan.random_weights else plan.spec.checkpoint
+    seconds = length.pixel_frames / g.fps
     lines = [
-        f"model     {plan.spec.name}, {weights}, {str(plan.dtype).removeprefix('torch.')} on {plan.device}",
-        f"video     {g.width}x{g.height} at {g.fps} FPS, {length.pixel_frames} pixel frames = {length.pixel_frames / g.fps:.2f} s, "
+        f"model     {plan.spec.name}, {weights}, {dtype_name(plan.dtype)} on {plan.device}",
+        f"video     {g.width}x{g.height} at {g.fps} FPS, {length.pixel_frames} pixel frames = {seconds:.2f} s, "
         f"{length.latent_frames} latent frames of {g.frame_tokens} tokens",
-        f"sampling  chunks of {g.chunk_frames}; timesteps {', '.join(f'{t:g}' for t in plan.sampler.times)}; context pass at {plan.sampler.context_time:g}",
+        f"sampling  chunks of {g.chunk_frames}; timesteps {times}; context pass at {plan.sampler.context_time:g}",
         f"policy    {plan.policy}",
-        f"window    {shown} frames, chunk by chunk; at most {sizes.window_tokens} tokens attended, {sizes.capacity_tokens} stored",
-        "memory    " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in memory.items()) + "; the VAE's work space comes on top",
+        f"window    {shown} frames, chunk by chunk; at most {sizes.window_tokens} tokens attended, "
+        f"{sizes.capacity_tokens} stored",
+        f"memory    {memory}; the VAE's work space comes on top",
     ]
+    if length.notice:
+        lines.insert(2, f"          {length.notice}")
     return "\n".join(lines)

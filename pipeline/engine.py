@@ -20,6 +20,7 @@ from pipeline.noise import SampleSeed, SeededNoise
 from utils.files import user_cache_dir
 from utils.hashing import fingerprint
 from utils.profiling import StageClock
+from utils.prompts import IMAGE_SUFFIXES
 from utils.video import fit_to, read_image, read_video
 from wan.checkpoint import load_transformer
 from wan.geometry import ChunkSpan
@@ -29,8 +30,6 @@ from wan.text_encoder import EmbeddingCache, TextEncoder, embed_prompts
 from wan.vae import WanVAE, to_uint8
 
 logger = logging.getLogger(__name__)
-
-IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 
 @dataclass(frozen=True)
@@ -77,23 +76,25 @@ class Engine:
             self._vae = WanVAE.load(plan.spec.vae, device=plan.device, dtype=plan.dtype)
         self._model = model.eval().requires_grad_(False)
 
-    def source_latents(self, source: Path) -> Tensor:
+    def source_latents(self, source: Path, pixel_frames: int) -> Tensor:
         """Latents [1, F, C, h, w] of an image or a video, scaled and cut to the run's size and frame rate.
 
-        A video keeps its last frames, a number that the VAE's stride divides (1, 5, 9, ...).
+        A video keeps its last frames, a number that the VAE's stride leaves whole (1, 5, 9, ...); of one that is
+        longer than the `pixel_frames` wanted in all, just enough to show it.
         """
         g = self.plan.geometry
-        if source.suffix.lower() in IMAGES:
+        if source.suffix.lower() in IMAGE_SUFFIXES:
             frames = read_image(source)
         else:
-            frames = read_video(source, fps=g.fps)
+            frames = read_video(source, pixel_frames + g.temporal_stride, last=True, fps=g.fps)
             frames = frames[(len(frames) - 1) % g.temporal_stride:]
         frames = torch.from_numpy(fit_to(frames, g.height, g.width))
         pixels = frames.permute(0, 3, 1, 2).unsqueeze(0).float() / 127.5 - 1
         return self._vae.encode(pixels)
 
     def stream(
-        self, requests: Sequence[VideoRequest], latent_frames: int, clock: StageClock | None = None, initial: Tensor | None = None,
+        self, requests: Sequence[VideoRequest], latent_frames: int, clock: StageClock | None = None,
+        initial: Tensor | None = None,
     ) -> Iterator[FrameChunk]:
         """Generate a batch of videos, chunk by chunk; memory does not grow with their length.
 
@@ -101,6 +102,8 @@ class Engine:
             latent_frames: of each video, whole chunks, given frames included.
             clock: adds up the stages `dit` and `vae`.
             initial: latents [B, F0, C, h, w] to continue, from `source_latents`.
+        Raises:
+            FloatingPointError: the networks made something that is no number.
         """
         clock = clock or StageClock(self.plan.device)
         pipeline = self._pipeline_for(len(requests))
@@ -115,8 +118,13 @@ class Engine:
             if chunk is None:
                 return
             with clock.stage("vae"):
-                frames = to_uint8(decoder.decode(chunk.latents))
-            yield FrameChunk(chunk.span, chunk.latents, frames.cpu(), chunk.given)
+                frames = to_uint8(decoder.decode(chunk.latents)).cpu()
+            if not chunk.latents.isfinite().all():  # the passes are over: the device may be asked now
+                raise FloatingPointError(
+                    f"latent frames {chunk.span.start}..{chunk.span.stop - 1} hold values that are not finite. "
+                    "The checkpoint is damaged, or does not suit this config or dtype (--set dtype=float32)."
+                )
+            yield FrameChunk(chunk.span, chunk.latents, frames, chunk.given)
 
     def release(self) -> None:
         """Free the cache after a failure, so that the next video starts from a clean device."""
@@ -146,13 +154,14 @@ class _Embeddings:
         if plan.random_weights:
             self._known = {text: self._random(text) for text in texts}
             return
-        hashes, spec = plan.weights(), plan.spec
+        hashes, spec = plan.weights, plan.spec
         identity = fingerprint([hashes["text_encoder"], hashes["tokenizer"], str(plan.dtype)])
         cache = EmbeddingCache(user_cache_dir() / "embeddings", identity, plan.architecture.text_len)
 
         def load() -> TextEncoder:
             return TextEncoder.load(
-                spec.text_encoder, tokenizer=spec.tokenizer, text_len=plan.architecture.text_len, device=plan.device, dtype=plan.dtype,
+                spec.text_encoder, tokenizer=spec.tokenizer, text_len=plan.architecture.text_len,
+                device=plan.device, dtype=plan.dtype,
             )
 
         self._known = embed_prompts(texts, cache, load)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipeline.build import Length, RunPlan
+from pipeline.build import Length, RunPlan, video_length
 from pipeline.engine import Engine, VideoRequest
 from pipeline.noise import SampleSeed
 from utils.config import ConfigError
@@ -55,19 +56,18 @@ class Summary:
         return 130 if self.interrupted else 1 if self.failed else 0
 
 
-@dataclass(frozen=True)
-class LengthRequest:
-    """The length as the user gave it; what it means depends on how many frames are given."""
-
-    latent_frames: int
-    seconds: float | None
-
-    def resolve(self, plan: RunPlan, given_frames: int = 0) -> Length:
-        return Length.resolve(plan, latent_frames=self.latent_frames, seconds=self.seconds, given_frames=given_frames)
+def reason(error: Exception) -> str:
+    """Why something failed, for people: errors of bad input and of the system speak for themselves."""
+    if isinstance(error, OSError) and error.strerror and error.filename is None:
+        return error.strerror
+    if isinstance(error, OSError | ValueError):
+        return str(error)
+    first_line, _, _ = str(error).partition("\n")  # torch adds its own call stack
+    return f"{type(error).__name__}: {first_line}"
 
 
 def make_jobs(
-    plan: RunPlan, items: Sequence[PromptItem], length: LengthRequest, *, seed: int, num_samples: int, with_index: bool,
+    plan: RunPlan, items: Sequence[PromptItem], pixel_frames: int, *, seed: int, num_samples: int, with_index: bool,
 ) -> list[Job]:
     """One job per prompt and sample. The fingerprint covers everything that decides the pixels."""
     settings, jobs = plan.settings(), []
@@ -76,30 +76,34 @@ def make_jobs(
         for sample in range(num_samples):
             identity = {
                 "text": item.text, "source": source, "seed": seed, "sample": sample, "settings": settings,
-                "latent_frames": length.latent_frames, "seconds": length.seconds,
+                "pixel_frames": pixel_frames,
             }
             stem = video_stem(item, item.index, sample, seed, with_index=with_index)
             jobs.append(Job(item, SampleSeed(seed, sample), stem, fingerprint(identity)))
     return jobs
 
 
-def pending_jobs(folder: OutputFolder, jobs: Sequence[Job]) -> list[Job]:
-    """The jobs that still have to run.
+def is_finished(folder: OutputFolder, job: Job) -> bool:
+    return folder.state(job.stem, job.fingerprint) == "finished"
 
-    Raises:
-        ConfigError: a finished video of the same name was made with other settings.
-    """
-    states = {job.stem: folder.state(job.stem, job.fingerprint) for job in jobs}
-    other = [stem for stem, state in states.items() if state == "other_settings"]
+
+def refuse_other_settings(folder: OutputFolder, jobs: Sequence[Job]) -> None:
+    """Raise ConfigError if a finished video of the same name was made with other settings."""
+    other = [job.stem for job in jobs if folder.state(job.stem, job.fingerprint) == "other_settings"]
     if other:
         raise ConfigError(
-            f"{folder.folder} holds {len(other)} finished video(s) of the same name made with other settings, such as {other[0]}.mp4 "
-            f"(its settings: {folder.sidecar_path(other[0])}). Choose another --output_folder, or redo them with --overwrite."
+            f"{folder.folder} holds {len(other)} finished video(s) of the same name made with other settings, such as "
+            f"{other[0]}.mp4 (its settings: {folder.sidecar_path(other[0])}). "
+            "Choose another --output_folder, or redo them with --overwrite."
         )
-    done = sum(state == "finished" for state in states.values())
-    if done:
-        logger.info("%d of %d videos are finished already and are skipped", done, len(jobs))
-    return [job for job in jobs if states[job.stem] != "finished"]
+
+
+def pending_jobs(folder: OutputFolder, jobs: Sequence[Job]) -> list[Job]:
+    """The jobs that still have to run."""
+    pending = [job for job in jobs if not is_finished(folder, job)]
+    if len(pending) < len(jobs):
+        logger.info("%d of %d videos are finished already and are skipped", len(jobs) - len(pending), len(jobs))
+    return pending
 
 
 def batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
@@ -114,49 +118,68 @@ def batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
     return grouped
 
 
-def render(engine: Engine, folder: OutputFolder, jobs: Sequence[Job], length: LengthRequest, *, batch_size: int) -> Summary:
-    """Make every video. A failure costs that batch alone; Ctrl-C stops at the next chunk."""
-    summary = Summary()
+def render(
+    engine: Engine, folder: OutputFolder, jobs: Sequence[Job], pixel_frames: int, *, batch_size: int,
+) -> Summary:
+    """Make every video. A failure costs that video alone; Ctrl-C stops at the next chunk."""
+    summary, queue, told = Summary(), deque(batches(jobs, batch_size)), set()
     with StopRequest() as stop:
-        for batch in batches(jobs, batch_size):
-            try:
-                complete = _render_batch(engine, folder, batch, length, stop)
-            except Exception as error:
-                logger.error("%s failed: %s", ", ".join(job.stem for job in batch), error, exc_info=logger.isEnabledFor(logging.DEBUG))
-                summary.failed |= {job.stem: f"{type(error).__name__}: {error}" for job in batch}
-                _note_failure(folder, batch, error)
-                engine.release()
+        while queue and not summary.interrupted:
+            batch = [job for job in queue.popleft() if not is_finished(folder, job)]  # another run may have made it
+            if not batch:
                 continue
-            if complete:
+            whole, why = False, None
+            try:
+                whole = _render_batch(engine, folder, batch, pixel_frames, stop, told)
+            except Exception as error:
+                why = reason(error)
+                trace = logger.isEnabledFor(logging.DEBUG)
+                logger.error("%s failed: %s", ", ".join(job.stem for job in batch), why, exc_info=trace)
+            if why is not None:
+                engine.release()  # not earlier: while the error is alive, so are the tensors of its frames
+                if len(batch) == 1:
+                    _note_failure(folder, batch[0], why, summary)
+                else:
+                    logger.info("these %d videos are tried again one by one", len(batch))
+                    queue.extendleft([job] for job in reversed(batch))
+            if whole:
                 summary.finished += [job.stem for job in batch]
-            if stop.requested:
-                summary.interrupted = True
-                break
+            summary.interrupted = stop.requested
+    for job in jobs:
+        if job.stem in summary.failed and is_finished(folder, job):  # another run was making it
+            del summary.failed[job.stem]
     return summary
 
 
-def _note_failure(folder: OutputFolder, batch: Sequence[Job], error: Exception) -> None:
-    for job in batch:
-        try:
-            folder.fail(job.stem, {"prompt": job.item.prompt, "error": f"{type(error).__name__}: {error}", "fingerprint": job.fingerprint})
-        except OSError as full:
-            logger.error("the manifest could not be written either: %s", full)
+def _note_failure(folder: OutputFolder, job: Job, why: str, summary: Summary) -> None:
+    summary.failed[job.stem] = why
+    try:
+        folder.fail(job.stem, {"prompt": job.item.prompt, "error": why, "fingerprint": job.fingerprint})
+    except OSError as full:
+        logger.error("the manifest could not be written either: %s", reason(full))
 
 
-def _render_batch(engine: Engine, folder: OutputFolder, batch: Sequence[Job], request: LengthRequest, stop: StopRequest) -> bool:
-    """Make the videos of one batch; returns whether they are whole."""
+def _render_batch(
+    engine: Engine, folder: OutputFolder, batch: Sequence[Job], pixel_frames: int, stop: StopRequest, told: set[str],
+) -> bool:
+    """Make the videos of one batch; returns whether they are whole. `told` are the notices given so far."""
     plan, clock = engine.plan, StageClock(engine.plan.device)
     reset_peak_memory(plan.device)
     source = batch[0].item.source
-    initial = None if source is None else engine.source_latents(source)
-    length = request.resolve(plan, 0 if initial is None else initial.shape[1])
-    chunks = len(list(plan.geometry.chunks(length.latent_frames, prefilled=0 if initial is None else initial.shape[1])))
+    initial = None if source is None else engine.source_latents(source, pixel_frames)
+    given_frames = 0 if initial is None else initial.shape[1]
+    length = video_length(plan, pixel_frames, given_frames=given_frames)
+    if length.notice and length.notice not in told:
+        logger.info("%s", length.notice)
+        told.add(length.notice)
+    chunks = sum(1 for _ in plan.geometry.chunks(length.latent_frames, prefilled=given_frames))
     left, whole = length.pixel_frames, True
     with ExitStack() as stack:
+        progress = stack.enter_context(VideoProgress(batch[0].stem, num_chunks=chunks, fps=plan.geometry.fps))
         for job in batch:
             folder.start(job.stem)
-        writers = [stack.enter_context(VideoWriter(folder.video_path(job.stem), fps=plan.geometry.fps)) for job in batch]
-        progress = stack.enter_context(VideoProgress(batch[0].stem, num_chunks=chunks, fps=plan.geometry.fps))
+        paths = [folder.video_path(job.stem) for job in batch]
+        writers = [stack.enter_context(VideoWriter(path, fps=plan.geometry.fps)) for path in paths]
         for chunk in engine.stream([job.request for job in batch], length.latent_frames, clock, initial):
             frames = chunk.frames[:, :left]
             left -= frames.shape[1]
@@ -167,7 +190,7 @@ def _render_batch(engine: Engine, folder: OutputFolder, batch: Sequence[Job], re
             if stop.requested and left > 0:
                 whole = False
                 break
-        kept = [writer.keep_partial() for writer in writers] if not whole else []
+        kept = [] if whole else [writer.keep_partial() for writer in writers]
     for job, writer in zip(batch, writers, strict=True):
         record = _record(plan, job, length, writer.frames_written, clock)
         if whole:
@@ -181,6 +204,7 @@ def _render_batch(engine: Engine, folder: OutputFolder, batch: Sequence[Job], re
 
 def _record(plan: RunPlan, job: Job, length: Length, pixel_frames: int, clock: StageClock) -> dict[str, Any]:
     """What stands in the JSON beside a video."""
+    on_gpu = plan.device.type == "cuda"
     return {
         "fingerprint": job.fingerprint,
         "prompt": job.item.prompt,
@@ -197,6 +221,6 @@ def _record(plan: RunPlan, job: Job, length: Length, pixel_frames: int, clock: S
         "settings": plan.settings(),
         "stage_ms": {name: round(ms, 1) for name, ms in clock.totals_ms().items()},
         "peak_memory_bytes": peak_memory_bytes(plan.device),
-        "device": torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(plan.device) if on_gpu else platform.processor() or platform.machine(),
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
     }

@@ -1,7 +1,8 @@
-"""What several test files share: tiny networks with seeded random weights, and ways to run them."""
+"""What test files share: tiny networks with seeded random weights, ways to run them, and a count of the tests."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,3 +108,24 @@ def tiny() -> Tiny:
 def policy(request: pytest.FixtureRequest) -> KVPolicy:
     """Every policy runs every law of the contract."""
     return policy_of(EVERY_POLICY[request.param])
+
+
+# --- a test that never ran is no test ---------------------------------------------------------------------
+
+LEAST_TESTS = 1000
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Whoever runs the whole suite runs all of it: every file was found, and about as many tests as there are."""
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("lf"):
+        files = sorted((ROOT / "tests").rglob("test_*.py"))
+        check_collected(files, {item.path for item in items}, len(items), LEAST_TESTS)
+
+
+def check_collected(files: Collection[Path], found: Collection[Path], count: int, least: int) -> None:
+    """Raise UsageError if one of `files` gave no test, or there are fewer than `least` in all."""
+    silent = [file.relative_to(ROOT).as_posix() for file in files if file not in found]
+    if silent or count < least:
+        raise pytest.UsageError(
+            f"collected {count} tests, {least} are expected at least; no test in: {', '.join(silent) or 'none'}"
+        )

@@ -1,4 +1,4 @@
-"""What each training stage does, as typed settings; configs/training/tiny.yaml holds the values."""
+"""What each training stage does, as typed settings; training/tiny.yaml holds the values."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field

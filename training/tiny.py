@@ -33,7 +33,7 @@ from training.student import StudentStage
 from training.teacher import TeacherStage
 from training.vae import VaeStage, working_dtype
 from training.world import render, sample, to_frames, words
-from utils.config import REPOSITORY, ConfigError, load_model_spec, load_structured
+from utils.config import ConfigError, load_model_spec, load_structured
 from wan.geometry import VideoGeometry
 from wan.model import CausalWanModel
 from wan.vae import WanVAE, to_uint8
@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("vae", "teacher", "student", "export"))
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny"), help="state of all stages")
-    parser.add_argument("--config", type=Path, default=REPOSITORY / "configs/training/tiny.yaml")
+    parser.add_argument("--config", type=Path, default=Path(__file__).with_name("tiny.yaml"))
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="such as teacher.steps=100")
     parser.add_argument("--seconds", type=float, help="stop after so long; the next call goes on")
     parser.add_argument("--which", choices=("teacher", "student"), default="student", help="export: whose transformer")

@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import secrets
+import time
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +21,7 @@ except ImportError:
     fcntl = None
 
 RANDOM_BYTES = 4
+ABANDONED_S = 60.0
 
 
 def user_cache_dir() -> Path:
@@ -78,6 +80,26 @@ def remove_stale(path: Path) -> int:
                 "Wait for it, stop it, or choose another output folder",
             ) from error
         except FileNotFoundError:  # finished or cleaned up meanwhile
+            continue
+        leftover.unlink(missing_ok=True)
+        removed += 1
+        if lock is not None:
+            lock.close()
+    return removed
+
+
+def remove_abandoned(folder: Path, suffix: str) -> int:
+    """Delete temporary files of this suffix that no process holds, whatever they were for; return how many went.
+
+    One that is seconds old is left alone: its maker may not hold it yet.
+    """
+    removed, pattern = 0, re.compile(rf"\..+\.[0-9a-f]{{{2 * RANDOM_BYTES}}}\.tmp{re.escape(suffix)}")
+    for leftover in [path for path in folder.iterdir() if pattern.fullmatch(path.name)]:
+        try:
+            if time.time() - leftover.stat().st_mtime < ABANDONED_S:
+                continue
+            lock = hold(leftover)
+        except (BlockingIOError, FileNotFoundError):  # at work, or gone meanwhile
             continue
         leftover.unlink(missing_ok=True)
         removed += 1

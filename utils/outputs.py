@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from utils.files import remove_stale, write_atomically
+from utils.files import remove_abandoned, remove_stale, write_atomically
 from utils.hashing import fingerprint, sha256_file
 from utils.prompts import PromptItem
 
@@ -76,6 +76,7 @@ class OutputFolder:
             probe = self.folder / ".writable.txt"
             write_atomically(probe, b"")
             probe.unlink(missing_ok=True)
+            remove_abandoned(self.folder, ".mp4")  # of killed runs whose videos had other names
         except OSError as error:
             raise OSError(
                 error.errno,

@@ -81,6 +81,8 @@ def load_prompts(
         raise PromptError("no prompt given. Use --prompt 'text' or --data_path FILE (.txt, .jsonl or a folder)")
     if extended_prompt_path is not None:
         lines = _with_extended(lines, data_path or "--prompt", Path(extended_prompt_path))
+    for line in lines:
+        _check_encodable(line)
     items = [PromptItem(i, line.prompt, line.extended, line.source) for i, line in enumerate(lines) if line.prompt]
     if not items:
         raise PromptError(f"{data_path or '--prompt'}: holds no prompt. Write at least one line of text")
@@ -267,6 +269,14 @@ def _with_extended(lines: list[_Line], data_path: Path | str, extended_path: Pat
         if line.extended is not None:
             raise PromptError(f"{line.where} has its own 'extended' text. Drop it, or drop --extended_prompt_path")
     return [_Line(a.where, a.prompt, b.prompt or None, a.source) for a, b in zip(lines, longer, strict=True)]
+
+
+def _check_encodable(line: _Line) -> None:
+    """Raise PromptError for half a character: a bad byte of a command line, or a lone surrogate of a .jsonl."""
+    try:
+        (line.prompt + (line.extended or "")).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(f"{line.where}: is not valid Unicode ({error.reason}). Write it in UTF-8") from error
 
 
 def _check_sources(items: list[PromptItem], lines: list[_Line], i2v: bool) -> None:

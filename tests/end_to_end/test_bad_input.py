@@ -1,0 +1,288 @@
+"""What cannot work is refused at once: status 2, one clear error, nothing loaded, nothing left behind."""
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from weights import TRANSFORMER
+
+import pipeline.engine
+from end_to_end.runs import PROMPTS, CommandLine, is_whole, manifest, record, videos
+from wan.model import CausalWanModel, randomize
+
+PROMPT = ["--prompt", PROMPTS[0]]
+SHORT = ["--num_output_frames", 3]
+BASE = f"extends: {ROOT / 'configs' / 'base.yaml'}\n"
+
+
+def never(*_: object, **__: object) -> None:
+    raise AssertionError("a network was loaded before the input was found to be bad")
+
+
+@pytest.fixture
+def refused(cli: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Run, expect a refusal, return what stands on stderr."""
+    for owner, name in ((pipeline.engine, "load_transformer"), (pipeline.engine.TextEncoder, "load"),
+                        (pipeline.engine.WanVAE, "load"), (pipeline.engine.WanVAE, "random")):
+        monkeypatch.setattr(owner, name, never)
+
+    def run(*arguments: object, out: str = "videos") -> str:
+        before = sorted(cli.folder.rglob("*"))
+        try:
+            status = cli(*arguments, out=out)
+        except SystemExit as stop:  # argparse ends the process itself
+            status = stop.code
+        said = capsys.readouterr().err
+        assert status == 2
+        assert said.startswith("error: ") and said.count("error: ") == 1 and "Traceback" not in said
+        assert sorted(cli.folder.rglob("*")) == before
+        return said
+
+    return run
+
+
+def expect(said: str, *words: str) -> None:
+    """One line that has all of `words`."""
+    assert said.count("\n") == 1
+    for word in words:
+        assert word in said, f"{word!r} is not in {said!r}"
+
+
+# --- flags, config, length ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--set", "context_nois=1"], ["unknown key context_nois", "Did you mean context_noise?"]),
+        (["--set", "kv_cache.sink_framez=3"], ["kv_cache.sink_framez", "Did you mean sink_frames?"]),
+        (["--set", "kv_cache.sink_frames=14"], ["need 18 frames", "exceeds budget_frames=16", "Lower sink_frames"]),
+        (["--set", "kv_cache.window_frames=99999999999"], ["window_frames=99999999999", "outside"]),
+        (["--set", "sink_frames"], ["--set sink_frames", "write key=value"]),
+        (["--set", "height=33"], ["height=33", "multiple of 16", "Use 32"]),
+        (["--set", "height=160000", "width=160000"], ["160000x160000", "GiB", "Lower the size"]),
+        (["--set", "denoising_step_list=[500,1000]"], ["denoising_step_list=[500, 1000]", "fall strictly"]),
+        (["--set", "model=tinyy"], ["tinyy", "Did you mean tiny?"]),
+        (["--num_output_frames", 0], ["--num_output_frames 0 is no length", "more than 0"]),
+        (["--num_output_frames", 10**30], ["is no length", "at most"]),
+        (["--num_output_frames", "three"], ["--num_output_frames", "'three'"]),
+        (["--seconds", 0], ["--seconds 0.0 is no length", "more than 0"]),
+        (["--seconds", "nan"], ["--seconds nan is no length"]),
+        (["--seconds", "1e308"], ["--seconds 1e+308 is no length"]),
+        (["--seconds", 5, *SHORT], ["--num_output_frames", "not allowed with", "--seconds"]),
+        (["--policy", "particpative"], ["'particpative' is unknown", "Did you mean participative?"]),
+        (["--policy", "rolling", "--Budget", 16], ["--Budget 16", "policy rolling does not have", "Drop --Budget"]),
+        (["--Budget", 12, "--Recent", 4], ["need 14 frames", "exceeds budget_frames=12"]),
+        (["--device", "nonsense"], ["--device nonsense", "Use auto, cpu, cuda or cuda:N"]),
+        (["--device", "meta"], ["--device meta", "Use auto, cpu, cuda or cuda:N"]),
+        (["--device", "cuda:99"], ["--device cuda:99", "CUDA devices", "nvidia-smi"]),
+        (["--num_samples", 0], ["--num_samples", "'0'", "at least 1"]),
+        (["--batch_size", 1.5], ["--batch_size", "'1.5'", "whole number"]),
+        (["--seed", -1], ["--seed", "'-1'", "at least 0"]),
+        (["--sed", 1], ["--sed", "--help"]),
+        (["--config_path", "configs/deep_forcin.yaml"], ["deep_forcin.yaml: no such file", "deep_forcing.yaml"]),
+        (["--config_path", "configs/self_forcing_dmd/self_forcing_dmd_sink14.yaml"],
+         ["sink_size=14 and --Recent 4 need 18 frames", "exceeds --Budget 16", "--is_ds_only 1"]),
+        (["--config_path", "configs/full.yaml", "--num_output_frames", 22],
+         ["needs 24 latent frames", "local_attn_size: -1", "window of 21", "--policy rolling"]),
+        (["--i2v"], ["--prompt has no image or video", "--data_path x.png"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if str(value[0]).startswith("--") else "",
+)
+def test_flags(refused, flags: list, words: list):
+    """Each says what was given, why it cannot work, and what to do."""
+    expect(refused(*PROMPT, *flags), *words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu(refused):
+    """--device cuda on a machine without one is refused, not silently run on the CPU."""
+    expect(refused(*PROMPT, "--device", "cuda"), "--device cuda", "0 CUDA devices", "--device cpu")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", ["bad.yaml: is empty", "extends: base.yaml"]),
+        ("- 1\n", ["bad.yaml: holds a list"]),
+        ("a: [1\nb: 2\n", ["bad.yaml:2: not valid YAML"]),
+        (BASE + "height: 32\nheight: 64\n", [":3: not valid YAML", "duplicate key height"]),
+        (BASE + "num_frames_per_block: 1\n", [":2: unknown key", "Did you mean num_frame_per_block?"]),
+        (BASE + "num_frame_per_block: true\n", [":2: num_frame_per_block=True is not allowed"]),
+        (BASE + "height: ${nowhere}\n", [":2: height has no value", "nowhere"]),
+        (BASE + "height: !!python/object/apply:os.system ['touch pwned']\n", [":2: not valid YAML"]),
+        (BASE + "model_kwargs: {local_attn_size: -1}\n", ["needs 24 latent frames", "local_attn_size: -1"]),
+        ("extends: bad.yaml\n", ["circle"]),
+        ("extends: nowhere.yaml\n", ["nowhere.yaml: no such file", "extends it"]),
+    ],
+)
+def test_config_files(cli: CommandLine, refused, text: str, words: list):
+    """Odd YAML is refused with file and line."""
+    path = cli.folder / "bad.yaml"
+    path.write_text(text)
+    expect(refused(*PROMPT, "--config_path", path, "--num_output_frames", 24), *words)
+    assert not (ROOT / "pwned").exists()
+
+
+# --- prompts --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("empty.txt", b"", ["is empty", "one prompt a line"]),
+        ("blank.txt", b"\n  \r\n", ["is empty"]),
+        ("binary.txt", bytes(range(256)), ["binary file"]),
+        ("latin.txt", "un caf\u00e9".encode("latin-1"), ["line 1 is not UTF-8", "Save the file as UTF-8"]),
+        ("wide.txt", "a cat".encode("utf-16"), ["UTF-16", "Save it as UTF-8"]),
+        ("key.jsonl", b'{"promt": "a cat"}', ["line 1: unknown key 'promt'", "Did you mean 'prompt'?"]),
+        ("half.jsonl", b'{"prompt": "a \\udcff"}', ["line 1: is not valid Unicode"]),
+        ("gone.jsonl", b'{"prompt": "a cat", "image": "cat.png"}', ["names cat.png", "--i2v"]),
+    ],
+)
+def test_prompt_files(cli: CommandLine, refused, name: str, content: bytes, words: list):
+    """A prompt file that is none is refused with the file's name and the remedy."""
+    (cli.folder / name).write_bytes(content)
+    expect(refused("--data_path", cli.folder / name, *SHORT), name, *words)
+
+
+def test_prompts_that_are_not_there(cli: CommandLine, refused):
+    """A missing file names its neighbours; a missing extended line, both files; an empty prompt, itself."""
+    file = cli.prompts(*PROMPTS[:2])
+    expect(refused("--data_path", cli.folder / "promts.txt"), "promts.txt: no such file", "prompts.txt")
+    longer = cli.prompts(PROMPTS[0], name="longer.txt")
+    expect(refused("--data_path", file, "--extended_prompt_path", longer), "has 2 lines", "longer.txt has 1")
+    expect(refused("--data_path", file, *PROMPT), "--prompt and --data_path", "Give one")
+    expect(refused("--prompt", "  "), "--prompt is empty")
+    expect(refused("--prompt", "half \udcff"), "--prompt: is not valid Unicode")
+
+
+def test_long_prompt_is_warned_about_and_made(cli: CommandLine, caplog):
+    """A prompt past the text length is cut, a line says how much is lost, and the video is there."""
+    assert cli("--prompt", "a red circle " * 40, *SHORT) == 0
+    assert is_whole(cli.folder / "videos", 1)
+    [warning] = [line for line in caplog.messages if "longer than the 24" in line]
+    assert "prompt of 121 tokens" in warning and "last 97 are lost" in warning
+
+
+# --- weights --------------------------------------------------------------------------------------------------
+
+class Payload:
+    """Unpickled carelessly, this makes a file."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+def damaged(kind: str, model: Path, folder: Path) -> Path:
+    """A checkpoint that is wrong in the way that `kind` names."""
+    good = model.parent / "transformer" / "diffusion_pytorch_model.safetensors"
+    path = folder / ("weights.pt" if "pt" in kind else "weights.safetensors")
+    tensors = load_file(good)
+    if kind == "truncated":
+        path.write_bytes(good.read_bytes()[:-64])
+    elif kind == "truncated pt":
+        torch.save({"generator": tensors}, path)
+        path.write_bytes(path.read_bytes()[:-5000])
+    elif kind == "other size":
+        other = CausalWanModel(dataclasses.replace(TRANSFORMER, dim=64, num_layers=1))
+        randomize(other, seed=0)
+        save_file(other.state_dict(), path)
+    elif kind == "incomplete":
+        save_file({name: value for name, value in tensors.items() if "head" not in name}, path)
+    elif kind in ("pickled code pt", "old pickled code pt"):
+        content = {"generator": tensors, "note": Payload(folder / "pwned")}
+        torch.save(content, path, _use_new_zipfile_serialization=kind.startswith("pickled"))
+    elif kind == "other group pt":
+        torch.save({"generator_ema": tensors, "critic": tensors}, path)
+    elif kind == "web page pt":
+        path.write_text("<!DOCTYPE html><title>Sign in</title>")
+    elif kind == "empty pt":
+        path.touch()
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("missing", ["is not there", "python -m utils.download"]),
+        ("truncated", ["cannot be read", "cut off or damaged", "python -m utils.download"]),
+        ("truncated pt", ["cannot be read", "cut off or damaged"]),
+        ("other size", ["does not fit", "dim 64, 1 layers", "asks for dim 32, 2 layers"]),
+        ("incomplete", ["does not fit", "missing (3): head.modulation"]),
+        ("pickled code pt", ["refused", "io.open", "could run any program"]),
+        ("old pickled code pt", ["refused", "io.open", "could run any program"]),
+        ("other group pt", ["has no generator", "critic, generator_ema", "Run with --use_ema"]),
+        ("web page pt", ["web page"]),
+        ("empty pt", ["is empty"]),
+    ],
+)
+def test_checkpoints(cli: CommandLine, model: Path, refused, kind: str, words: list):
+    """A checkpoint that is not the model is refused by its header; what it may have pickled never runs."""
+    path = damaged(kind, model, cli.folder)
+    said = refused(*PROMPT, *SHORT, "--checkpoint_path", path)
+    for word in (path.name, *words):
+        assert word in said, f"{word!r} is not in {said!r}"
+    assert not (cli.folder / "pwned").exists()
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "transformer"])
+def test_missing_parts(cli: CommandLine, model: Path, refused, part: str):
+    """Every network's files are looked for first, and the error names the command that gets them."""
+    lacking = cli.folder / "lacking.yaml"
+    lacking.write_text(model.read_text().replace(str(model.parent / part), str(cli.folder / "nowhere")))
+    expect(refused(*PROMPT, *SHORT, "--set", f"model={lacking}"), "nowhere", "python -m utils.download")
+
+
+def test_values_that_are_no_numbers(cli: CommandLine, model: Path):
+    """A checkpoint of nan passes every check of names and shapes: the video fails and is not kept."""
+    tensors = load_file(model.parent / "transformer" / "diffusion_pytorch_model.safetensors")
+    tensors["patch_embedding.weight"].fill_(float("nan"))
+    save_file(tensors, cli.folder / "nan.safetensors")
+    assert cli(*PROMPT, *SHORT, "--checkpoint_path", cli.folder / "nan.safetensors") == 1
+    assert videos(cli.folder / "videos") == {}
+    assert "not finite" in manifest(cli.folder / "videos")[0]["error"]
+
+
+# --- output folder, environment, the process itself -----------------------------------------------------------
+
+def test_output_that_cannot_be_written(cli: CommandLine, refused):
+    """A file in the way, or a folder that nobody can make."""
+    (cli.folder / "file").write_text("mine")
+    for out in ("file", "file/below"):
+        expect(refused(*PROMPT, *SHORT, out=out), f"--output_folder {cli.folder / out} cannot be written to", "Choose")
+    assert (cli.folder / "file").read_text() == "mine"
+
+
+def test_symlinked_output_folder(cli: CommandLine):
+    """A link to a folder is that folder; a link in the place of a video is replaced, never followed."""
+    (cli.folder / "real").mkdir()
+    (cli.folder / "videos").symlink_to(cli.folder / "real")
+    precious = cli.folder / "precious.mp4"
+    precious.write_text("precious")
+    (cli.folder / "real" / "0000-0.mp4").symlink_to(precious)
+    assert cli(*PROMPT, *SHORT, "--save_with_index") == 0
+    assert is_whole(cli.folder / "real", 1) and record(cli.folder / "real", "0000-0")["prompt"] == PROMPTS[0]
+    assert precious.read_text() == "precious"
+
+
+def test_half_a_launch(refused, monkeypatch: pytest.MonkeyPatch):
+    """RANK without WORLD_SIZE would make every process do everything."""
+    monkeypatch.setenv("RANK", "0")
+    expect(refused(*PROMPT, *SHORT), "RANK=0 but not WORLD_SIZE", "torchrun")
+
+
+def test_process_ends_with_one_line(cli: CommandLine, tmp_path: Path):
+    """The program itself, started elsewhere: status 2, nothing but the error on stderr."""
+    arguments = cli.arguments(*PROMPT, "--set", "context_nois=1")
+    command = [sys.executable, str(ROOT / "inference.py"), *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stdout) == (2, "")
+    expect(result.stderr, "error: --set context_nois=1: unknown key")
