@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResample, WanResidualBlock
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -21,12 +22,34 @@ PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
 def make_vae(settings: VaeSettings, latent_channels: int) -> AutoencoderKLWan:
-    """AutoencoderKLWan with a half-resolution patch stage; stride 4x8x8."""
-    return AutoencoderKLWan(
+    """AutoencoderKLWan with a half-resolution patch stage; stride 4x8x8.
+
+    It starts as an image autoencoder applied to every frame: only the newest tap of each temporal kernel is
+    set, temporal resampling picks or repeats a frame, residual branches are silent.
+    """
+    vae = AutoencoderKLWan(
         base_dim=settings.base_dim, z_dim=latent_channels, dim_mult=[1, 2, 4], num_res_blocks=settings.num_res_blocks,
         temperal_downsample=[True, True], in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=8, scale_factor_temporal=4,
         latents_mean=[0.0] * latent_channels, latents_std=[1.0] * latent_channels,
     )
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                taps = module.weight.shape[2] if isinstance(module, nn.Conv3d) else 1
+                nn.init.normal_(module.weight, std=(module.weight[0].numel() / taps) ** -0.5)
+                nn.init.zeros_(module.bias)
+                if taps > 1:
+                    module.weight[:, :, :-1] = 0
+        for module in vae.modules():
+            if isinstance(module, WanResidualBlock):
+                module.conv2.weight.zero_()
+            elif isinstance(module, WanAttentionBlock):
+                module.proj.weight.zero_()
+            elif isinstance(module, WanResample) and module.mode.endswith("3d"):
+                identity = torch.eye(module.dim).repeat(module.time_conv.out_channels // module.dim, 1)
+                module.time_conv.weight.zero_()
+                module.time_conv.weight[:, :, -1, 0, 0] = identity
+    return vae
 
 
 def make_transformer(architecture: WanConfig, seed: int) -> CausalWanModel:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 class VaeSettings:
     """The video autoencoder."""
 
-    steps: int = 3600
+    steps: int = 4500
+    image_steps: int = 2000     # of them on single frames, before anything moves
+    image_batch: int = 256
     batch: int = 32
     latent_frames: int = 5      # of a short clip
     whole_batch: int = 8
     whole_latent_frames: int = 21
-    lr: float = 2e-3
+    lr: float = 1e-3
     ema: float = 0.995
     base_dim: int = 24
     num_res_blocks: int = 1

@@ -1,7 +1,7 @@
 """Stage 1: the video autoencoder, on clips that are rendered once and cut at random.
 
-Most batches are many short clips; every fourth is a few whole ones, since the causal decoder looks far
-back and must not drift when a stream goes on.
+First single frames, which are cheap; then clips: most batches are many short ones, every fourth a few whole
+ones, since the causal decoder looks far back and must not drift when a stream goes on.
 """
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.loop import Ema, Optimizers, copy_tensors, learning_rate
 from training.parallel_vae import decode_clip, encode_clip
@@ -45,6 +45,7 @@ class VaeStage:
         self.steps = settings.vae.steps
         torch.manual_seed(settings.seed)
         self.vae: AutoencoderKLWan = make_vae(settings.vae, latent_channels).to(device, working_dtype(device))
+        channels_last(self.vae)
         self._optimizers = Optimizers(self.vae, lr=0.0, lr_rest=settings.vae.lr, betas=(0.9, 0.99))
         self.ema = Ema(self._optimizers.masters, settings.vae.ema)
         self._pool: Tensor | None = None
@@ -59,8 +60,11 @@ class VaeStage:
 
     def step(self, index: int) -> dict[str, Tensor]:
         s = self._settings.vae
-        whole = index % 4 == 3
-        true = self._crops(s.whole_batch if whole else s.batch, 4 * (s.whole_latent_frames if whole else s.latent_frames) - 3)
+        kind = "image" if index < s.image_steps else "whole" if index % 4 == 3 else "clip"
+        batch, frames = {
+            "image": (s.image_batch, 1), "clip": (s.batch, s.latent_frames), "whole": (s.whole_batch, s.whole_latent_frames),
+        }[kind]
+        true = self._crops(batch, 4 * frames - 3)
         mean, log_variance = (x.float() for x in encode_clip(self.vae, true.to(self.vae.dtype)))
         noise = torch.randn(mean.shape, generator=self._generator, device=self._device)
         ours = decode_clip(self.vae, (mean + noise * (0.5 * log_variance).exp()).to(self.vae.dtype)).float()
@@ -70,7 +74,7 @@ class VaeStage:
         self._optimizers.step(learning_rate(index, self.steps))
         self.ema.update(index)
         mse = F.mse_loss(ours.detach().clamp(-1, 1), true)
-        return {"loss": loss, "kl": kl, "psnr_db_whole" if whole else "psnr_db": -10 * torch.log10(mse / 4)}
+        return {"loss": loss, "kl": kl, f"psnr_db_{kind}": -10 * torch.log10(mse / 4)}
 
     def _crops(self, batch: int, frames: int) -> Tensor:
         """[B, 3, T, H, W] in [-1, 1] from random clips at random moments."""
@@ -81,6 +85,14 @@ class VaeStage:
         start = torch.randint(length - frames + 1, (batch, 1), generator=self._generator, device=self._device)
         picked = self._pool[which, start + torch.arange(frames, device=self._device)]
         return picked.permute(0, 2, 1, 3, 4).float() / 127.5 - 1
+
+
+def channels_last(module: nn.Module) -> None:
+    """Lay convolution weights out as the fast kernels want them; activations follow."""
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d | nn.Conv3d):
+            layout = torch.channels_last_3d if child.weight.ndim == 5 else torch.channels_last
+            child.weight.data = child.weight.data.to(memory_format=layout)
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
