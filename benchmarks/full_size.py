@@ -106,7 +106,8 @@ def endurance(plan: RunPlan, seconds: float) -> dict:
     return summarise(plan, times_ms, windows) | {
         "all_finite": bool(finite), "host_syncs_in_passes": 0,
         "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "allocated_gib_after_chunk_40_and_last": [allocated[min(40, len(allocated) - 1)] / 2**30, allocated[-1] / 2**30],
+        "allocated_gib_after_chunk_40": allocated[min(40, len(allocated) - 1)] / 2**30,
+        "allocated_gib_at_the_end": allocated[-1] / 2**30,
         "chunk_ms": [round(t, 1) for t in times_ms],
     }
 
@@ -145,14 +146,15 @@ def exactness(plan: RunPlan, twin_plan: RunPlan, seconds: float) -> dict:
         latents = ours.denoise(span, text, noise)
         if compared:
             error = (latents.double() - exact.double()).norm() / exact.double().norm()
-            kept = [
-                torch.isin(a.plan.chosen, b.plan.chosen).float().mean().item() for a, b in
-                ((ours.cache.layer(i), twin.cache.layer(i)) for i in range(plan.architecture.num_layers)) if a.plan.chosen is not None
+            pairs = [
+                (ours.cache.layer(i).plan.chosen, twin.cache.layer(i).plan.chosen)
+                for i in range(plan.architecture.num_layers)
             ]
+            overlap = [torch.isin(a, b).float().mean().item() for a, b in pairs if a is not None]
             rows.append({
                 "chunk": span.index, "relative_error": error.item(), "max_error": (latents - exact).abs().max().item(),
                 "finite": bool(exact.isfinite().all() and latents.isfinite().all()),
-                "top_c_overlap": statistics.mean(kept) if kept else None,
+                "top_c_overlap": statistics.mean(overlap) if overlap else None,
             })
         ours.remember(span, latents, text)
     return {"chunks": rows, "relative_error_median": statistics.median(r["relative_error"] for r in rows),
@@ -177,9 +179,12 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         result = exactness(plan, make_plan(options.policy, options.model, device, "float32"), options.seconds)
     result = {
-        "what": options.what, "policy": plan.settings()["config"]["kv_cache"], "seconds": options.seconds, "counted": "transformer: 4 denoising passes + 1 context pass a chunk",
-        "gpu": torch.cuda.get_device_name(0), "torch": torch.__version__, "cuda": torch.version.cuda, "dtype": "bfloat16",
-        "size": f"{plan.geometry.width}x{plan.geometry.height}", "wall_s": time.perf_counter() - begin, "command": " ".join(sys.argv), **result,
+        "what": options.what, "policy": plan.settings()["config"]["kv_cache"], "seconds": options.seconds,
+        "counted": "transformer: 4 denoising passes + 1 context pass a chunk",
+        "gpu": torch.cuda.get_device_name(0), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "dtype": "bfloat16", "size": f"{plan.geometry.width}x{plan.geometry.height}",
+        "wall_s": time.perf_counter() - begin,
+        "command": " ".join(["python -m benchmarks.full_size", *sys.argv[1:]]), **result,
     }
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "chunk_ms"}, indent=1))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
@@ -52,7 +53,8 @@ class Findings:
         ok = bool(self.errors or self.equal) and kept and worst <= TOLERANCE
         line = {"file": path.name, "max_error": worst, "tolerance": TOLERANCE, "kept_equal": kept, "ok": ok}
         if not ok:
-            line["differs"] = [n for n, e in self.errors.items() if e > TOLERANCE] + [n for n, e in self.equal.items() if not e]
+            far = [name for name, error in self.errors.items() if error > TOLERANCE]
+            line["differs"] = far + [name for name, equal in self.equal.items() if not equal]
         return line
 
 
@@ -62,7 +64,7 @@ class Golden:
     def __init__(self, path: Path):
         with safe_open(path, "pt") as file:
             self.header = {key: _parsed(value) for key, value in (file.metadata() or {}).items()}
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -99,7 +101,9 @@ def build(folder: Path, golden: Golden, config: dict, policy: dict, chunk_frames
     model = CausalWanModel(WanConfig(**config))
     model.load_state_dict(Golden(folder / f"model_{golden.header['cfg']}.safetensors").weights("model."))
     stride = 8  # golden sizes are latent sizes; any stride cancels out
-    geometry = VideoGeometry(height=height * stride, width=width * stride, fps=16, chunk_frames=chunk_frames, spatial_stride=stride)
+    geometry = VideoGeometry(
+        height=height * stride, width=width * stride, fps=16, chunk_frames=chunk_frames, spatial_stride=stride,
+    )
     shape = CacheShape(
         layers=config["num_layers"], heads=config["num_heads"], head_dim=model.config.head_dim,
         batch=1, device=model.device, dtype=model.dtype,
@@ -113,8 +117,10 @@ def build(folder: Path, golden: Golden, config: dict, policy: dict, chunk_frames
     return ChunkwisePipeline(model, sampler, geometry, cache)
 
 
-def policy_of(kind: dict, window_frames: int) -> dict:
-    """A golden header's policy in our words."""
+def policy_of(kind: dict, window_frames: int, frames: int) -> dict:
+    """A golden header's policy in our words; a window of -1 frames keeps all."""
+    if window_frames == -1:
+        return {"policy": "full", "window_frames": frames}
     window = {"window_frames": window_frames}
     if kind["kind"] == "pc":
         return window | {
@@ -141,10 +147,13 @@ class Recorder:
         layers = [self.pipeline.cache.layer(i) for i in range(len(model.blocks))]
         tokens = flow.shape[1] * self.pipeline.geometry.frame_tokens
         if len(self.windows[-1]) == 0 and layers[0].plan.chosen is not None:
-            self.events.append({"chunk": len(self.windows) - 1, "length": layers[0].store.length + tokens, "layers": [
-                (torch.cat([x.plan.retain[0], torch.arange(x.store.length, x.store.length + tokens)]), x.plan.chosen[0],
-                 x.store.origin[0]) for x in layers
-            ]})
+            length = layers[0].store.length
+            own = torch.arange(length, length + tokens)
+            self.events.append({
+                "chunk": len(self.windows) - 1, "length": length + tokens,
+                "kept": torch.stack([torch.cat([x.plan.retain[0], own]) for x in layers]),
+                "top": torch.stack([x.plan.chosen[0] for x in layers]),
+            })
         self.windows[-1].append(layers[0].plan.attend.shape[1] + tokens)
         self.flows[-1].append(flow[0])
 
@@ -168,11 +177,12 @@ class Recorder:
 def check_rollout(path: Path, golden: Golden) -> Findings:
     """Latents, first and last flow of each chunk, window lengths, kept and chosen indices."""
     header, found = golden.header, Findings()
-    policy = policy_of(header["policy"], header["local_attn_size"])
+    policy = policy_of(header["policy"], header["local_attn_size"], header["frames"])
     pipeline = build(path.parent, golden, header["model_config"], policy, header["num_frame_per_block"])
     inputs = Golden(path.parent / header["inputs_file"])
     recorder = Recorder(pipeline)
-    latents, lengths = recorder.run(inputs["prompt_embeds"], header["frames"], RecordedNoise(inputs["noise"], inputs["renoise"]))
+    noise = RecordedNoise(inputs["noise"], inputs["renoise"])
+    latents, lengths = recorder.run(inputs["prompt_embeds"], header["frames"], noise)
     flows = recorder.flows[:len(lengths)]
     last = pipeline.sampler.num_passes - 1
     found.close("latents", latents, golden["latents"])
@@ -184,18 +194,25 @@ def check_rollout(path: Path, golden: Golden) -> Findings:
         events = recorder.events
         found.same("prune_chunk", [e["chunk"] for e in events], golden["prune_chunk"])
         found.same("prune_T", [e["length"] for e in events], golden["prune_T"])
-        found.same("keep_idx", torch.stack([torch.stack([kept for kept, _, _ in e["layers"]]) for e in events]), golden["keep_idx"])
-        found.same("topc_idx", torch.stack([torch.stack([top for _, top, _ in e["layers"]]) for e in events]), golden["topc_idx"])
+        for name, ours in (("keep_idx", "kept"), ("topc_idx", "top")):
+            found.same(name, padded([e[ours] for e in events], golden[name].shape[-1]), golden[name])
     return found
+
+
+def padded(indices: list[Tensor], width: int) -> Tensor:
+    """Indices [layers, n] of each event, stacked and filled up to `width` with -1 as the files are."""
+    return torch.stack([F.pad(event, (0, max(0, width - event.shape[-1])), value=-1) for event in indices])
 
 
 def check_forward(path: Path, golden: Golden) -> Findings:
     """Two chunks through the cache, the first remembered as it was seen."""
     found = Findings()
-    pipeline = build(path.parent, golden, golden.header["config"], {"policy": "rolling", "window_frames": 6}, golden["x1"].shape[1])
+    frames = golden["x1"].shape[1]
+    both_chunks = {"policy": "rolling", "window_frames": 2 * frames}
+    pipeline = build(path.parent, golden, golden.header["config"], both_chunks, frames)
     with torch.inference_mode():
         text = pipeline.model.embed_text(golden["prompt_embeds"])
-        for number, span in enumerate(pipeline.geometry.chunks(2 * golden["x1"].shape[1]), start=1):
+        for number, span in enumerate(pipeline.geometry.chunks(2 * frames), start=1):
             pipeline.cache.begin(span)
             flow = pipeline.model(golden[f"x{number}"], golden[f"t{number}"], text, pipeline.cache)
             pipeline.cache.commit()
@@ -242,7 +259,8 @@ def check_vae(path: Path, golden: Golden) -> Findings:
 
 
 CHECKS: dict[str, Callable[[Path, Golden], Findings]] = {
-    "rollout_": check_rollout, "forward_": check_forward, "schedule": check_schedule, "t5_": check_text, "vae_": check_vae,
+    "rollout_": check_rollout, "forward_": check_forward, "schedule": check_schedule, "t5_": check_text,
+    "vae_": check_vae,
 }
 
 
@@ -251,7 +269,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of golden .safetensors files")
     folder = parser.parse_args(arguments).folder
-    files = [(path, check) for path in sorted(folder.glob("*.safetensors")) for prefix, check in CHECKS.items() if path.name.startswith(prefix)]
+    files = [
+        (path, check) for path in sorted(folder.glob("*.safetensors"))
+        for prefix, check in CHECKS.items() if path.name.startswith(prefix)
+    ]
     if not files:
         print(f"{folder}: no golden files (rollout_*, forward_*, schedule, t5_*, vae_*).", file=sys.stderr)
         return 2

@@ -33,7 +33,8 @@ class ChunkwisePipeline:
         self.model, self.sampler, self.geometry, self.cache = model, sampler, geometry, cache
 
     def __call__(
-        self, embeddings: Tensor, num_frames: int, noise: NoiseSource, seeds: list[int], initial_latent: Tensor | None = None,
+        self, embeddings: Tensor, num_frames: int, noise: NoiseSource, seeds: list[int],
+        initial_latent: Tensor | None = None,
     ) -> Iterator[Chunk]:
         """Generate from an empty memory.
 

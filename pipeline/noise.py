@@ -54,9 +54,8 @@ class SeededNoise:
 
     def _draw(self, chunk: ChunkSpan, draw: int) -> Tensor:
         shape = (chunk.frames, *self.frame_shape)
-        noise = torch.stack([
-            torch.randn(shape, generator=torch.Generator().manual_seed(seed.key(chunk.index, draw))) for seed in self.seeds
-        ])
+        generators = [torch.Generator().manual_seed(seed.key(chunk.index, draw)) for seed in self.seeds]
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         if self.device.type != "cuda":
             return noise.to(self.device)
         return noise.pin_memory().to(self.device, non_blocking=True)  # from pinned memory: no host sync in the passes

@@ -41,7 +41,10 @@ class FewStepSampler:
         times = torch.tensor([float(step) for step in self.steps])
         if self.warp:
             if any(step != int(step) for step in self.steps):
-                raise ValueError(f"denoising_step_list={list(self.steps)}: warped steps index a table and must be whole numbers.")
+                raise ValueError(
+                    f"denoising_step_list={list(self.steps)}: warped steps index a table and must be whole numbers. "
+                    "Round them, or set warp_denoising_step: false."
+                )
             times = torch.cat([table, table.new_zeros(1)])[[TABLE_STEPS - int(step) for step in self.steps]]
         nearest = (table[None] - times[:, None]).abs().argmin(dim=1)
         object.__setattr__(self, "times", tuple(times.tolist()))

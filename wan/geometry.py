@@ -111,9 +111,10 @@ class VideoGeometry:
             ValueError: `latent_frames` leaves part of a chunk over; round with `whole_chunks` first.
         """
         if latent_frames <= prefilled or latent_frames != self.whole_chunks(latent_frames, prefilled=prefilled):
+            longer = self.whole_chunks(max(latent_frames, prefilled + 1), prefilled=prefilled)
             raise ValueError(
                 f"{latent_frames} latent frames after {prefilled} given ones are not whole chunks of "
-                f"{self.chunk_frames}; the next length that is: {self.whole_chunks(max(latent_frames, prefilled + 1), prefilled=prefilled)}."
+                f"{self.chunk_frames}; the next length that is: {longer}."
             )
         sizes = [1] if self.independent_first_frame and not prefilled else []
         left = latent_frames - prefilled - sum(sizes)

@@ -7,7 +7,7 @@ B batch, F latent frames, C latent channels, L = F * tokens of a frame, T text t
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
@@ -40,16 +40,18 @@ class WanConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        for name in ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len", "in_dim", "out_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"transformer.{name}={getattr(self, name)} must be at least 1.")
+        for name, size in asdict(self).items():
+            if isinstance(size, int) and size < 1:
+                raise ValueError(f"transformer.{name}={size} must be at least 1.")
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.freq_dim % 2:
             raise ValueError(
                 f"transformer.dim={self.dim} must be num_heads={self.num_heads} times an even head size, "
                 f"and freq_dim={self.freq_dim} even: rotations and sinusoids come in pairs."
             )
         if len(self.patch_size) != 3 or self.patch_size[0] != 1:
-            raise ValueError(f"transformer.patch_size={self.patch_size}: a patch is (1, rows, columns); chunks are counted in latent frames.")
+            raise ValueError(
+                f"transformer.patch_size={self.patch_size}: a patch is (1, rows, columns), one latent frame deep."
+            )
 
     @property
     def head_dim(self) -> int:
@@ -83,6 +85,10 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
+def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, outputs))
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward, modulated per frame."""
 
@@ -94,7 +100,7 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps=eps)
         self.cross_attn = CrossAttention(dim, config.num_heads, eps, backend)
         self.norm2 = nn.LayerNorm(dim, eps=eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim))
+        self.ffn = _mlp(dim, config.ffn_dim, dim)
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
 
     def forward(self, x: Tensor, modulation: Tensor, text: tuple[Tensor, Tensor], memory: Memory) -> Tensor:
@@ -135,7 +141,7 @@ class CausalWanModel(nn.Module):
         self.config = config
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size)
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.text_embedding = _mlp(config.text_dim, dim, dim)
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config, backend) for _ in range(config.num_layers))
@@ -157,7 +163,10 @@ class CausalWanModel(nn.Module):
         """
         expected = (self.config.text_len, self.config.text_dim)
         if embeddings.ndim != 3 or tuple(embeddings.shape[1:]) != expected:
-            raise ValueError(f"prompt embeddings are {tuple(embeddings.shape)}; the model needs [batch, {expected[0]}, {expected[1]}].")
+            raise ValueError(
+                f"prompt embeddings are {tuple(embeddings.shape)}; "
+                f"the model needs [batch, {expected[0]}, {expected[1]}]."
+            )
         context = self.text_embedding(embeddings.to(self.device, self.dtype))
         keys, values = zip(*(block.cross_attn.project(context) for block in self.blocks), strict=True)
         return TextContext(keys, values)
@@ -176,7 +185,7 @@ class CausalWanModel(nn.Module):
         return self._unpatchify(self.head(hidden, embedding), x.shape[-2:])
 
     def _patchify(self, x: Tensor) -> Tensor:
-        """[B, F, C, h, w] -> [B, F, frame_tokens, dim]. A patch is embedded by a matrix product, as the convolution would."""
+        """[B, F, C, h, w] -> [B, F, frame_tokens, dim]; a matrix product does what the convolution would."""
         rows, columns = self.config.patch_size[1:]
         patches = rearrange(x, "b f c (h p) (w q) -> b f (h w) (c p q)", p=rows, q=columns)
         return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)

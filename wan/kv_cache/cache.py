@@ -87,7 +87,9 @@ class LayerCache:
         if self.plan is None:
             self.plan = self._checked_plan()
             self.window.load(self.store, self.plan)
-        phase = self._moment.query_phase(self.plan.query_position, self._frame_tokens, self._shape.head_dim, self._shape.dtype)
+        phase = self._moment.query_phase(
+            self.plan.query_position, self._frame_tokens, self._shape.head_dim, self._shape.dtype
+        )
         return self.window.extend(query, keys, values, phase)
 
     def view(self) -> CacheView:
@@ -133,8 +135,8 @@ class LayerCache:
         attended = plan.attend.shape[1] + self._moment.chunk.frames * self._frame_tokens
         if attended > self.window.tokens or plan.attend.shape != plan.position.shape:
             raise ValueError(
-                f"{type(self._policy).__name__} plans {attended} tokens (positions for {plan.position.shape[1]} of the past), "
-                f"but asked for a window of {self.window.tokens}. Its sizes() and plan() disagree."
+                f"{type(self._policy).__name__} plans {attended} tokens (positions for {plan.position.shape[1]} of the "
+                f"past), but asked for a window of {self.window.tokens}. Its sizes() and plan() disagree."
             )
         return plan
 

@@ -161,7 +161,9 @@ def register(name: str) -> Callable[[type[KVPolicy]], type[KVPolicy]]:
 
     def add(policy: type[KVPolicy]) -> type[KVPolicy]:
         if name in _REGISTRY:
-            raise ValueError(f"KV policy {name!r} is registered twice: {_REGISTRY[name].__module__} and {policy.__module__}.")
+            raise ValueError(
+                f"KV policy {name!r} is registered twice: {_REGISTRY[name].__module__} and {policy.__module__}."
+            )
         _REGISTRY[name] = policy
         return policy
 
@@ -180,15 +182,20 @@ def build_policy(name: str, settings: Mapping[str, Any]) -> KVPolicy:
         ValueError: unknown policy or key (with the nearest match), missing key, wrong type.
     """
     if name not in _REGISTRY:
-        raise ValueError(f"kv_cache.policy={name!r} is unknown.{_nearest(name, _REGISTRY)} Known: {', '.join(sorted(_REGISTRY))}.")
+        known_policies = ", ".join(sorted(_REGISTRY))
+        raise ValueError(f"kv_cache.policy={name!r} is unknown.{_nearest(name, _REGISTRY)} Known: {known_policies}.")
     policy = _REGISTRY[name]
     known = {f.name: f for f in fields(policy)}
     for key in settings:
         if key not in known:
-            raise ValueError(f"unknown key kv_cache.{key} for policy {name}.{_nearest(key, known)} Known: {', '.join(known)}.")
+            keys = ", ".join(known)
+            raise ValueError(f"unknown key kv_cache.{key} for policy {name}.{_nearest(key, known)} Known: {keys}.")
     missing = [key for key, f in known.items() if f.default is MISSING and key not in settings]
     if missing:
-        raise ValueError(f"kv_cache of policy {name} lacks {', '.join(missing)}. Add it to the YAML or with --set kv_cache.{missing[0]}=...")
+        raise ValueError(
+            f"kv_cache of policy {name} lacks {', '.join(missing)}. "
+            f"Add it to the YAML or with --set kv_cache.{missing[0]}=..."
+        )
     hints = get_type_hints(policy)
     for key, value in settings.items():
         _check_type(f"kv_cache.{key}", value, hints[key])

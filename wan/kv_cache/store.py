@@ -27,7 +27,9 @@ class KVStore:
     uses: Tensor    # [B, N] int32, how often the token was chosen
     length: int     # slots in use; a host int, so no one needs .item()
 
-    def __init__(self, batch: int, capacity: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, batch: int, capacity: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype,
+    ):
         self.keys = torch.zeros(batch, capacity, heads, head_dim, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.origin = torch.zeros(batch, capacity, device=device, dtype=torch.int32)
@@ -45,7 +47,7 @@ class KVStore:
     def copy_from(self, other: KVStore) -> None:
         """Take over another store's memory."""
         self.length = other.length
-        for mine, theirs in ((self.keys, other.keys), (self.values, other.values), (self.origin, other.origin), (self.uses, other.uses)):
+        for mine, theirs in zip(self._columns(), other._columns(), strict=True):
             mine[:, :self.length].copy_(theirs[:, :self.length])
 
     def stage(self, keys: Tensor, values: Tensor) -> None:
@@ -70,6 +72,9 @@ class KVStore:
         if kept < self.length:
             staged = torch.arange(self.length, stop, device=retain.device).expand(retain.shape[0], -1)
             survivors = torch.cat([retain, staged], dim=1)
-            for buffer in (self.keys, self.values, self.origin, self.uses):
+            for buffer in self._columns():
                 buffer[:, :kept + new] = take(buffer, survivors)
         self.length = kept + new
+
+    def _columns(self) -> tuple[Tensor, ...]:
+        return self.keys, self.values, self.origin, self.uses

@@ -21,7 +21,9 @@ class QueryVotes:
     of the context pass are what `commit` remembers. Sums are float32 (float64 for float64 queries).
     """
 
-    def __init__(self, batch: int, past_frames: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, batch: int, past_frames: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype,
+    ):
         self._past = torch.zeros(batch, past_frames, heads, head_dim, device=device, dtype=phase_dtype(dtype))
         self._current = self._past[:, :0]
         self._known_frames = 0

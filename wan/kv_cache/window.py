@@ -28,7 +28,9 @@ class Window:
 class WindowBuffer:
     """Rotated keys and gathered values of one layer."""
 
-    def __init__(self, batch: int, tokens: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, batch: int, tokens: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype,
+    ):
         self._keys = torch.zeros(batch, tokens, heads, head_dim, device=device, dtype=dtype)
         self._values = torch.zeros_like(self._keys)
         self._past = 0

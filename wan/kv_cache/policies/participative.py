@@ -6,7 +6,17 @@ from typing import Literal
 
 from torch import Tensor
 
-from wan.kv_cache.policy import CacheSizes, CacheView, KVPolicy, Plan, Positions, VideoGeometry, Votes, check_range, register
+from wan.kv_cache.policy import (
+    CacheSizes,
+    CacheView,
+    KVPolicy,
+    Plan,
+    Positions,
+    VideoGeometry,
+    Votes,
+    check_range,
+    register,
+)
 
 
 @register("participative")
@@ -48,7 +58,7 @@ class ParticipativeCompression(KVPolicy):
                 f"kv_cache.votes=past has no voters: recent_frames={self.recent_frames} are all of the chunk. "
                 f"Raise recent_frames to at least {chunk + 1}, or set votes to both or denoising."
             )
-        check_range("budget_frames", self.budget_frames, 1, self.window_frames, "pruning must leave no more than the window")
+        check_range("budget_frames", self.budget_frames, 1, self.window_frames, "pruning must leave at most the window")
         kept = self.sink_frames + self.recent_frames
         if self.sink_frames < 0 or kept > self.budget_frames:
             raise ValueError(
