@@ -32,7 +32,9 @@ EVERY_POLICY = {
     "naive_sink": {"policy": "sink", "window_frames": 12, "sink_frames": 3, "positions": "original"},
     "deep_sink": {"policy": "sink", "window_frames": 12, "sink_frames": 6},
     "deep_sink_contiguous": {"policy": "sink", "window_frames": 12, "sink_frames": 6, "positions": "contiguous"},
-    "deep_forcing": {"policy": "participative", "window_frames": 12, "sink_frames": 4, "budget_frames": 9, "recent_frames": 4},
+    "deep_forcing": {
+        "policy": "participative", "window_frames": 12, "sink_frames": 4, "budget_frames": 9, "recent_frames": 4,
+    },
     "deep_forcing_unified": {
         "policy": "participative", "window_frames": 12, "sink_frames": 4, "budget_frames": 9, "recent_frames": 4,
         "positions": "unified", "votes": "denoising", "topc_max_reuse": 1,
@@ -72,7 +74,9 @@ class Tiny:
     def text(self, seed: int = 0, batch: int = 1) -> torch.Tensor:
         config = self.model.config
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(1, config.text_len, config.text_dim, generator=generator).expand(batch, -1, -1).to(self.model.dtype)
+        return torch.randn(
+            1, config.text_len, config.text_dim, generator=generator,
+        ).expand(batch, -1, -1).to(self.model.dtype)
 
     def noise(self, *seeds: SampleSeed) -> SeededNoise:
         shape = (self.model.config.in_dim, self.geometry.latent_height, self.geometry.latent_width)
@@ -83,7 +87,8 @@ class Tiny:
         """Latents [B, frames, C, h, w] of a whole rollout."""
         pipeline = pipeline or self.pipeline(policy, len(seeds))
         chunks = pipeline(
-            self.text(text, len(seeds)), frames, self.noise(*seeds), [s.key() for s in seeds], initial_latent=initial_latent,
+            self.text(text, len(seeds)), frames, self.noise(*seeds), [s.key() for s in seeds],
+            initial_latent=initial_latent,
         )
         return torch.cat([chunk.latents for chunk in chunks], dim=1)
 

@@ -51,7 +51,8 @@ def ours(tiny: Tiny, policy: dict, text, noise: Given, frames: int, initial):
         tokens = flow.shape[1] * tiny.geometry.frame_tokens
         windows.append(layers[0].plan.attend.shape[1] + tokens)
         kept.append([[
-            [*plan.retain[b].tolist(), *range(layer.store.length, layer.store.length + tokens)] for b in range(len(text))
+            [*plan.retain[b].tolist(), *range(layer.store.length, layer.store.length + tokens)]
+            for b in range(len(text))
         ] for layer, plan in ((x, x.plan) for x in layers)])
 
     hook = pipeline.model.register_forward_hook(watch)

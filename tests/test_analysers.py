@@ -149,15 +149,17 @@ def test_nothing_there_is_nothing_right():
     truth = Truth((ObjectTruth("star", "red"),), background="gray")
     analysis = analyse(np.full((40, 96, 160, 3), 115, np.uint8), truth)
     assert analysis.video.holds == {
-        "colour": False, "shape": False, "pair": False, "count": False, "background": True, "pattern": None, "motion": None,
+        "colour": False, "shape": False, "pair": False, "count": False, "background": True, "pattern": None,
+        "motion": None,
     }
     assert analysis.video.survival == 0
     written = json.loads(json.dumps(analysis.to_json()))
-    assert written["video"]["speed"] is None and written["truth"]["pattern"] is None and len(written["frames"]["colour"]) == 40
+    assert written["video"]["speed"] is None and written["truth"]["pattern"] is None
+    assert len(written["frames"]["colour"]) == 40
 
 
 def test_a_bright_background_is_no_subject():
-    """Where the background itself turned into a subject's colour, the subject on it is still found and the background is wrong."""
+    """Where the background turned into a subject's colour, the subject is still found and the background is wrong."""
     frames = np.zeros((20, 96, 160, 3), np.uint8)
     frames[:] = (30, 214, 237)
     frames[:, 30:60, 40:70] = (230, 33, 36)
@@ -217,7 +219,9 @@ def test_colour_distance_is_the_sorted_difference():
     def histogram(values):
         return np.stack([np.bincount(values[:, channel], minlength=LEVELS) for channel in range(3)])
 
-    assert colour_distance(histogram(a), histogram(b)) == pytest.approx(np.abs(np.sort(a, 0) - np.sort(b, 0)).mean() / 255)
+    assert colour_distance(histogram(a), histogram(b)) == pytest.approx(
+        np.abs(np.sort(a, 0) - np.sort(b, 0)).mean() / 255
+    )
     assert colour_distance(histogram(a), histogram(np.roll(a, 77, 0))) == 0
     assert colour_distance(histogram(a // 2), histogram(a // 2 + 20)) == pytest.approx(20 / 255)
 

@@ -117,12 +117,18 @@ def test_bad_settings_are_refused(settings: dict, message: str) -> None:
     [
         ({"policy": "sink", "window_frames": 12, "sink_frames": 10}, "outside 0..9"),
         ({"policy": "sink", "window_frames": 2, "sink_frames": 0}, "outside 3.."),
-        ({"policy": "participative", "window_frames": 21, "sink_frames": 14, "budget_frames": 16, "recent_frames": 4}, "need 18 frames, which exceeds budget_frames=16"),
-        ({"policy": "participative", "window_frames": 21, "sink_frames": 10, "budget_frames": 22, "recent_frames": 4}, "budget_frames=22 is outside"),
-        ({"policy": "participative", "window_frames": 21, "sink_frames": 10, "budget_frames": 16, "recent_frames": 2}, "recent_frames=2 is outside 3..21"),
-        ({"policy": "participative", "window_frames": 21, "sink_frames": -1, "budget_frames": 16, "recent_frames": 4}, "sink_frames=-1"),
-        ({"policy": "participative", "window_frames": 21, "sink_frames": 10, "budget_frames": 16, "recent_frames": 3, "votes": "past"}, "no voters"),
-        ({"policy": "participative", "window_frames": 21, "sink_frames": 10, "budget_frames": 16, "recent_frames": 4, "topc_max_reuse": -1}, "topc_max_reuse=-1"),
+        ({"policy": "participative", "window_frames": 21, "sink_frames": 14, "budget_frames": 16, "recent_frames": 4},
+         "need 18 frames, which exceeds budget_frames=16"),
+        ({"policy": "participative", "window_frames": 21, "sink_frames": 10, "budget_frames": 22, "recent_frames": 4},
+         "budget_frames=22 is outside"),
+        ({"policy": "participative", "window_frames": 21, "sink_frames": 10, "budget_frames": 16, "recent_frames": 2},
+         "recent_frames=2 is outside 3..21"),
+        ({"policy": "participative", "window_frames": 21, "sink_frames": -1, "budget_frames": 16, "recent_frames": 4},
+         "sink_frames=-1"),
+        ({"policy": "participative", "window_frames": 21, "sink_frames": 10, "budget_frames": 16, "recent_frames": 3,
+          "votes": "past"}, "no voters"),
+        ({"policy": "participative", "window_frames": 21, "sink_frames": 10, "budget_frames": 16, "recent_frames": 4,
+          "topc_max_reuse": -1}, "topc_max_reuse=-1"),
         ({"policy": "rolling", "window_frames": 1}, "window_frames=1"),
         ({"policy": "full", "window_frames": 0}, "window_frames=0"),
     ],
@@ -138,13 +144,15 @@ def test_every_sink_size_runs(sink_frames: int) -> None:
     """Sinks of 0 to window - chunk, with whatever positions; the window is full and never overfull."""
     for positions in ("released", "contiguous", "original"):
         policy = policy_of({"policy": "sink", "window_frames": 21, "sink_frames": sink_frames, "positions": positions})
-        for _, view, plan, window in walk(policy, chunks=9):
+        for _, view, _, window in walk(policy, chunks=9):
             assert window.keys.shape[1] == min(view.start + 3, 21) * view.frame_tokens
 
 
 def test_equal_budget_leaves_no_top() -> None:
     """sink + recent = budget is Deep Sink that prunes in steps: no token is chosen."""
-    policy = policy_of({"policy": "participative", "window_frames": 12, "sink_frames": 5, "budget_frames": 9, "recent_frames": 4})
+    policy = policy_of({
+        "policy": "participative", "window_frames": 12, "sink_frames": 5, "budget_frames": 9, "recent_frames": 4,
+    })
     frames = [window.keys.shape[1] // view.frame_tokens for _, view, _, window in walk(policy)]
     assert frames == [3, 6, 9, 12, 9, 12, 9, 12, 9, 12]
 

@@ -37,9 +37,11 @@ def to_diffusers(state: State) -> State:
         "time_embedding.2": "condition_embedder.time_embedder.linear_2",
         "text_embedding.0": "condition_embedder.text_embedder.linear_1",
         "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-        "time_projection.1": "condition_embedder.time_proj", "head.modulation": "scale_shift_table", "head.head": "proj_out",
-        ".modulation": ".scale_shift_table", ".norm3.": ".norm2.", ".ffn.0.": ".ffn.net.0.proj.", ".ffn.2.": ".ffn.net.2.",
-        ".self_attn.": ".attn1.", ".cross_attn.": ".attn2.", ".o.": ".to_out.0.", ".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.",
+        "time_projection.1": "condition_embedder.time_proj",
+        "head.modulation": "scale_shift_table", "head.head": "proj_out", ".modulation": ".scale_shift_table",
+        ".norm3.": ".norm2.", ".ffn.0.": ".ffn.net.0.proj.", ".ffn.2.": ".ffn.net.2.",
+        ".self_attn.": ".attn1.", ".cross_attn.": ".attn2.",
+        ".o.": ".to_out.0.", ".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.",
     }
     renamed = {}
     for name, value in state.items():
@@ -86,22 +88,32 @@ LAYOUTS: dict[str, Callable[[Path, State], Path]] = {
     "original folder": lambda folder, state: as_tensors(folder, state).parent,
     "diffusers file": lambda folder, state: as_tensors(folder, to_diffusers(state)),
     "diffusers shards": lambda folder, state: write_shards(folder, to_diffusers(state)).parent,
-    "diffusers repository": lambda folder, state: write_shards(folder / "transformer", to_diffusers(state)).parent.parent,
+    "diffusers repository": (
+        lambda folder, state: write_shards(folder / "transformer", to_diffusers(state)).parent.parent
+    ),
     "index json": lambda folder, state: write_shards(folder, state),
     "prefixed safetensors": lambda folder, state: as_tensors(folder, prefixed("model.", state)),
-    "wrapped diffusers pt": lambda folder, state: as_pt(folder, {"state_dict": prefixed("module.", to_diffusers(state))}),
+    "wrapped diffusers pt": (
+        lambda folder, state: as_pt(folder, {"state_dict": prefixed("module.", to_diffusers(state))})
+    ),
     "grouped safetensors": lambda folder, state: as_tensors(folder, prefixed("generator.model.", state)),
-    "generator": lambda folder, state: as_pt(folder, {"generator": prefixed("model.", state), "critic": {"x": torch.ones(1)}, "step": 3}),
+    "generator": lambda folder, state: as_pt(
+        folder, {"generator": prefixed("model.", state), "critic": {"x": torch.ones(1)}, "step": 3},
+    ),
     "generator of a folder": lambda folder, state: as_pt(folder, {"generator": prefixed("model.", state)}).parent,
     "model": lambda folder, state: as_pt(folder, {"model": state}),
     "state_dict": lambda folder, state: as_pt(folder, {"state_dict": prefixed("model.", state), "epoch": 1}),
     "bare": lambda folder, state: as_pt(folder, prefixed("model.", state)),
-    "bare parameters": lambda folder, state: as_pt(folder, {name: torch.nn.Parameter(value) for name, value in state.items()}),
+    "bare parameters": lambda folder, state: as_pt(
+        folder, {name: torch.nn.Parameter(value) for name, value in state.items()},
+    ),
     "fsdp": lambda folder, state: as_pt(folder, {"generator": prefixed("model._fsdp_wrapped_module.", state)}),
     "fsdp inside": lambda folder, state: as_pt(folder, {"generator": inside("_fsdp_wrapped_module.", state)}),
     "checkpointed": lambda folder, state: as_pt(folder, inside("_checkpoint_wrapped_module.", state)),
     "compiled ddp": lambda folder, state: as_pt(folder, prefixed("module._orig_mod.model.", state)),
-    "legacy pickle": lambda folder, state: as_pt(folder, {"generator": prefixed("model.", state)}, _use_new_zipfile_serialization=False),
+    "legacy pickle": lambda folder, state: as_pt(
+        folder, {"generator": prefixed("model.", state)}, _use_new_zipfile_serialization=False,
+    ),
 }
 
 
@@ -147,7 +159,8 @@ def test_diffusers_names_mean_the_same_network(tmp_path: Path) -> None:
     """One chunk without a past is diffusers' own bidirectional Wan: same file, same flow."""
     torch.manual_seed(0)
     theirs = WanTransformer3DModel(
-        patch_size=SMALL.patch_size, num_attention_heads=SMALL.num_heads, attention_head_dim=SMALL.head_dim, in_channels=SMALL.in_dim,
+        patch_size=SMALL.patch_size, num_attention_heads=SMALL.num_heads, attention_head_dim=SMALL.head_dim,
+        in_channels=SMALL.in_dim,
         out_channels=SMALL.out_dim, text_dim=SMALL.text_dim, freq_dim=SMALL.freq_dim, ffn_dim=SMALL.ffn_dim,
         num_layers=SMALL.num_layers, rope_max_seq_len=32,
     )
@@ -169,7 +182,10 @@ def test_diffusers_names_mean_the_same_network(tmp_path: Path) -> None:
 def test_ema_chooses_between_two_models(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """use_ema takes generator_ema, its absence generator; the log says which."""
     plain, ema = random_state(1), random_state(2)
-    path = as_pt(tmp_path, {"generator": prefixed("model.", plain), "generator_ema": prefixed("model._fsdp_wrapped_module.", ema)})
+    path = as_pt(
+        tmp_path,
+        {"generator": prefixed("model.", plain), "generator_ema": prefixed("model._fsdp_wrapped_module.", ema)},
+    )
     with caplog.at_level(logging.INFO):
         for use_ema, state, group in ((False, plain, "generator"), (True, ema, "generator_ema")):
             read = read_state_dict(path, use_ema=use_ema)
@@ -177,7 +193,9 @@ def test_ema_chooses_between_two_models(tmp_path: Path, caplog: pytest.LogCaptur
             assert caplog.messages[-1].endswith(f"using {group}")
 
 
-@pytest.mark.parametrize(("group", "use_ema", "remedy"), [("generator", True, "without --use_ema"), ("generator_ema", False, "with --use_ema")])
+@pytest.mark.parametrize(("group", "use_ema", "remedy"), [
+    ("generator", True, "without --use_ema"), ("generator_ema", False, "with --use_ema"),
+])
 def test_a_missing_group_is_named(group: str, use_ema: bool, remedy: str, tmp_path: Path) -> None:
     """What is not there is never replaced silently; the error names what is there and the flag to change."""
     path = as_pt(tmp_path, {group: random_state(), "critic": {"x": torch.ones(1)}})
@@ -227,8 +245,12 @@ def meta_state(config: WanConfig) -> Mapping[str, Tensor]:
 def test_another_model_size_is_recognised(tmp_path: Path) -> None:
     """A file of a wider and deeper model says its size and the one asked for."""
     sizes = {name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__}
-    wide = {name: torch.zeros(value.shape) for name, value in meta_state(WanConfig(**(sizes | {"dim": 48, "num_layers": 3}))).items()}
-    with pytest.raises(CheckpointError, match="of dim 48, 3 layers, 3 input channels; the configuration asks for dim 32, 2 layers, 3"):
+    wide = {
+        name: torch.zeros(value.shape)
+        for name, value in meta_state(WanConfig(**(sizes | {"dim": 48, "num_layers": 3}))).items()
+    }
+    message = "of dim 48, 3 layers, 3 input channels; the configuration asks for dim 32, 2 layers, 3"
+    with pytest.raises(CheckpointError, match=message):
         check_transformer(as_tensors(tmp_path, wide), EXPECTED, use_ema=False)
 
 
@@ -238,7 +260,8 @@ def test_another_model_size_is_recognised(tmp_path: Path) -> None:
         ({"token_embedding.weight": torch.ones(2, 2)}, "holds a text encoder, not the transformer"),
         ({"decoder.conv1.weight": torch.ones(2)}, "holds a VAE, not the transformer"),
         ({"blocks.0.ffn.0.lora_A.weight": torch.ones(2)}, "holds a LoRA"),
-        (random_state() | {"head.modulation": torch.ones(1, 2, 32, dtype=torch.int8)}, "not plain float .*head.modulation is torch.int8"),
+        (random_state() | {"head.modulation": torch.ones(1, 2, 32, dtype=torch.int8)},
+         "not plain float .*head.modulation is torch.int8"),
         ({"x.weight": torch.ones(1), "module.x.weight": torch.zeros(1)}, "1 tensors occur twice.*x.weight"),
         ({"generator_lora": {"a": torch.ones(1)}}, "holds generator_lora.*LoRA alone is not a model"),
         ([torch.ones(1)], "holds a list, not named tensors"),

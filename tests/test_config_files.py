@@ -62,7 +62,9 @@ def test_upstream_names_and_ours_agree():
     assert load(DMD / "self_forcing_dmd.yaml") == load(CONFIGS / "self_forcing.yaml")
     assert load(DMD / "self_forcing_dmd_sink10.yaml") == load(CONFIGS / "deep_forcing.yaml")
     assert load(DMD / "self_forcing_dmd_sink10.yaml", is_ds_only=1) == load(CONFIGS / "deep_sink.yaml")
-    assert load(DMD / "self_forcing_dmd.yaml", overrides=["model_kwargs.local_attn_size=-1"]) == load(CONFIGS / "full.yaml")
+    assert load(
+        DMD / "self_forcing_dmd.yaml", overrides=["model_kwargs.local_attn_size=-1"],
+    ) == load(CONFIGS / "full.yaml")
     assert load(CONFIGS / "deep_forcing.yaml", overrides=["num_frame_per_block=1"]) == load(CONFIGS / "framewise.yaml")
 
 
@@ -100,7 +102,8 @@ def test_a_model_has_one_name_and_one_path():
     ("vae: 3", "m.yaml:2: vae=3 is not allowed. Allowed: a path"),
     ("transformer: {dims: 8}", "unknown key transformer.dims. Did you mean dim?"),
     ("transformer: {dim: 2.5}", "m.yaml:2: transformer.dim=2.5 is not allowed"),
-    ("transformer: {patch_size: [2, 2]}", r"transformer.patch_size=\[2, 2\] is not allowed. Allowed: three whole numbers"),
+    ("transformer: {patch_size: [2, 2]}",
+     r"transformer.patch_size=\[2, 2\] is not allowed. Allowed: three whole numbers"),
     ("transformer: 3", "lacks the group transformer"),
 ])
 def test_bad_model_says_where_and_what(tmp_path, change, message):

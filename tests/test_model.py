@@ -9,7 +9,8 @@ from torch.testing import assert_close
 from wan.model import CausalWanModel, WanConfig, timestep_embedding
 
 WAN_1_3B = WanConfig(
-    dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, freq_dim=256, text_dim=4096, text_len=512, in_dim=16, out_dim=16,
+    dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, freq_dim=256, text_dim=4096, text_len=512,
+    in_dim=16, out_dim=16,
 )
 
 
@@ -35,7 +36,7 @@ def test_nothing_hard_codes_a_size(chunk_frames: int, height: int, width: int, n
 
 
 def test_patches_equal_the_convolution() -> None:
-    """Patch embedding as a matrix product is the Conv3d that its weights belong to; unpatchify is its inverse layout."""
+    """Patch embedding as a matrix product is the Conv3d that its weights belong to; unpatchify is its inverse."""
     model = make_tiny().model
     x = torch.randn(1, 3, SMALL.in_dim, 4, 6)
     expected = model.patch_embedding(x.transpose(1, 2)).flatten(3).permute(0, 2, 3, 1)

@@ -13,7 +13,9 @@ from wan.kv_cache.policy import KVPolicy, policy_fields
 FRAMES = 30  # ten chunks: windows of 12 frames roll or prune several times
 
 
-def walk(policy: KVPolicy, *, chunks: int = 10, chunk_frames: int = 3, first_frame: int = 0, seed: int = 3, batch: int = 2):
+def walk(
+    policy: KVPolicy, *, chunks: int = 10, chunk_frames: int = 3, first_frame: int = 0, seed: int = 3, batch: int = 2,
+):
     """Drive a one-layer cache with random q, k, v; yield (layer, view, plan, window) after each chunk's first pass."""
     tiny = make_tiny(chunk_frames=chunk_frames)
     shape = CacheShape(layers=1, heads=2, head_dim=12, batch=batch, device=torch.device("cpu"), dtype=torch.float64)
@@ -47,7 +49,7 @@ def test_slots_are_sorted_unique_and_in_range(policy: KVPolicy) -> None:
         for sample in range(plan.retain.shape[0]):
             retain = plan.retain[sample].tolist()
             assert retain == sorted(set(retain))
-            assert not retain or 0 <= retain[0] and retain[-1] < layer.store.length
+            assert not retain or retain[0] >= 0 and retain[-1] < layer.store.length
             assert set(plan.attend[sample].tolist()) <= set(retain)
 
 
@@ -91,7 +93,9 @@ def test_the_newest_frame_is_always_attended(policy: KVPolicy) -> None:
 
 def test_moving_every_origin_changes_nothing(policy: KVPolicy) -> None:
     """RoPE is relative: a stream that began 1,000 frames later shows attention the same window."""
-    for (_, _, plan, window), (_, _, moved_plan, moved) in zip(walk(policy), walk(policy, first_frame=1000), strict=True):
+    for (_, _, plan, window), (_, _, moved_plan, moved) in zip(
+        walk(policy), walk(policy, first_frame=1000), strict=True,
+    ):
         assert torch.equal(plan.attend, moved_plan.attend)
         scores = torch.einsum("blhd,bshd->bhls", window.query, window.keys)
         moved_scores = torch.einsum("blhd,bshd->bhls", moved.query, moved.keys)

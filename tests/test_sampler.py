@@ -33,7 +33,10 @@ def test_schedule_equals_the_released_one() -> None:
 )
 def test_published_timesteps(steps: list[int], shift: float, warp: bool, times: list[float]) -> None:
     """The timesteps that the papers of this family print."""
-    assert_close(torch.tensor(FewStepSampler(steps, shift, warp).times), torch.tensor([float(t) for t in times]), rtol=0, atol=6e-3)
+    assert_close(
+        torch.tensor(FewStepSampler(steps, shift, warp).times), torch.tensor([float(t) for t in times]),
+        rtol=0, atol=6e-3,
+    )
 
 
 def test_one_exact_step_recovers_the_clean_latent() -> None:

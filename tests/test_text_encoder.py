@@ -48,7 +48,8 @@ def write_tokenizer(folder: Path) -> Path:
 def tiny_config(state: State) -> UMT5Config:
     vocabulary, width = state["token_embedding.weight"].shape
     return UMT5Config(
-        vocab_size=vocabulary, d_model=width, d_kv=8, d_ff=48, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu",
+        vocab_size=vocabulary, d_model=width, d_kv=8, d_ff=48, num_layers=3, num_heads=4,
+        feed_forward_proj="gated-gelu",
     )
 
 
@@ -172,14 +173,17 @@ def test_prompts_are_cleaned(text: str, clean: str) -> None:
     assert clean_prompt(clean_prompt(text)) == clean
 
 
-def test_a_long_prompt_is_cut_with_one_warning(tmp_path: Path, original: State, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_prompt_is_cut_with_one_warning(
+    tmp_path: Path, original: State, caplog: pytest.LogCaptureFixture,
+) -> None:
     """The end mark stays, the loss is counted, and a prompt that just fits is silent."""
     encoder = load(write_pth(tmp_path, original), write_tokenizer(tmp_path), text_len=6)
     fitting = encoder.encode(["a red square moves slowly"])
     assert not caplog.records
     cut = encoder.encode(["a red square moves slowly across the room turns"])
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "10 tokens is longer than the 6" in caplog.messages[0] and "last 4 are lost: a red square moves" in caplog.messages[0]
+    assert "10 tokens is longer than the 6" in caplog.messages[0]
+    assert "last 4 are lost: a red square moves" in caplog.messages[0]
     assert torch.equal(cut, fitting)
     assert encoder.token_count("a red square moves slowly across the room turns") == 10
 
@@ -263,7 +267,10 @@ def test_cache_keys_tell_apart_what_differs(tmp_path: Path) -> None:
     """Another prompt, encoder or text length never finds this entry, even under its file name."""
     cache = EmbeddingCache(tmp_path, "id", TEXT_LEN)
     cache.put("a prompt", embedding(3))
-    others = [(cache, "b prompt"), (EmbeddingCache(tmp_path, "other", TEXT_LEN), "a prompt"), (EmbeddingCache(tmp_path, "id", 41), "a prompt")]
+    others = [
+        (cache, "b prompt"), (EmbeddingCache(tmp_path, "other", TEXT_LEN), "a prompt"),
+        (EmbeddingCache(tmp_path, "id", 41), "a prompt"),
+    ]
     assert [other.get(prompt) for other, prompt in others] == [None] * 3
     (file,) = tmp_path.iterdir()
     cache.put("b prompt", embedding(3))
@@ -316,7 +323,9 @@ def test_the_encoder_is_loaded_only_when_needed(encoder: TextEncoder, tmp_path: 
         assert all(torch.equal(found[prompt], expected) for found in (first, again, more))
 
 
-def test_an_unwritable_cache_costs_only_time(encoder: TextEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unwritable_cache_costs_only_time(
+    encoder: TextEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+) -> None:
     """Where nothing can be stored the embeddings are still returned, with a warning."""
     (tmp_path / "file").write_text("in the way")
     cache = EmbeddingCache(tmp_path / "file" / "cache", "id", TEXT_LEN)

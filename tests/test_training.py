@@ -29,7 +29,7 @@ def inputs(tiny, batch: int = 2):
 
 @pytest.mark.parametrize("chunk_frames", [1, 3])
 def test_teacher_forcing_equals_inference(chunk_frames: int) -> None:
-    """All chunks at once under the mask give the flow that the KV cache gives chunk by chunk; float32 sums differ in order."""
+    """All chunks at once under the mask give the KV cache's flow, chunk by chunk; float32 sums differ in order."""
     tiny = make_tiny(chunk_frames)
     clean, noise, embeddings = inputs(tiny)
     chunks = FRAMES // chunk_frames
@@ -104,7 +104,11 @@ def test_the_parallel_autoencoder_equals_the_streaming_one() -> None:
 def test_captions_are_whole_words() -> None:
     """Every caption of the world is known to the tokenizer, fits the text length, and batching does not change it."""
     tokenizer = make_tokenizer(words())
-    encoder = CaptionEncoder(tokenizer, make_text_encoder(TextSettings(layers=1, heads=2, ffn_dim=16), 16, tokenizer.get_vocab_size()), 32)
+    encoder = CaptionEncoder(
+        tokenizer,
+        make_text_encoder(TextSettings(layers=1, heads=2, ffn_dim=16), 16, tokenizer.get_vocab_size()),
+        32,
+    )
     captions = [sample(seed).caption for seed in range(200)]
     ids = encoder.tokens(captions)
     assert (ids != tokenizer.token_to_id("<unk>")).all()

@@ -19,22 +19,31 @@ from wan.vae import WanVAE, to_uint8
 
 GOLDEN = Path(__file__).parent / "golden" / "vae_tiny.safetensors"
 State = dict[str, Tensor]
-# Small relatives of the diffusers classes in use: plain, half-resolution patches, the wider Wan 2.2 design, another time stride.
+# Small relatives of the diffusers classes in use: plain, half-resolution patches, wider Wan 2.2, another time stride.
 SHAPES = {
-    "plain": dict(base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True], in_channels=3, out_channels=3),
+    "plain": dict(
+        base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True],
+        in_channels=3, out_channels=3,
+    ),
     "patches": dict(
-        base_dim=4, z_dim=16, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[True, True], in_channels=12, out_channels=12,
-        patch_size=2,
+        base_dim=4, z_dim=16, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[True, True],
+        in_channels=12, out_channels=12, patch_size=2,
     ),
     "residual": dict(
-        base_dim=4, decoder_base_dim=8, z_dim=6, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
-        in_channels=12, out_channels=12, patch_size=2, is_residual=True,
+        base_dim=4, decoder_base_dim=8, z_dim=6, dim_mult=[1, 2, 2], num_res_blocks=1,
+        temperal_downsample=[False, True], in_channels=12, out_channels=12, patch_size=2, is_residual=True,
     ),
     "deep": dict(base_dim=4, z_dim=3, dim_mult=[1, 1, 1, 2], num_res_blocks=1, temperal_downsample=[True, True, True]),
 }
 STRIDES = {"plain": (2, 2), "patches": (8, 4), "residual": (8, 2), "deep": (8, 8)}
-WAN_MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]
-WAN_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]
+WAN_MEAN = [
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+]
+WAN_STD = [
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +63,9 @@ def load_original(path: Path, golden: State, dtype: torch.dtype = torch.float32)
 
 def test_tensors_alone_make_the_same_vae(vae: WanVAE, golden: State, original: State) -> None:
     """From a state dict or from its file: the same pixels."""
-    bare = WanVAE.from_state_dict(original, mean=golden["mean"].tolist(), std=golden["std"].tolist(), device="cpu", dtype=torch.float32)
+    bare = WanVAE.from_state_dict(
+        original, mean=golden["mean"].tolist(), std=golden["std"].tolist(), device="cpu", dtype=torch.float32,
+    )
     z = frames_first(golden["z"])[:, :2]
     assert torch.equal(bare.stream().decode(z), vae.stream().decode(z))
 
@@ -69,7 +80,10 @@ def write_diffusers(folder: Path, shape: str) -> AutoencoderKLWan:
     """A random VAE as diffusers itself saves it; returns the model that was saved."""
     torch.manual_seed(3)
     channels = SHAPES[shape]["z_dim"]
-    model = AutoencoderKLWan(**SHAPES[shape], latents_mean=torch.randn(channels).tolist(), latents_std=(torch.rand(channels) + 0.5).tolist())
+    model = AutoencoderKLWan(
+        **SHAPES[shape], latents_mean=torch.randn(channels).tolist(),
+        latents_std=(torch.rand(channels) + 0.5).tolist(),
+    )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=1.0 if parameter.ndim < 4 else parameter[0].numel() ** -0.5)
     model.save_pretrained(folder)
@@ -83,8 +97,12 @@ def frames_first(x: Tensor) -> Tensor:
 LAYOUTS: dict[str, Callable[[Path, State], Path]] = {
     "original file": lambda folder, state: torch.save(state, folder / "any.pth") or folder / "any.pth",
     "original folder": lambda folder, state: torch.save(state, folder / "Wan2.1_VAE.pth") or folder,
-    "original safetensors": lambda folder, state: save_file(state, folder / "wan_VAE.safetensors") or folder / "wan_VAE.safetensors",
-    "wrapped": lambda folder, state: torch.save({"state_dict": {"model." + name: state[name] for name in state}}, folder / "VAE.pth") or folder,
+    "original safetensors": lambda folder, state: (
+        save_file(state, folder / "wan_VAE.safetensors") or folder / "wan_VAE.safetensors"
+    ),
+    "wrapped": lambda folder, state: (
+        torch.save({"state_dict": {"model." + name: state[name] for name in state}}, folder / "VAE.pth") or folder
+    ),
 }
 
 
@@ -117,7 +135,10 @@ def test_diffusers_folders_match_diffusers(shape: str, layout: str, tmp_path: Pa
     pixels = torch.rand(2, 3, 9, 16, 24) * 2 - 1
     with torch.no_grad():
         # diffusers encodes by fours whatever the stride, so only strides of 2 and 4 have a twin there
-        latents = model.encode(pixels).latent_dist.mode() if vae.temporal_stride <= 4 else torch.randn(2, vae.latent_channels, 3, 2, 3)
+        latents = (
+            model.encode(pixels).latent_dist.mode() if vae.temporal_stride <= 4
+            else torch.randn(2, vae.latent_channels, 3, 2, 3)
+        )
         decoded = model.decode(latents).sample
     if vae.temporal_stride <= 4:
         assert_close(vae.encode(frames_first(pixels)), frames_first((latents - mean) / std), rtol=0, atol=1e-5)
@@ -188,8 +209,10 @@ def test_half_precision_stays_close(golden: State, original: State, tmp_path: Pa
     exact, rough = (load_original(tmp_path, golden, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert rough.dtype == torch.bfloat16
     z = frames_first(golden["z"])
-    for whole, half in ((exact.stream().decode(z), rough.stream().decode(z)), (exact.encode(frames_first(golden["pixels"])),
-                        rough.encode(frames_first(golden["pixels"])))):
+    for whole, half in (
+        (exact.stream().decode(z), rough.stream().decode(z)),
+        (exact.encode(frames_first(golden["pixels"])), rough.encode(frames_first(golden["pixels"]))),
+    ):
         assert half.dtype == torch.float32
         assert 0 < (whole - half).abs().mean() < 0.05
 
@@ -214,7 +237,10 @@ def test_unfit_latents_are_refused(vae: WanVAE) -> None:
     z = torch.randn(1, 3, 4, 2, 3)
     stream = vae.stream()
     first = stream.decode(z[:, :2])
-    for bad, message in ((z[:, :, :3], "frames, 4, height"), (z[:, :0], "a frame or more"), (z.expand(2, -1, -1, -1, -1), "Start a new stream")):
+    for bad, message in (
+        (z[:, :, :3], "frames, 4, height"), (z[:, :0], "a frame or more"),
+        (z.expand(2, -1, -1, -1, -1), "Start a new stream"),
+    ):
         with pytest.raises(ValueError, match=message):
             stream.decode(bad)
     assert torch.equal(torch.cat([first, stream.decode(z[:, 2:])], dim=1), vae.stream().decode(z))
@@ -245,10 +271,13 @@ def test_uint8_is_rounded_and_saturates() -> None:
 
 def test_wan_2_1_has_its_statistics(tmp_path: Path) -> None:
     """16 original channels are Wan 2.1's and need no statistics; any other number must be given them, in pairs."""
-    shape = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
+    shape = AutoencoderKLWan(
+        base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+    )
     torch.save(to_original(shape.state_dict(), blocks=1), tmp_path / "VAE.pth")
     vae = WanVAE.load(tmp_path / "VAE.pth", device="cpu", dtype=torch.float32)
-    assert vae._mean.flatten().tolist() == pytest.approx(WAN_MEAN) and vae._std.flatten().tolist() == pytest.approx(WAN_STD)
+    assert vae._mean.flatten().tolist() == pytest.approx(WAN_MEAN)
+    assert vae._std.flatten().tolist() == pytest.approx(WAN_STD)
     for name, value in shape.state_dict().items():
         assert torch.equal(vae._model.state_dict()[name], value)
     with pytest.raises(ValueError, match="come in pairs"):
@@ -271,9 +300,18 @@ def test_random_weights_are_seeded(tmp_path: Path) -> None:
 
 def to_original(state: State, blocks: int) -> State:
     """diffusers' names back to Wan's, by asking for every original name what it becomes."""
-    places = [f"{side}.{part}" for side in ("encoder", "decoder") for part in ("conv1", "head.0", "head.2", "middle.0", "middle.1", "middle.2")]
-    places += ["conv1", "conv2", *(f"encoder.downsamples.{n}" for n in range(20)), *(f"decoder.upsamples.{n}" for n in range(20))]
-    inner = ["", ".residual.0", ".residual.2", ".residual.3", ".residual.6", ".shortcut", ".resample.1", ".time_conv", ".norm", ".to_qkv", ".proj"]
+    places = [
+        f"{side}.{part}" for side in ("encoder", "decoder")
+        for part in ("conv1", "head.0", "head.2", "middle.0", "middle.1", "middle.2")
+    ]
+    places += [
+        "conv1", "conv2",
+        *(f"encoder.downsamples.{n}" for n in range(20)), *(f"decoder.upsamples.{n}" for n in range(20)),
+    ]
+    inner = [
+        "", ".residual.0", ".residual.2", ".residual.3", ".residual.6", ".shortcut", ".resample.1", ".time_conv",
+        ".norm", ".to_qkv", ".proj",
+    ]
     names = {f"{place}{part}.{leaf}" for place in places for part in inner for leaf in ("weight", "bias", "gamma")}
     found = {vae_to_diffusers(name, num_res_blocks=blocks): name for name in names}
     return {found[name]: value for name, value in state.items()}

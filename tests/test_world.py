@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from training.world import (
-    SPLITS, CaptionError, ObjectTruth, Truth, World, parse_caption, render, sample, sentence_is_held_out, to_frames, words,
+    SPLITS,
+    CaptionError,
+    ObjectTruth,
+    Truth,
+    World,
+    parse_caption,
+    render,
+    sample,
+    sentence_is_held_out,
+    to_frames,
+    words,
 )
 from training.world.scene import WAVES, Wave, WaveBatch
 from training.world.shapes import POLYGONS, RING_HOLE, ROUND, signed_distance
@@ -89,7 +99,8 @@ def test_captions_vary_and_leave_things_out(clips):
     assert len(captions) > 0.95 * CLIPS
     said = [clip.said for clip in clips["train"]]
     for missing in (
-        [one.motion is None for one in said], [one.pattern is None for one in said], [one.objects[0].size is None for one in said],
+        [one.motion is None for one in said], [one.pattern is None for one in said],
+        [one.objects[0].size is None for one in said],
     ):
         assert 0.05 < sum(missing) / CLIPS < 0.6
 
@@ -134,7 +145,10 @@ def test_the_shares_are_as_promised():
 
 def test_shapes_stay_inside_and_apart(clips):
     """At any time no shape touches the frame's outline, and together they cover what they cover one by one."""
-    chosen = [clip for clip in clips["train"] if len(clip.scene.bodies) > 1][:14] + clips["train"][:10] + clips["held_out"][:6]
+    chosen = (
+        [clip for clip in clips["train"] if len(clip.scene.bodies) > 1][:14]
+        + clips["train"][:10] + clips["held_out"][:6]
+    )
     for clip in chosen:
         for start in (0, 37, 800):
             empty = render([alone(clip.scene)], start_frame=start, num_frames=3)
@@ -193,10 +207,15 @@ def test_motion_never_ages(clips):
     ("a pair of Big red discs, hopping; dark  blue stripes",
      Truth((ObjectTruth("circle", "red", "large"),) * 2, "bounce", "navy", "stripes")),
     ("on a checkered grey backdrop, a small cyan ring and two little white squares drift",
-     Truth((ObjectTruth("ring", "cyan", "small"), *(ObjectTruth("square", "white", "small"),) * 2), "drift", "gray", "checker")),
-    ("A purple gradient with an orange triangle", Truth((ObjectTruth("triangle", "orange"),), None, "plum", "gradient")),
+     Truth(
+         (ObjectTruth("ring", "cyan", "small"), *(ObjectTruth("square", "white", "small"),) * 2),
+         "drift", "gray", "checker",
+     )),
+    ("A purple gradient with an orange triangle",
+     Truth((ObjectTruth("triangle", "orange"),), None, "plum", "gradient")),
     ("On solid teal a small red ring", Truth((ObjectTruth("ring", "red", "small"),), None, "teal", "plain")),
-    ("A blue star zig-zags against a plain black background", Truth((ObjectTruth("star", "blue"),), "zigzag", "charcoal", "plain")),
+    ("A blue star zig-zags against a plain black background",
+     Truth((ObjectTruth("star", "blue"),), "zigzag", "charcoal", "plain")),
 ])
 def test_sentences_of_other_hands_are_read(text, expected):
     assert parse_caption(text) == expected
@@ -228,7 +247,8 @@ def test_truth_survives_json(clips):
 
 @pytest.mark.parametrize("call", [
     lambda: sample(1, "validation"), lambda: sample(-1), lambda: World(width=90),
-    lambda: render([]), lambda: render([sample(0).scene], num_frames=0), lambda: Truth(()), lambda: ObjectTruth("cube", "red"),
+    lambda: render([]), lambda: render([sample(0).scene], num_frames=0), lambda: Truth(()),
+    lambda: ObjectTruth("cube", "red"),
 ])
 def test_wrong_calls_say_so(call):
     with pytest.raises(ValueError):

@@ -30,8 +30,9 @@ def make_vae(path: Path) -> None:
     """A diffusers folder: half-resolution patch stage, stride 4x8x8, four latent channels."""
     torch.manual_seed(4)
     AutoencoderKLWan(
-        base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True], in_channels=12, out_channels=12,
-        patch_size=2, scale_factor_spatial=8, scale_factor_temporal=4, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 0.8, 1.2, 0.9],
+        base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True],
+        in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=8, scale_factor_temporal=4,
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 0.8, 1.2, 0.9],
     ).save_pretrained(path)
 
 

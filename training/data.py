@@ -32,7 +32,8 @@ def encode(vae: AutoencoderKLWan, pixels: Tensor) -> Tensor:
 
 
 def make_clips(
-    vae: AutoencoderKLWan, captions: CaptionEncoder, *, first_seed: int, clips: int, latent_frames: int, batch: int, device: torch.device,
+    vae: AutoencoderKLWan, captions: CaptionEncoder, *, first_seed: int, clips: int, latent_frames: int, batch: int,
+    device: torch.device,
 ) -> LatentClips:
     """Render and encode the clips of `clips` consecutive training seeds."""
     latents, ids = [], []

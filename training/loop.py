@@ -51,7 +51,9 @@ class Ema:
 def copy_tensors(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
     """Overwrite `target` with `source`, name by name; both must have the same names."""
     if target.keys() != source.keys():
-        raise ValueError(f"saved state does not fit: {sorted(target.keys() ^ source.keys())[:8]}. Use another --folder.")
+        raise ValueError(
+            f"saved state does not fit: {sorted(target.keys() ^ source.keys())[:8]}. Use another --folder."
+        )
     with torch.no_grad():
         for name, value in source.items():
             target[name].copy_(value)
@@ -70,7 +72,10 @@ def load_state(path: Path, device: torch.device) -> dict[str, Any]:
     return torch.load(path, map_location=device, weights_only=True)
 
 
-def run_stage(stage: Stage, folder: Path, *, device: torch.device, seconds: float | None, checkpoint_seconds: float, log_every: int) -> bool:
+def run_stage(
+    stage: Stage, folder: Path, *, device: torch.device, seconds: float | None, checkpoint_seconds: float,
+    log_every: int,
+) -> bool:
     """Run a stage from where it stands until its last step or until `seconds` are over; returns whether it is done.
 
     State goes to `folder/<stage>.pt`, losses to `folder/<stage>.jsonl`.
@@ -83,7 +88,10 @@ def run_stage(stage: Stage, folder: Path, *, device: torch.device, seconds: floa
         first = saved["step"]
         logger.info("%s: going on at step %d of %d", stage.name, first, stage.steps)
     begin = saved_at = time.monotonic()
-    with (folder / f"{stage.name}.jsonl").open("a") as log, tqdm(total=stage.steps, initial=first, desc=stage.name, mininterval=5) as bar:
+    with (
+        (folder / f"{stage.name}.jsonl").open("a") as log,
+        tqdm(total=stage.steps, initial=first, desc=stage.name, mininterval=5) as bar,
+    ):
         window: dict[str, list[Tensor]] = defaultdict(list)
         index = first
         while index < stage.steps:
@@ -127,7 +135,9 @@ class Optimizers:
         matrices = [p for name, p in self.masters.items() if p.ndim == 2 and "blocks." in name]
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.masters.values() if id(p) not in chosen]
-        self._optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=lr_rest, betas=betas, weight_decay=0.0)]
+        self._optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, lr=lr_rest, betas=betas, weight_decay=0.0),
+        ]
         if matrices:
             self._optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
         self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers]

@@ -126,5 +126,7 @@ class RolloutLayer:
 
     def commit(self) -> None:
         if self._past:
-            self._staged = tuple(torch.cat([past, new], dim=1) for past, new in zip(self._past, self._staged, strict=True))
+            self._staged = tuple(
+                torch.cat([past, new], dim=1) for past, new in zip(self._past, self._staged, strict=True)
+            )
         self._past = self._staged

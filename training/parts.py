@@ -29,7 +29,8 @@ def make_vae(settings: VaeSettings, latent_channels: int) -> AutoencoderKLWan:
     """
     vae = AutoencoderKLWan(
         base_dim=settings.base_dim, z_dim=latent_channels, dim_mult=[1, 2, 4], num_res_blocks=settings.num_res_blocks,
-        temperal_downsample=[True, True], in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=8, scale_factor_temporal=4,
+        temperal_downsample=[True, True], in_channels=12, out_channels=12, patch_size=2,
+        scale_factor_spatial=8, scale_factor_temporal=4,
         latents_mean=[0.0] * latent_channels, latents_std=[1.0] * latent_channels,
     )
     with torch.no_grad():
@@ -72,15 +73,17 @@ def make_tokenizer(words: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, vocabulary[END])])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, vocabulary[END])],
+    )
     return tokenizer
 
 
 def make_text_encoder(settings: TextSettings, text_dim: int, vocabulary: int) -> UMT5EncoderModel:
     """A small umT5 encoder."""
     config = UMT5Config(
-        vocab_size=vocabulary, d_model=text_dim, d_kv=text_dim // settings.heads, d_ff=settings.ffn_dim, num_layers=settings.layers,
-        num_heads=settings.heads, dropout_rate=0.0, feed_forward_proj="gated-gelu",
+        vocab_size=vocabulary, d_model=text_dim, d_kv=text_dim // settings.heads, d_ff=settings.ffn_dim,
+        num_layers=settings.layers, num_heads=settings.heads, dropout_rate=0.0, feed_forward_proj="gated-gelu",
     )
     return UMT5EncoderModel(config)
 

@@ -51,7 +51,9 @@ class StudentStage:
                     block.compile(dynamic=False)
 
     def state(self) -> dict[str, Any]:
-        return {"optimizers": self._optimizers.state(), "critic": self._critic_optimizers.state(), "ema": self.ema.shadow}
+        return {
+            "optimizers": self._optimizers.state(), "critic": self._critic_optimizers.state(), "ema": self.ema.shadow,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         self._optimizers.load(state["optimizers"])
@@ -86,7 +88,9 @@ class StudentStage:
                     flow = self.model(x, self._times(x, self._sampler.times[index]), text, memory).float()
                     x0 = x - self._sampler.sigmas[index] * flow
                 if index < leave:
-                    x = self._sampler.renoise(x0, torch.randn(shape, generator=self._generator, device=self._device), index + 1)
+                    x = self._sampler.renoise(
+                        x0, torch.randn(shape, generator=self._generator, device=self._device), index + 1,
+                    )
             with torch.no_grad():
                 self.model(x0.detach(), self._times(x, self._sampler.context_time), text, memory)
             memory.commit()
@@ -119,12 +123,16 @@ class StudentStage:
 
     def _noised(self, video: Tensor, low: float) -> tuple[Tensor, Tensor]:
         chunks = video.shape[1] // self._geometry.chunk_frames
-        sigma = self._flow.per_frame(draw_sigmas((len(video), chunks), self._generator, self._device).clamp(max(low, 0.01), 0.98))
+        sigma = self._flow.per_frame(
+            draw_sigmas((len(video), chunks), self._generator, self._device).clamp(max(low, 0.01), 0.98)
+        )
         noise = torch.randn(video.shape, generator=self._generator, device=self._device)
         level = sigma[..., None, None, None]
         return (1 - level) * video + level * noise, sigma
 
-    def _clean(self, network: CausalWanModel, context: Tensor, noisy: Tensor, sigma: Tensor, embeddings: Tensor, level: Tensor) -> Tensor:
+    def _clean(
+        self, network: CausalWanModel, context: Tensor, noisy: Tensor, sigma: Tensor, embeddings: Tensor, level: Tensor,
+    ) -> Tensor:
         return noisy - level * self._flow(network, context, torch.zeros_like(sigma), noisy, sigma, embeddings)
 
     @staticmethod

@@ -41,10 +41,15 @@ class TeacherForcedFlow:
             block.self_attn.backend = self._backend
         return model
 
-    def __call__(self, model: CausalWanModel, context: Tensor, context_sigma: Tensor, noisy: Tensor, sigma: Tensor, embeddings: Tensor) -> Tensor:
+    def __call__(
+        self, model: CausalWanModel, context: Tensor, context_sigma: Tensor, noisy: Tensor, sigma: Tensor,
+        embeddings: Tensor,
+    ) -> Tensor:
         """Flow [B, F, C, h, w] of `noisy`; sigmas [B, F]; the context is what the chunks before look like."""
         t = TABLE_STEPS * torch.cat([context_sigma, sigma], dim=1)
-        return model(torch.cat([context, noisy], dim=1), t, model.embed_text(embeddings), self._memory)[:, self._frames:].float()
+        return model(
+            torch.cat([context, noisy], dim=1), t, model.embed_text(embeddings), self._memory,
+        )[:, self._frames:].float()
 
     def per_frame(self, per_chunk: Tensor) -> Tensor:
         """[B, chunks] -> [B, F]."""
@@ -52,7 +57,7 @@ class TeacherForcedFlow:
 
 
 class TeacherStage:
-    """First the opening chunk alone, where the caption decides everything; then whole clips, with opening chunks beside them."""
+    """First the opening chunk alone, where the caption decides all; then whole clips, with opening chunks beside."""
 
     name = "teacher"
 
@@ -95,7 +100,10 @@ class TeacherStage:
         return losses
 
     def _embed(self, ids: Tensor) -> Tensor:
-        drop = torch.rand(len(ids), 1, generator=self._generator, device=self._device) < self._settings.teacher.caption_drop
+        drop = (
+            torch.rand(len(ids), 1, generator=self._generator, device=self._device)
+            < self._settings.teacher.caption_drop
+        )
         return self.captions(torch.where(drop, self._nothing, ids))
 
     def _opening_loss(self, batch: int) -> Tensor:
@@ -118,10 +126,14 @@ class TeacherStage:
         noise = torch.randn(clean.shape, generator=self._generator, device=self._device)
         level = sigma[..., None, None, None]
         dirty = torch.rand(batch, 1, generator=self._generator, device=self._device) < s.noisy_context_share
-        amount = (dirty * s.noisy_context_max * torch.rand(batch, 1, generator=self._generator, device=self._device))[..., None, None, None]
+        amount = (
+            dirty * s.noisy_context_max * torch.rand(batch, 1, generator=self._generator, device=self._device)
+        )[..., None, None, None]
         context = clean + amount * torch.randn(clean.shape, generator=self._generator, device=self._device)
         self._flow.attach(self.model)
-        flow = self._flow(self.model, context, torch.zeros_like(sigma), (1 - level) * clean + level * noise, sigma, self._embed(ids))
+        flow = self._flow(
+            self.model, context, torch.zeros_like(sigma), (1 - level) * clean + level * noise, sigma, self._embed(ids),
+        )
         return F.mse_loss(flow, noise - clean)
 
     def _dense(self) -> None:

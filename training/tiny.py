@@ -25,7 +25,14 @@ from training.data import LatentClips, make_clips, normalise, statistics
 from training.loop import load_state, run_stage, save_state
 from training.memory import RolloutMemory, Rotation, dense
 from training.parts import (
-    CaptionEncoder, architecture_of, export_text, export_transformer, export_vae, make_text_encoder, make_tokenizer, make_vae,
+    CaptionEncoder,
+    architecture_of,
+    export_text,
+    export_transformer,
+    export_vae,
+    make_text_encoder,
+    make_tokenizer,
+    make_vae,
 )
 from training.settings import Settings
 from training.sheets import contact_sheet
@@ -120,7 +127,10 @@ def train_vae(shop: Workshop, seconds: float | None) -> bool:
     vae = WanVAE(shop.vae())
     ours = vae.stream().decode(vae.encode(true))
     error = (true - ours).square().mean(dim=(0, 2, 3, 4))
-    logger.info("held-out PSNR of %d streamed frames: %.2f dB; of the last one: %.2f dB", len(error), *(-10 * torch.log10(e / 4) for e in (error.mean(), error[-1])))
+    logger.info(
+        "held-out PSNR of %d streamed frames: %.2f dB; of the last one: %.2f dB",
+        len(error), *(-10 * torch.log10(e / 4) for e in (error.mean(), error[-1])),
+    )
     pairs = torch.cat([true, ours], dim=4)
     contact_sheet(list(to_frames(pairs).cpu()), [clip.caption for clip in drawn], 3, shop.folder / "vae.png")
     return done
@@ -131,14 +141,19 @@ def train_teacher(shop: Workshop, seconds: float | None) -> bool:
     stage = TeacherStage(shop.settings, shop.architecture, shop.geometry, shop.captions(), clips, openings, shop.device)
     done = run(shop, stage, seconds)
     model, captions = averaged_teacher(shop)
-    write_sheet(shop, model, captions, FewStepSampler([1000 - 50 * i for i in range(20)], SHIFT, warp=True), guidance=2.0, name="teacher")
+    write_sheet(
+        shop, model, captions, FewStepSampler([1000 - 50 * i for i in range(20)], SHIFT, warp=True), guidance=2.0,
+        name="teacher",
+    )
     return done
 
 
 def train_student(shop: Workshop, seconds: float | None) -> bool:
     clips, _ = shop.clips()
     teacher, captions = averaged_teacher(shop)
-    stage = StudentStage(shop.settings, teacher, shop.geometry, FewStepSampler(STEPS, SHIFT, warp=True), captions, clips, shop.device)
+    stage = StudentStage(
+        shop.settings, teacher, shop.geometry, FewStepSampler(STEPS, SHIFT, warp=True), captions, clips, shop.device,
+    )
     done = run(shop, stage, seconds)
     model = averaged(stage.model, stage.ema.shadow)
     write_sheet(shop, model, captions, FewStepSampler(STEPS, SHIFT, warp=True), guidance=None, name="student")
@@ -147,7 +162,10 @@ def train_student(shop: Workshop, seconds: float | None) -> bool:
 
 def run(shop: Workshop, stage, seconds: float | None) -> bool:
     s = shop.settings
-    return run_stage(stage, shop.folder, device=shop.device, seconds=seconds, checkpoint_seconds=s.checkpoint_seconds, log_every=s.log_every)
+    return run_stage(
+        stage, shop.folder, device=shop.device, seconds=seconds, checkpoint_seconds=s.checkpoint_seconds,
+        log_every=s.log_every,
+    )
 
 
 def averaged_teacher(shop: Workshop) -> tuple[CausalWanModel, CaptionEncoder]:
@@ -169,14 +187,17 @@ def averaged(module, ema: dict[str, Tensor]):
 
 @torch.no_grad()
 def sample_videos(
-    shop: Workshop, model: CausalWanModel, embeddings: Tensor, sampler: FewStepSampler, nothing: Tensor | None, guidance: float | None,
+    shop: Workshop, model: CausalWanModel, embeddings: Tensor, sampler: FewStepSampler, nothing: Tensor | None,
+    guidance: float | None,
 ) -> Tensor:
     """Latents [B, F, C, h, w] of a training-length clip; with `guidance` by an ODE, without by re-noising."""
     generator = torch.Generator(shop.device).manual_seed(1234)
     batch, g = len(embeddings), shop.geometry
     both = embeddings if guidance is None else torch.cat([embeddings, nothing.expand_as(embeddings)])
     text = model.embed_text(both)
-    memory = RolloutMemory(Rotation(g, shop.architecture.head_dim, shop.device), shop.architecture.num_layers, shop.device)
+    memory = RolloutMemory(
+        Rotation(g, shop.architecture.head_dim, shop.device), shop.architecture.num_layers, shop.device,
+    )
     copies, parts = len(both) // batch, []
     for span in g.chunks(shop.settings.data.latent_frames):
         memory.begin(span)
@@ -199,7 +220,10 @@ def sample_videos(
     return torch.cat(parts, dim=1)
 
 
-def write_sheet(shop: Workshop, model: CausalWanModel, captions: CaptionEncoder, sampler: FewStepSampler, guidance: float | None, name: str) -> None:
+def write_sheet(
+    shop: Workshop, model: CausalWanModel, captions: CaptionEncoder, sampler: FewStepSampler, guidance: float | None,
+    name: str,
+) -> None:
     """Ten held-out captions."""
     texts = [sample(i, "test").caption for i in range(SHEET_CLIPS)]
     with torch.no_grad():
@@ -214,7 +238,10 @@ def export(shop: Workshop, which: str, output: Path) -> None:
     """Write the four parts as inference loads them."""
     _, captions = averaged_teacher(shop)
     ema = shop.saved(which)["ema"]
-    export_transformer({name.removeprefix("model."): value for name, value in ema.items() if "captions." not in name}, output / "transformer")
+    export_transformer(
+        {name.removeprefix("model."): value for name, value in ema.items() if "captions." not in name},
+        output / "transformer",
+    )
     export_vae(shop.vae(), *shop.statistics(), output / "vae")
     export_text(captions, output / "text_encoder", output / "tokenizer")
     logger.info("wrote %s (%.1f MB)", output, sum(f.stat().st_size for f in output.rglob("*") if f.is_file()) / 1e6)
@@ -225,7 +252,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("stage", choices=("vae", "teacher", "student", "export"))
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny"), help="state of all stages")
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("tiny.yaml"))
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="such as teacher.steps=100")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="such as teacher.steps=100",
+    )
     parser.add_argument("--seconds", type=float, help="stop after so long; the next call goes on")
     parser.add_argument("--which", choices=("teacher", "student"), default="student", help="export: whose transformer")
     parser.add_argument("--output", type=Path, default=Path("weights/tiny"), help="export: where to")

@@ -62,7 +62,8 @@ class VaeStage:
         s = self._settings.vae
         kind = "image" if index < s.image_steps else "whole" if index % 4 == 3 else "clip"
         batch, frames = {
-            "image": (s.image_batch, 1), "clip": (s.batch, s.latent_frames), "whole": (s.whole_batch, s.whole_latent_frames),
+            "image": (s.image_batch, 1), "clip": (s.batch, s.latent_frames),
+            "whole": (s.whole_batch, s.whole_latent_frames),
         }[kind]
         true = self._crops(batch, 4 * frames - 3)
         mean, log_variance = (x.float() for x in encode_clip(self.vae, true.to(self.vae.dtype)))

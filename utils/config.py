@@ -48,7 +48,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL_FOLDER = REPOSITORY / "configs" / "models"
 GROUPS = ("model_kwargs", "kv_cache")  # keys that hold keys; the first is upstream's
 UPSTREAM_KEYS = ("timestep_shift", "local_attn_size", "sink_size")  # of model_kwargs
-PATH = Rule("a path, relative to the repository or absolute", TEXT.accepts, lambda text: REPOSITORY / Path(text).expanduser())
+PATH = Rule(
+    "a path, relative to the repository or absolute", TEXT.accepts, lambda text: REPOSITORY / Path(text).expanduser(),
+)
 
 BuildPolicy = Callable[[str, Mapping[str, Any]], Any]  # (name, fields) -> a dataclass of all fields; ValueError
 
@@ -177,7 +179,9 @@ def load_model_spec(name_or_path: str | Path) -> ModelSpec:
     refuse_unknown(given.values, ["transformer", *rules_of(ModelSpec)], given.at, explained=explained)
     shape = given.values.get("transformer")
     if not isinstance(shape, Mapping):
-        raise ConfigError(f"{given.at('transformer')}: lacks the group transformer, with dim, num_heads and so on ({explained}).")
+        raise ConfigError(
+            f"{given.at('transformer')}: lacks the group transformer, with dim, num_heads and so on ({explained})."
+        )
     refuse_unknown(shape, rules_of(_Transformer), given.at, prefix="transformer.", explained=explained)
     transformer = _Transformer(**checked(_Transformer, shape, given.at, prefix="transformer."))
     values = checked(ModelSpec, given.values, given.at)
@@ -189,7 +193,9 @@ def _check_keys(given: Layer) -> None:
     own = [key for key in given.values if not is_training_key(key)]
     refuse_unknown(own, [*rules_of(Config), *GROUPS], given.at, explained="explained in configs/base.yaml")
     kwargs = given.group("model_kwargs")
-    refuse_unknown(kwargs, UPSTREAM_KEYS, given.at, prefix="model_kwargs.", explained="upstream's names; see configs/base.yaml")
+    refuse_unknown(
+        kwargs, UPSTREAM_KEYS, given.at, prefix="model_kwargs.", explained="upstream's names; see configs/base.yaml",
+    )
     if "denoising_step_list" not in given.values:
         return
     where, steps = given.at("denoising_step_list"), given.values["denoising_step_list"]
@@ -201,8 +207,8 @@ def _check_keys(given: Layer) -> None:
         )
     if given.values["warp_denoising_step"] is True and not all(isinstance(step, int) for step in steps):
         raise ConfigError(
-            f"{where}: denoising_step_list={list(steps)} is not allowed with warp_denoising_step: true, where steps are "
-            "rows of the schedule. Allowed: whole numbers; or set warp_denoising_step: false."
+            f"{where}: denoising_step_list={list(steps)} is not allowed with warp_denoising_step: true, where steps "
+            "are rows of the schedule. Allowed: whole numbers; or set warp_denoising_step: false."
         )
 
 
@@ -330,7 +336,11 @@ def load_structured(path: Path, schema: type, overrides: Sequence[str] = ()) -> 
         ConfigError: the file cannot be read, or a key or value does not fit.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(
+            OmegaConf.structured(schema), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)),
+        )
         return OmegaConf.to_object(merged)
     except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: {_first_line(error)}. Keys and types are those of {schema.__module__}.{schema.__name__}.") from error
+        raise ConfigError(
+            f"{path}: {_first_line(error)}. Keys and types are those of {schema.__module__}.{schema.__name__}."
+        ) from error

@@ -104,7 +104,9 @@ def _clip_frames(given: Layer) -> int:
 def _own_group(given: Layer, policy_fields: PolicyFields) -> dict[str, Any]:
     group = given.group("kv_cache")
     if "policy" not in group:
-        raise ConfigError(f"{given.at('kv_cache')}: kv_cache lacks policy. Add one of: {', '.join(sorted(policy_fields))}.")
+        raise ConfigError(
+            f"{given.at('kv_cache')}: kv_cache lacks policy. Add one of: {', '.join(sorted(policy_fields))}."
+        )
     fields = {key: value for key, value in group.items() if key != "policy"}
     _check_policy(group["policy"], policy_fields, given.at("kv_cache.policy"))
     for key, value in fields.items():
@@ -121,8 +123,9 @@ def _refuse_contradiction(given: Layer, group: Mapping[str, Any]) -> None:
     for old, new, value in (("local_attn_size", "window_frames", window), ("sink_size", "sink_frames", sink)):
         if kwargs.get(old, value) != value:
             raise ConfigError(
-                f"{given.at(f'model_kwargs.{old}')}: model_kwargs.{old}={kwargs[old]!r} contradicts kv_cache.{new}={value!r} "
-                f"({given.at('kv_cache')}). Leave model_kwargs.{old} out and set kv_cache.{new}."
+                f"{given.at(f'model_kwargs.{old}')}: model_kwargs.{old}={kwargs[old]!r} contradicts "
+                f"kv_cache.{new}={value!r} ({given.at('kv_cache')}). "
+                f"Leave model_kwargs.{old} out and set kv_cache.{new}."
             )
 
 

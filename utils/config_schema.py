@@ -95,7 +95,10 @@ WINDOW = Rule(
     "-1 (every frame) or a number of latent frames, at least 1",
     lambda value: type(value) is int and (value == -1 or value >= 1),
 )
-SCALAR = Rule("one number, word, true, false or null", lambda value: value is None or isinstance(value, (bool, int, float, str)))
+SCALAR = Rule(
+    "one number, word, true, false or null",
+    lambda value: value is None or isinstance(value, (bool, int, float, str)),
+)
 
 
 def setting(rule: Rule, default: Any = MISSING) -> Any:

@@ -120,7 +120,8 @@ class GitHub:
             if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
                 raise
             part.unlink()  # as long as the file, or longer: not known to be whole, so start over
-            return self._fetch_rest(url, part)
+            self._fetch_rest(url, part)
+            return
         with response:
             resumed = response.status == http.client.PARTIAL_CONTENT
             length = response.headers.get("Content-Length")

@@ -155,7 +155,9 @@ def load_strictly(
         setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=old.requires_grad))
     left = [name for name, value in [*module.named_parameters(), *module.named_buffers()] if value.is_meta]
     if left:
-        raise CheckpointError(f"{source}: {_some(left)} stayed without a value after loading. The module must not be run.")
+        raise CheckpointError(
+            f"{source}: {_some(left)} stayed without a value after loading. The module must not be run."
+        )
 
 
 def read_tensors(path: Path, *, subfolder: str) -> dict[str, Tensor]:
@@ -180,7 +182,9 @@ def _check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, t
         if found[name].shape != expected[name]
     ]
     quantised = [f"{name} is {found[name].dtype}" for name in shared if found[name].dtype not in _SOURCE_DTYPES]
-    parts = (("missing", missing), ("unexpected", unexpected), ("another shape", misshapen), ("not plain float", quantised))
+    parts = (
+        ("missing", missing), ("unexpected", unexpected), ("another shape", misshapen), ("not plain float", quantised),
+    )
     lines = [f"  {title} ({len(names)}): {_some(names)}" for title, names in parts if names]
     if lines:
         raise CheckpointError("\n".join([f"{path} does not fit the model:", *lines, *_hints(found, expected)]))
@@ -189,11 +193,17 @@ def _check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, t
 def _hints(found: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> Iterator[str]:
     here, there = _size({name: value.shape for name, value in found.items()}), _size(expected)
     if here and there and here != there:
-        yield f"The file holds a transformer of {here}; the configuration asks for {there}. Use a file and a configuration of one size."
+        yield (
+            f"The file holds a transformer of {here}; the configuration asks for {there}. "
+            "Use a file and a configuration of one size."
+        )
     if any("lora_" in name for name in found):
         yield "The file holds a LoRA. Merge it into its base checkpoint, or give the base checkpoint."
     if "patch_embedding.weight" in expected and "patch_embedding.weight" not in found:
-        kinds = {"a text encoder": ("token_embedding.weight", "shared.weight"), "a VAE": ("decoder.conv1.weight", "decoder.conv_in.weight")}
+        kinds = {
+            "a text encoder": ("token_embedding.weight", "shared.weight"),
+            "a VAE": ("decoder.conv1.weight", "decoder.conv_in.weight"),
+        }
         for kind, marks in kinds.items():
             if any(mark in found for mark in marks):
                 yield f"The file holds {kind}, not the transformer. " + _DOWNLOAD
@@ -251,7 +261,9 @@ def _shards(index: Path) -> list[Path]:
         raise CheckpointError(f"{index}: not a readable shard index ({error}). Download it again.") from error
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing or not names:
-        raise CheckpointError(f"{index}: {len(missing)} of {len(names)} shards are missing ({_some(missing)}). {_DOWNLOAD}")
+        raise CheckpointError(
+            f"{index}: {len(missing)} of {len(names)} shards are missing ({_some(missing)}). {_DOWNLOAD}"
+        )
     return [index.parent / name for name in names]
 
 
@@ -275,7 +287,9 @@ def _read_file(path: Path, *, meta: bool) -> dict[str, Any]:
     except Exception as error:  # a broken file can fail anywhere inside the readers
         raise CheckpointError(_damaged(path, error)) from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not named tensors. It is not a model checkpoint.")
+        raise CheckpointError(
+            f"{path}: holds a {type(content).__name__}, not named tensors. It is not a model checkpoint."
+        )
     return dict(content)
 
 

@@ -51,7 +51,9 @@ class TextEncoder:
     def __init__(self, encoder: UMT5EncoderModel, words: tuple[PreTrainedTokenizerBase, int] | None = None) -> None:
         """Args: `words` is a tokenizer and T; without it only `encode_ids` works."""
         if words is not None and words[1] < 1:
-            raise ValueError(f"text_len={words[1]} must be at least 1: it is the number of text tokens the model reads.")
+            raise ValueError(
+                f"text_len={words[1]} must be at least 1: it is the number of text tokens the model reads."
+            )
         self._encoder = encoder.eval().requires_grad_(False)
         self._words = words
 
@@ -72,14 +74,18 @@ class TextEncoder:
             ValueError: a dtype that umT5 overflows in.
         """
         if dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"text encoder dtype {dtype}: umT5 overflows in half precision. Use torch.bfloat16 or torch.float32.")
+            raise ValueError(
+                f"text encoder dtype {dtype}: umT5 overflows in half precision. Use torch.bfloat16 or torch.float32."
+            )
         words = load_tokenizer(Path(tokenizer)), text_len  # first: it is small, and a wrong path should cost no time
         path = Path(path)
         config, tensors = _read_encoder(path)
         return cls(_build(config, tensors, source=path, device=device, dtype=dtype), words)
 
     @classmethod
-    def from_state_dict(cls, tensors: Mapping[str, Tensor], *, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
+    def from_state_dict(
+        cls, tensors: Mapping[str, Tensor], *, device: torch.device | str, dtype: torch.dtype,
+    ) -> TextEncoder:
         """An encoder of token ids alone, from tensors under original Wan names.
 
         Raises:
@@ -195,7 +201,9 @@ def _build(
     encoder.encoder.set_input_embeddings(encoder.shared)
     load_strictly(encoder, tensors, source=source, device=device, dtype=dtype)
     if encoder.encoder.embed_tokens.weight is not encoder.shared.weight:
-        raise CheckpointError(f"{source}: the encoder does not read the embedding that was loaded. Use another transformers release.")
+        raise CheckpointError(
+            f"{source}: the encoder does not read the embedding that was loaded. Use another transformers release."
+        )
     return encoder
 
 
@@ -243,8 +251,8 @@ def _read_encoder(path: Path) -> tuple[UMT5Config, dict[str, Tensor]]:
         originals = sorted(path.glob("models_t5*"))
         if len(originals) != 1:
             raise CheckpointError(
-                f"{path}: no text encoder. Looked for one models_t5_*.pth (found {len(originals)}) and for a umT5 config.json "
-                "there or in text_encoder/. `python -m utils.download` fetches it."
+                f"{path}: no text encoder. Looked for one models_t5_*.pth (found {len(originals)}) and for a umT5 "
+                "config.json there or in text_encoder/. `python -m utils.download` fetches it."
             )
         path = originals[0]
     return _from_original(read_tensors(path, subfolder="text_encoder"), source=path)
@@ -314,7 +322,9 @@ class EmbeddingCache:
         if embedding.ndim == 3 and embedding.shape[0] == 1:
             embedding = embedding[0]
         if embedding.ndim != 2 or embedding.shape[0] != self._text_len:
-            raise ValueError(f"embedding of shape {list(embedding.shape)}: the cache holds [{self._text_len}, width] for one prompt.")
+            raise ValueError(
+                f"embedding of shape {list(embedding.shape)}: the cache holds [{self._text_len}, width] for one prompt."
+            )
         identity = self._identity(prompt)
         rows = embedding.detach().cpu()
         used = rows.ne(0).any(dim=1) * torch.arange(1, self._text_len + 1)

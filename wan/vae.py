@@ -30,8 +30,9 @@ class WanVAE:
         for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
             if len(values) != config.z_dim:
                 raise CheckpointError(
-                    f"the VAE has {config.z_dim} latent channels, but the {name} to normalise them by has {len(values)} values "
-                    "(Wan 2.1's, where a file brings none). Give mean= and std= with one value a channel."
+                    f"the VAE has {config.z_dim} latent channels, but the {name} to normalise them by has "
+                    f"{len(values)} values (Wan 2.1's, where a file brings none). Give mean= and std= with one value "
+                    "a channel."
                 )
         shape = (1, config.z_dim, 1, 1, 1)
         self._mean = torch.tensor(config.latents_mean, device=self.device).view(shape)
@@ -161,8 +162,9 @@ class WanVAE:
         if extra := (frames - 1) % stride:
             keep = frames - extra
             raise ValueError(
-                f"{frames} pixel frames cannot be encoded: the first latent frame holds 1 and each later one {stride}, so "
-                f"their number must be 1 + {stride} k. Cut the video to {keep} frames, or repeat its last frame up to {keep + stride}."
+                f"{frames} pixel frames cannot be encoded: the first latent frame holds 1 and each later one {stride}, "
+                f"so their number must be 1 + {stride} k. Cut the video to {keep} frames, or repeat its last "
+                f"frame up to {keep + stride}."
             )
         unit = self.spatial_stride
         if height % unit or width % unit:
@@ -201,13 +203,21 @@ class StreamDecoder:
             RuntimeError: an earlier call failed half-way, so that the cache is between two frames.
         """
         if self._broken:
-            raise RuntimeError("this stream failed in the middle of a frame and cannot go on. Start a new one with vae.stream().")
+            raise RuntimeError(
+                "this stream failed in the middle of a frame and cannot go on. Start a new one with vae.stream()."
+            )
         channels = self._vae.latent_channels
         if latents.ndim != 5 or latents.shape[2] != channels or not latents.shape[1]:
-            raise ValueError(f"latents are {list(latents.shape)}; expected [batch, frames, {channels}, height, width] with a frame or more.")
+            raise ValueError(
+                f"latents are {list(latents.shape)}; expected [batch, frames, {channels}, height, width] "
+                "with a frame or more."
+            )
         shape = latents[:, 0].shape
         if self._shape not in (None, shape):
-            raise ValueError(f"latent frames were {list(self._shape)} and are now {list(shape)}. Start a new stream for another video.")
+            raise ValueError(
+                f"latent frames were {list(self._shape)} and are now {list(shape)}. "
+                "Start a new stream for another video."
+            )
         pixels = []
         self._broken = True
         for frame in latents.unbind(1):
@@ -295,7 +305,8 @@ def _from_original(tensors: Mapping[str, Tensor], *, source: Path) -> tuple[dict
         }
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{source}: not a Wan 2.1 VAE with original names ({error}). Give Wan2.1_VAE.pth, or a diffusers folder with its config.json."
+            f"{source}: not a Wan 2.1 VAE with original names ({error}). Give Wan2.1_VAE.pth, or a diffusers folder "
+            "with its config.json."
         ) from error
     names = {name: vae_to_diffusers(name, num_res_blocks=config["num_res_blocks"]) for name in tensors}
     return config, {names[name]: value for name, value in tensors.items()}

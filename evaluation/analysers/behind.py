@@ -28,10 +28,10 @@ class Behind:
     """The background of every frame."""
 
     rgb: np.ndarray         # [T, 3] mean, 0..1
-    name: np.ndarray        # [T] index into palette.PROTOTYPES; a subject's colour where it left this world's backgrounds
+    name: np.ndarray        # [T] index into palette.PROTOTYPES; a subject's colour where it left the backgrounds
     pattern: np.ndarray     # [T] index into PATTERNS
     histogram: np.ndarray   # [T, 3, LEVELS] pixels of each level
-    energy: np.ndarray      # [T, 5] deviation of brightness, and of its variance the shares of a plane, a line, a grid; fourth moment
+    energy: np.ndarray      # [T, 5] deviation of brightness; its variance's shares of plane, line, grid; fourth moment
 
 
 def look_behind(frames: np.ndarray, free: np.ndarray) -> Behind:
@@ -117,8 +117,8 @@ def _peaks(rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Shares of the energy along the strongest wave's direction, and in its square grid. [T] each.
 
     The first is that of all frequencies within a narrow double cone, as stripes have, harmonics included.
-    The second is that of the strongest frequency and of the same frequency turned by 90 degrees, the weaker counted twice,
-    as checks have.
+    The second is that of the strongest frequency and of the same frequency turned by 90 degrees, the weaker
+    counted twice, as checks have.
     """
     count, height, width = rest.shape
     taper = np.hanning(height + 2)[1:-1, None] * np.hanning(width + 2)[1:-1]

@@ -23,7 +23,10 @@ def blur(frames: np.ndarray, sigma: float) -> np.ndarray:
         pad = [(0, 0)] * 4
         pad[axis] = (reach, reach)
         wide, length = np.pad(values, pad, mode="edge"), values.shape[axis]
-        parts = [wide[:, shift:shift + length] if axis == 1 else wide[:, :, shift:shift + length] for shift in range(len(kernel))]
+        parts = [
+            wide[:, shift:shift + length] if axis == 1 else wide[:, :, shift:shift + length]
+            for shift in range(len(kernel))
+        ]
         values = sum(weight * part for weight, part in zip(kernel / kernel.sum(), parts, strict=True))
     return _bytes(values)
 

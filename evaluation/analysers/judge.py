@@ -80,7 +80,9 @@ class Analysis:
 
     def to_json(self) -> dict:
         """Plain numbers, strings, lists and None; NaN becomes None."""
-        per_frame = {name: [None if np.isnan(v) else round(float(v), 5) for v in values] for name, values in _items(self.frames)}
+        per_frame = {
+            name: [None if np.isnan(v) else round(float(v), 5) for v in values] for name, values in _items(self.frames)
+        }
         return {
             "fps": self.fps, "num_frames": self.num_frames, "truth": self.truth.to_json(), "frames": per_frame,
             "video": {name: _plain(value) for name, value in asdict(self.video).items()},
@@ -94,7 +96,8 @@ class Analysis:
         window = slice(max(0, round(start_s * self.fps)), round(end_s * self.fps))
         if window.start >= min(window.stop, self.num_frames):
             raise ValueError(
-                f"no frame between {start_s} and {end_s} s in a video of {self.num_frames / self.fps:.2f} s. Ask within it."
+                f"no frame between {start_s} and {end_s} s in a video of {self.num_frames / self.fps:.2f} s. "
+                "Ask within it."
             )
         return {name: _mean(values[window]) for name, values in _items(self.frames)}
 
@@ -138,7 +141,8 @@ def _agrees(caption: Truth, scene: Truth) -> dict[str, bool | None]:
         return None if wanted is None else wanted == getattr(scene, name)
 
     return {
-        "colour": caption.colours <= scene.colours, "shape": caption.kinds <= scene.kinds, "pair": caption.pairs <= scene.pairs,
+        "colour": caption.colours <= scene.colours, "shape": caption.kinds <= scene.kinds,
+        "pair": caption.pairs <= scene.pairs,
         "count": len(caption.objects) == len(scene.objects),
         "background": same("background"), "pattern": same("pattern"), "motion": same("motion"),
     }

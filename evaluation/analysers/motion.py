@@ -17,7 +17,7 @@ MOST_MISSING = 0.3          # of a window's frames, filled by interpolation
 STILL, UNKNOWN = len(MOTIONS), len(MOTIONS) + 1   # labels beyond MOTIONS
 
 PULSE = 0.06                # deviation of the radius / mean; pulsing shapes have 0.12 and more
-PULSE_CROSSINGS = 0.7       # of the mean radius, a second; pulsing shapes make 1.1 and more, one that changed its size once none
+PULSE_CROSSINGS = 0.7       # of the mean radius, a second; pulsing shapes make 1.1 and more, one that resized once none
 SPIN_TURNS = 0.08           # a second; spinning shapes make 0.16 and more
 SPIN_STRAY_TURNS = 0.06     # deviation from an even turn
 REST_SPEED = 0.045          # frame heights a second; drifting shapes move at 0.09 and more
@@ -51,7 +51,8 @@ def _name(tracks: Tracks, slot: int, window: slice, fps: float, height: int) -> 
     if present.mean() < 1 - MOST_MISSING or len(present) < SHORTEST_SECONDS * fps:
         return UNKNOWN
     x, y, radius = (
-        _filled(values[window, slot], present) for values in (tracks.x / height, tracks.y / height, tracks.radius / height)
+        _filled(values[window, slot], present)
+        for values in (tracks.x / height, tracks.y / height, tracks.radius / height)
     )
     if radius.std() / radius.mean() > PULSE and _crossings(radius) > PULSE_CROSSINGS * len(radius) / fps:
         return MOTIONS.index("pulse")

@@ -44,7 +44,7 @@ def nearest(rgb: np.ndarray, *, lightness: float = 1.0) -> np.ndarray:
 
 @functools.cache
 def pixel_table() -> np.ndarray:
-    """uint8 [2 ** (3 * TABLE_BITS)]: the nearest prototype of every coarse colour, so that naming a pixel is one look-up."""
+    """uint8 [2 ** (3 * TABLE_BITS)]: the nearest prototype of every coarse colour: naming a pixel is one look-up."""
     levels = (np.arange(2 ** TABLE_BITS) + 0.5) / 2 ** TABLE_BITS
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     return np.concatenate([nearest(part) for part in np.array_split(grid, 16)]).astype(np.uint8)

@@ -143,7 +143,9 @@ def _accepted(found: Pixels, shape: tuple[int, ...]) -> Pixels:
     keep &= found.touches <= BORDER_CONTACT * 2 * (height + width)
     number = np.cumsum(keep) - 1
     inside = keep[found.component] if len(found.component) else np.zeros(0, bool)
-    return Pixels(number[found.component[inside]], found.y[inside], found.x[inside], found.frame[keep], found.touches[keep])
+    return Pixels(
+        number[found.component[inside]], found.y[inside], found.x[inside], found.frame[keep], found.touches[keep],
+    )
 
 
 def grown(mask: np.ndarray, pixels: int) -> np.ndarray:

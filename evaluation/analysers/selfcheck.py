@@ -77,7 +77,10 @@ def with_backdrop_gain(scene: Scene, gain: float, channel: int = 0) -> Scene:
     def tinted(rgb: tuple[float, float, float]) -> tuple[float, ...]:
         return tuple(min(1.0, value + gain * (index == channel)) for index, value in enumerate(rgb))
 
-    return replace(scene, backdrop=replace(scene.backdrop, dark=tinted(scene.backdrop.dark), light=tinted(scene.backdrop.light)))
+    return replace(
+        scene,
+        backdrop=replace(scene.backdrop, dark=tinted(scene.backdrop.dark), light=tinted(scene.backdrop.light)),
+    )
 
 
 def with_kind(scene: Scene, kind: str) -> Scene:
@@ -88,7 +91,9 @@ def with_kind(scene: Scene, kind: str) -> Scene:
 def with_duplicate(scene: Scene, height: int, width: int) -> Scene:
     """The scene with a second, small copy of its first shape, still in the corner furthest from where that moves."""
     body = scene.bodies[0]
-    corner = tuple(size * (0.12 if center > size / 2 else 0.88) for center, size in zip(body.center, (width, height), strict=True))
+    corner = tuple(
+        size * (0.12 if center > size / 2 else 0.88) for center, size in zip(body.center, (width, height), strict=True)
+    )
     copy = replace(body, center=corner, x=Wave(), y=Wave(), radius=0.11 * height)
     return replace(scene, bodies=(*scene.bodies, copy))
 
@@ -96,7 +101,9 @@ def with_duplicate(scene: Scene, height: int, width: int) -> Scene:
 # name -> (strengths, the number that must grow with them, what to do to a clip's frames)
 Damage = tuple[tuple[float, ...], Callable[[Analysis], float], Callable[[Clip, np.ndarray, float], np.ndarray]]
 DAMAGES: dict[str, Damage] = {
-    "hue ramp, degrees": ((0, 15, 30, 60), lambda a: a.video.colour_error, lambda clip, frames, s: damage.hue_ramp(frames, s)),
+    "hue ramp, degrees": (
+        (0, 15, 30, 60), lambda a: a.video.colour_error, lambda clip, frames, s: damage.hue_ramp(frames, s),
+    ),
     "background tint ramp": (
         (0, 0.05, 0.1, 0.2), lambda a: a.video.background_drift,
         lambda clip, frames, s: damage.cross_fade(frames, draw(with_backdrop_gain(clip.scene, s), len(frames))),
@@ -105,15 +112,21 @@ DAMAGES: dict[str, Damage] = {
     "freeze, share": ((0, 0.2, 0.4, 0.6), lambda a: -a.video.speed, lambda clip, frames, s: damage.freeze(frames, s)),
     "duplicate, share": (
         (0, 0.2, 0.5, 1.0), lambda a: a.video.duplicates,
-        lambda clip, frames, s: damage.switch(frames, draw(with_duplicate(clip.scene, *frames.shape[1:3]), len(frames)), s),
+        lambda clip, frames, s: damage.switch(
+            frames, draw(with_duplicate(clip.scene, *frames.shape[1:3]), len(frames)), s,
+        ),
     ),
     "jump cuts": ((0, 1, 3, 5), lambda a: a.video.jumps, lambda clip, frames, s: damage.jump_cuts(frames, int(s), 17)),
-    "loop backs": ((0, 1, 3, 5), lambda a: a.video.rollbacks, lambda clip, frames, s: damage.loop_backs(frames, int(s))),
+    "loop backs": (
+        (0, 1, 3, 5), lambda a: a.video.rollbacks, lambda clip, frames, s: damage.loop_backs(frames, int(s)),
+    ),
     "shape swap, share": (
         (0, 0.25, 0.5, 0.75), lambda a: -a.video.rate["shape"],
         lambda clip, frames, s: damage.switch(frames, draw(with_kind(clip.scene, _other(clip)), len(frames)), s),
     ),
-    "chunk flicker, levels": ((0, 2, 4, 8), lambda a: a.video.flicker, lambda clip, frames, s: damage.chunk_flicker(frames, s)),
+    "chunk flicker, levels": (
+        (0, 2, 4, 8), lambda a: a.video.flicker, lambda clip, frames, s: damage.chunk_flicker(frames, s),
+    ),
 }
 
 
@@ -140,7 +153,10 @@ def responses(clips: list[Clip]) -> dict[str, dict[str, list]]:
     table = {}
     for name, (strengths, number, apply) in DAMAGES.items():
         response = [
-            float(np.mean([number(analyse(apply(clip, frames, s), clip.truth)) for clip, frames in zip(clips, originals, strict=True)]))
+            float(np.mean([
+                number(analyse(apply(clip, frames, s), clip.truth))
+                for clip, frames in zip(clips, originals, strict=True)
+            ]))
             for s in strengths
         ]
         table[name] = {"strength": list(strengths), "response": [round(value, 5) for value in response]}
@@ -153,10 +169,14 @@ def shortfalls(table: dict[str, dict[str, float]]) -> list[str]:
     for name, needed in REQUIRED.items():
         for column in ("clean", "as_generated"):
             if table[column][name] < needed:
-                found.append(f"{name} holds in {table[column][name]:.1%} of the {column} videos; {needed:.0%} are required")
+                found.append(
+                    f"{name} holds in {table[column][name]:.1%} of the {column} videos; {needed:.0%} are required"
+                )
     for name in PROPERTIES:
         if abs(table["shuffled"][name] - table["chance"][name]) > SHUFFLED_WITHIN:
-            found.append(f"{name}: {table['shuffled'][name]:.1%} with truths shuffled, {table['chance'][name]:.1%} by chance")
+            found.append(
+                f"{name}: {table['shuffled'][name]:.1%} with truths shuffled, {table['chance'][name]:.1%} by chance"
+            )
     return found
 
 
@@ -168,10 +188,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     show = sys.stderr.isatty()
-    table = accuracy(held_out_clips(options.clips), lambda done: show and print(f"\r{done}/{options.clips}", end="", file=sys.stderr))
+    table = accuracy(
+        held_out_clips(options.clips),
+        lambda done: show and print(f"\r{done}/{options.clips}", end="", file=sys.stderr),
+    )
     print(f"{'property':<12}{'clean':>10}{'degraded':>10}{'shuffled':>10}{'chance':>10}")
     for name in PROPERTIES:
-        print(f"{name:<12}" + "".join(f"{table[column][name]:>10.1%}" for column in ("clean", "as_generated", "shuffled", "chance")))
+        print(f"{name:<12}" + "".join(
+            f"{table[column][name]:>10.1%}" for column in ("clean", "as_generated", "shuffled", "chance")
+        ))
     damages = responses(damage_clips())
     print()
     for name, row in damages.items():

@@ -58,7 +58,9 @@ def follow(shapes: Shapes, num_frames: int, height: int) -> Tracks:
     return _gather(shapes, chosen)
 
 
-def _match(shapes: Shapes, found: np.ndarray, alive: list[int], last: np.ndarray, seen: np.ndarray, height: int) -> dict[int, int]:
+def _match(
+    shapes: Shapes, found: np.ndarray, alive: list[int], last: np.ndarray, seen: np.ndarray, height: int,
+) -> dict[int, int]:
     """slot -> component: the nearest pairs first, then newcomers into the slots longest empty."""
     assigned: dict[int, int] = {}
     left = list(found)

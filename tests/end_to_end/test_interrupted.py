@@ -177,7 +177,9 @@ def test_one_failure_costs_one_video(cli: CommandLine, monkeypatch: pytest.Monke
     options = ["--data_path", cli.prompts(*PROMPTS), "--num_output_frames", 9, "--save_with_index"]
     options += ["--batch_size", batch_size]
     folder, add = cli.folder / "videos", utils.video._Encoder.add
-    full = lambda encoder, frame: disk_full() if "0001-0" in encoder.container.name else add(encoder, frame)  # noqa: E731
+    full = lambda encoder, frame: (  # noqa: E731
+        disk_full() if "0001-0" in encoder.container.name else add(encoder, frame)
+    )
     with monkeypatch.context() as patch:
         patch.setattr(utils.video._Encoder, "add", full)
         assert cli(*options) == 1

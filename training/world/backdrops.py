@@ -28,7 +28,9 @@ class Placed:
     reach: Tensor      # [n, 1, 1, 1] half the frame's extent along u
 
 
-def paint(backdrops: Sequence[Backdrop], world: World, seconds: Tensor, pan_x: Tensor, pan_y: Tensor, zoom: Tensor) -> Tensor:
+def paint(
+    backdrops: Sequence[Backdrop], world: World, seconds: Tensor, pan_x: Tensor, pan_y: Tensor, zoom: Tensor,
+) -> Tensor:
     """All backgrounds.
 
     Shapes: seconds [T]; pan_x, pan_y (pixels), zoom [B, T], all float64. Returns float32 [B, 3, T, H, W] in 0..1.
@@ -50,7 +52,9 @@ def paint(backdrops: Sequence[Backdrop], world: World, seconds: Tensor, pan_x: T
     return pixels
 
 
-def _place(backdrops: list[Backdrop], world: World, seconds: Tensor, pan_x: Tensor, pan_y: Tensor, zoom: Tensor) -> Placed:
+def _place(
+    backdrops: list[Backdrop], world: World, seconds: Tensor, pan_x: Tensor, pan_y: Tensor, zoom: Tensor,
+) -> Placed:
     device = seconds.device
 
     def column(values: list[float]) -> Tensor:
@@ -61,7 +65,7 @@ def _place(backdrops: list[Backdrop], world: World, seconds: Tensor, pan_x: Tens
     period = column([backdrop.period for backdrop in backdrops])
     slide_x = column([backdrop.slide[0] for backdrop in backdrops]) * seconds
     slide_y = column([backdrop.slide[1] for backdrop in backdrops]) * seconds
-    cycle = period * NOISE_CELLS / 2                       # every pattern repeats after this; keeps float32 exact for hours
+    cycle = period * NOISE_CELLS / 2    # every pattern repeats after this; keeps float32 exact for hours
     start_u = column([backdrop.phase[0] for backdrop in backdrops]) * cycle
     start_v = column([backdrop.phase[1] for backdrop in backdrops]) * cycle
     # world = (screen - middle - pan) / zoom + slide, then turned: linear in the screen, so only offsets vary with time

@@ -7,7 +7,13 @@ from itertools import groupby
 
 from training.world.truth import ObjectTruth, Truth
 from training.world.vocabulary import (
-    BACKGROUND_WORDS, MOTION_PHRASES, NUMBER_WORDS, PATTERN_PHRASES, SIZE_WORDS, UNPATTERNED_PHRASES, plural,
+    BACKGROUND_WORDS,
+    MOTION_PHRASES,
+    NUMBER_WORDS,
+    PATTERN_PHRASES,
+    SIZE_WORDS,
+    UNPATTERNED_PHRASES,
+    plural,
 )
 
 SAY_SIZE, SAY_PATTERN, SAY_MOTION = 0.6, 0.75, 0.85  # the share of captions that mention it

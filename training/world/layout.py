@@ -45,7 +45,9 @@ class Path:
     y: Wave = Wave()
 
 
-def place(rng: random.Random, objects: Sequence[ObjectTruth], motion: str, colours: Sequence[tuple], world: World) -> tuple[Body, ...]:
+def place(
+    rng: random.Random, objects: Sequence[ObjectTruth], motion: str, colours: Sequence[tuple], world: World,
+) -> tuple[Body, ...]:
     """Bodies for `objects` (every size named), left to right or around the orbit in that order.
 
     Raises: NoRoom if they do not fit; ask again with smaller sizes.
@@ -167,7 +169,9 @@ def _rows(extents: Sequence[Extent], frame: tuple[float, float]) -> tuple[float,
     return (frame[1] + up - down) / 2, (frame[1] - up - down) / 2 - MARGIN
 
 
-def _formation(extents: Sequence[Extent], frame: tuple[float, float]) -> tuple[tuple[float, float], tuple[float, float]]:
+def _formation(
+    extents: Sequence[Extent], frame: tuple[float, float],
+) -> tuple[tuple[float, float], tuple[float, float]]:
     width = sum(2 * one.side for one in extents) + GAP * (len(extents) - 1)
     return (frame[0] / 2, (frame[0] - width) / 2 - MARGIN), _rows(extents, frame)
 

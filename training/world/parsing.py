@@ -11,8 +11,20 @@ from dataclasses import dataclass, field
 
 from training.world.truth import ObjectTruth, Truth
 from training.world.vocabulary import (
-    BACKGROUND_NOUNS, BACKGROUND_SYNONYMS, BACKGROUNDS, COLOUR_SYNONYMS, COLOURS, COUNT_WORDS, DARKENED, FILLER_WORDS,
-    KIND_NOUNS, MOTION_STEMS, PATTERN_ADJECTIVES, SIZE_SYNONYMS, plural, words,
+    BACKGROUND_NOUNS,
+    BACKGROUND_SYNONYMS,
+    BACKGROUNDS,
+    COLOUR_SYNONYMS,
+    COLOURS,
+    COUNT_WORDS,
+    DARKENED,
+    FILLER_WORDS,
+    KIND_NOUNS,
+    MOTION_STEMS,
+    PATTERN_ADJECTIVES,
+    SIZE_SYNONYMS,
+    plural,
+    words,
 )
 
 MOST_SHAPES = 3
@@ -39,7 +51,9 @@ class _Reading:
     def set_once(self, name: str, value: str) -> None:
         held = {"motion": self.motion, "background": self.background, "pattern": self.pattern}[name]
         if held is not None and held != value:
-            raise CaptionError(f"{self.text!r} names two kinds of {name}, {held} and {value}. A scene has one: drop either.")
+            raise CaptionError(
+                f"{self.text!r} names two kinds of {name}, {held} and {value}. A scene has one: drop either."
+            )
         setattr(self, name, value)
 
     def describe(self, name: str, value: str) -> None:
@@ -66,7 +80,8 @@ def parse_caption(text: str) -> Truth:
         )
     if not 1 <= len(reading.objects) <= MOST_SHAPES:
         raise CaptionError(
-            f"{text!r} names {len(reading.objects)} shapes; this world shows one to {MOST_SHAPES} of: {', '.join(KIND_NOUNS)}."
+            f"{text!r} names {len(reading.objects)} shapes; this world shows one to {MOST_SHAPES} of: "
+            f"{', '.join(KIND_NOUNS)}."
         )
     return Truth(tuple(reading.objects), reading.motion, reading.background, reading.pattern)
 
@@ -82,7 +97,9 @@ def _tokens(text: str) -> list[str]:
         if word not in known:
             near = difflib.get_close_matches(word, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise CaptionError(f"{text!r}: unknown word {word!r}.{hint} The words of this world are in training/world/vocabulary.py.")
+            raise CaptionError(
+                f"{text!r}: unknown word {word!r}.{hint} The words of this world are in training/world/vocabulary.py."
+            )
         pair = f"{tokens[-1]} {word}" if tokens else word
         if tokens and (pair in BACKGROUNDS or pair in BACKGROUND_SYNONYMS):
             tokens[-1] = pair
@@ -112,7 +129,9 @@ def _read(reading: _Reading, token: str) -> None:
     elif token in BACKGROUND_NOUNS:
         _close_background(reading, token)
     elif token not in FILLER_WORDS:
-        raise CaptionError(f"{reading.text!r}: {token!r} alone says nothing here. A background may be 'dark blue', for one.")
+        raise CaptionError(
+            f"{reading.text!r}: {token!r} alone says nothing here. A background may be 'dark blue', for one."
+        )
     elif token in ("of", "in", "with") and reading.count == 1:
         reading.count = None  # 'a video of', 'a pair of' keeps its two
 
@@ -122,7 +141,8 @@ def _close_group(reading: _Reading, token: str, kind: str) -> None:
         _settle_background(reading)  # 'on plain navy a red circle'
     if reading.behind is not None or reading.laid is not None:
         raise CaptionError(
-            f"{reading.text!r}: no {token} is {reading.behind or reading.laid}; that is a background. Shapes are: {', '.join(COLOURS)}."
+            f"{reading.text!r}: no {token} is {reading.behind or reading.laid}; that is a background. "
+            f"Shapes are: {', '.join(COLOURS)}."
         )
     if reading.colour is None:
         raise CaptionError(f"{reading.text!r}: the {token} has no colour. Give it one of: {', '.join(COLOURS)}.")

@@ -64,7 +64,9 @@ def to_frames(pixels: Tensor) -> Tensor:
     return pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous()
 
 
-def _bodies(scenes: Sequence[Scene], slot: int, world: World, seconds: Tensor, pan_x: Tensor, pan_y: Tensor, zoom: Tensor) -> BodyBatch:
+def _bodies(
+    scenes: Sequence[Scene], slot: int, world: World, seconds: Tensor, pan_x: Tensor, pan_y: Tensor, zoom: Tensor,
+) -> BodyBatch:
     clips = [index for index, scene in enumerate(scenes) if slot < len(scene.bodies)]
     bodies = [scenes[index].bodies[slot] for index in clips]
     device = seconds.device

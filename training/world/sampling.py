@@ -19,7 +19,14 @@ from training.world.layout import NoRoom, place
 from training.world.scene import Backdrop, Scene, View, Wave, World
 from training.world.truth import ObjectTruth, Truth
 from training.world.vocabulary import (
-    BACKGROUNDS, COLOURS, HELD_OUT_PAIRS, KINDS, MOTIONS, PATTERNS, SIZES, SPINNING_KINDS,
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT_PAIRS,
+    KINDS,
+    MOTIONS,
+    PATTERNS,
+    SIZES,
+    SPINNING_KINDS,
 )
 
 SPLITS = ("train", "test", "held_out")

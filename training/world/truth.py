@@ -38,7 +38,8 @@ class Truth:
         if not self.objects:
             raise ValueError("a truth without a shape: name at least one object")
         for name, value, allowed in (
-            ("motion", self.motion, MOTIONS), ("background", self.background, BACKGROUNDS), ("pattern", self.pattern, PATTERNS),
+            ("motion", self.motion, MOTIONS), ("background", self.background, BACKGROUNDS),
+            ("pattern", self.pattern, PATTERNS),
         ):
             if value is not None:
                 _member(name, value, allowed)

@@ -100,7 +100,8 @@ PATTERN_PHRASES = {
 }
 UNPATTERNED_PHRASES = ("a {c} background", "a {c} backdrop")
 BACKGROUND_WORDS = {  # how the grammar says each background colour
-    "charcoal": ("charcoal", "black"), "gray": ("gray", "grey"), "navy": ("navy", "dark blue"), "maroon": ("maroon", "dark red"),
+    "charcoal": ("charcoal", "black"), "gray": ("gray", "grey"), "navy": ("navy", "dark blue"),
+    "maroon": ("maroon", "dark red"),
     "dark green": ("dark green",), "teal": ("teal",), "plum": ("plum", "dark purple"), "brown": ("brown",),
 }
 
@@ -135,7 +136,8 @@ BACKGROUND_NOUNS = {  # noun -> the pattern it names, or None
     "checks": "checker", "noise": "noise", "clouds": "noise",
 }
 PATTERN_ADJECTIVES = {
-    "plain": "plain", "solid": "plain", "striped": "stripes", "checkered": "checker", "checked": "checker", "checker": "checker",
+    "plain": "plain", "solid": "plain", "striped": "stripes",
+    "checkered": "checker", "checked": "checker", "checker": "checker",
     "cloudy": "noise", "mottled": "noise", "noisy": "noise", "grainy": "noise",
 }
 BACKGROUND_SYNONYMS = {
