@@ -1,6 +1,7 @@
 """The loop that every stage shares: resume, clock, checkpoints, progress, losses."""
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from utils.files import temp_path
 
+PACKED_BYTES = 15 * 2**20
 logger = logging.getLogger(__name__)
 
 
@@ -72,13 +76,50 @@ def load_state(path: Path, device: torch.device) -> dict[str, Any]:
     return torch.load(path, map_location=device, weights_only=True)
 
 
+def weights_in(state: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """The live tensors of weights and averages in a stage's state, by path; what optimisers remember is left out."""
+    found = {}
+    for key, value in state.items():
+        if key in ("masters", "ema"):
+            found |= {f"{prefix}{key}.{name}": tensor for name, tensor in value.items()}
+        elif isinstance(value, dict):
+            found |= weights_in(value, f"{prefix}{key}.")
+    return found
+
+
+def pack(state: dict[str, Any], step: int, name: str, folder: Path) -> None:
+    """Write weights and averages of a stage in bf16, in files of at most 15 MiB: all that has to travel."""
+    shards: list[dict[str, Tensor]] = [{}]
+    for key, tensor in weights_in(state).items():
+        tensor = tensor.to("cpu", torch.bfloat16).contiguous()
+        if sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > PACKED_BYTES:
+            shards.append({})
+        shards[-1][key] = tensor
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, shard in enumerate(shards):
+        save_file(shard, folder / f"{name}-{index}.safetensors", metadata={"step": str(step)})
+
+
+def unpack(paths: list[Path], stage: Stage) -> int:
+    """Take over what `pack` wrote, with a fresh optimiser; returns the step it was written at."""
+    state, step, packed = stage.state(), 0, {}
+    for path in paths:
+        packed |= load_file(path)
+        with safe_open(path, "pt") as file:
+            step = int(file.metadata()["step"])
+    copy_tensors(weights_in(state), packed)
+    stage.load(state)  # masters are in place: write them to the networks
+    return step
+
+
 def run_stage(
     stage: Stage, folder: Path, *, device: torch.device, seconds: float | None, checkpoint_seconds: float,
     log_every: int,
 ) -> bool:
     """Run a stage from where it stands until its last step or until `seconds` are over; returns whether it is done.
 
-    State goes to `folder/<stage>.pt`, losses to `folder/<stage>.jsonl`.
+    State goes to `folder/<stage>.pt`, losses to `folder/<stage>.jsonl`. Where there is no state but files that
+    `pack` wrote, weights and averages go on from there.
     """
     path = folder / f"{stage.name}.pt"
     first = 0
@@ -87,6 +128,9 @@ def run_stage(
         stage.load(saved["stage"])
         first = saved["step"]
         logger.info("%s: going on at step %d of %d", stage.name, first, stage.steps)
+    elif packed := sorted(folder.glob(f"{stage.name}-*.safetensors")):
+        first = unpack(packed, stage)
+        logger.info("%s: going on at step %d of %d, with a fresh optimiser", stage.name, first, stage.steps)
     begin = saved_at = time.monotonic()
     with (
         (folder / f"{stage.name}.jsonl").open("a") as log,
@@ -115,55 +159,12 @@ def run_stage(
     return index >= stage.steps
 
 
-def learning_rate(index: int, steps: int, warmup: int = 100, decay_from: float = 0.6) -> float:
-    """Factor on the learning rate: a short ramp, a plateau, a linear fall to 2 % at the end."""
-    if index < warmup:
-        return (index + 1) / warmup
+def step_seed(seed: int, stage: str, index: int) -> int:
+    """The seed of one step's random numbers, so that a resumed run draws what an unbroken one would."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{stage}/{index}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+def learning_rate(index: int, steps: int, decay_from: float = 0.6) -> float:
+    """Factor on the learning rate: a plateau, then a linear fall to 2 % at the end."""
     progress = index / steps
     return 1.0 if progress < decay_from else max(0.02, (1 - progress) / (1 - decay_from))
-
-
-class Optimizers:
-    """Muon for the matrices inside the blocks, AdamW for everything else; float32 masters of the module's weights.
-
-    The module itself may be bf16: gradients are raised to float32, masters updated, weights rounded once.
-    """
-
-    def __init__(self, module: nn.Module, *, lr: float, lr_rest: float, betas: tuple[float, float] = (0.9, 0.95)):
-        self._parameters = dict(module.named_parameters())
-        self.masters = {name: p.detach().float().clone() for name, p in self._parameters.items()}
-        matrices = [p for name, p in self.masters.items() if p.ndim == 2 and "blocks." in name]
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in self.masters.values() if id(p) not in chosen]
-        self._optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(rest, lr=lr_rest, betas=betas, weight_decay=0.0),
-        ]
-        if matrices:
-            self._optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
-        self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers]
-
-    def step(self, factor: float, max_norm: float = 1.0) -> None:
-        """Clip, update, write the weights back, clear the gradients."""
-        masters = list(self.masters.values())
-        for master, parameter in zip(masters, self._parameters.values(), strict=True):
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
-        nn.utils.clip_grad_norm_(masters, max_norm, foreach=True)
-        for optimizer, rates in zip(self._optimizers, self._rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-            optimizer.step()
-        self._write_back()
-
-    def state(self) -> dict[str, Any]:
-        return {"masters": self.masters, "optimizers": [optimizer.state_dict() for optimizer in self._optimizers]}
-
-    def load(self, state: dict[str, Any]) -> None:
-        copy_tensors(self.masters, state["masters"])
-        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self._write_back()
-
-    @torch.no_grad()
-    def _write_back(self) -> None:
-        torch._foreach_copy_(list(self._parameters.values()), list(self.masters.values()))

@@ -8,20 +8,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.window import Window
 from wan.rope import Phase, rotate_space, rotate_time, space_phase, time_phase
 
 
-@torch.compiler.disable
 def dense(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attention backend of training: torch's choice of kernel, with gradients."""
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, keys, values))).transpose(1, 2)
-
-
-def _rotate(x: Tensor, frame_tokens: int, space: Phase, time: Phase) -> Tensor:
-    return rotate_time(rotate_space(x.unflatten(1, (-1, frame_tokens)), space).flatten(1, 2), time)
 
 
 class Rotation:
@@ -29,7 +25,6 @@ class Rotation:
 
     def __init__(self, geometry: VideoGeometry, head_dim: int, device: torch.device):
         self._geometry, self._head_dim = geometry, head_dim
-        self._rotate = torch.compile(_rotate, dynamic=False) if device.type == "cuda" else _rotate
         self._space = space_phase(geometry.rows, geometry.columns, head_dim, torch.float32, device)
 
     def time(self, frames: Tensor) -> Phase:
@@ -38,23 +33,23 @@ class Rotation:
 
     def __call__(self, x: Tensor, time: Phase) -> Tensor:
         """[B, L, H, D] -> rotated."""
-        return self._rotate(x, self._geometry.frame_tokens, self._space, time)
+        in_frames = x.unflatten(1, (-1, self._geometry.frame_tokens))
+        return rotate_time(rotate_space(in_frames, self._space).flatten(1, 2), time)
 
 
-class TeacherForcing:
-    """Memory of a clean and a noisy copy of each clip side by side: [clean F frames | noisy F frames].
+class WholeClip:
+    """Memory of a clip that is seen at once, at given positions; every layer shares it and nothing is remembered.
 
-    Every layer shares it. Use with `chunk_causal_attention`, which knows who sees whom.
+    Teacher forcing lays a clean and a noisy copy side by side, [clean F frames | noisy F frames]:
+    `ChunkCausalAttention` knows who sees whom.
     """
 
-    def __init__(self, rotation: Rotation, frames: int, device: torch.device):
-        self._rotation = rotation
-        self._time = rotation.time(torch.arange(frames, device=device).repeat(2))
+    def __init__(self, rotation: Rotation, positions: Tensor):
+        self._rotation, self._time = rotation, rotation.time(positions)
 
-    def layer(self, index: int) -> TeacherForcing:
+    def layer(self, index: int) -> WholeClip:
         return self
 
-    @torch.compiler.disable
     def extend(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
         return Window(self._rotation(query, self._time), self._rotation(keys, self._time), values)
 
@@ -62,24 +57,28 @@ class TeacherForcing:
 class ChunkCausalAttention:
     """A noisy chunk sees the clean chunks before it and itself; a clean chunk sees the same, with its clean self.
 
-    An attention backend for the layout of `TeacherForcing`: one dense call per chunk, clean and noisy together.
+    An attention backend for the layout of teacher forcing: block-sparse on a GPU, masked elsewhere.
     """
 
-    def __init__(self, chunk_tokens: int):
-        self._chunk = chunk_tokens
+    def __init__(self, chunk_tokens: int, tokens: int, device: torch.device):
+        half = tokens // 2
 
-    @torch.compiler.disable
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            asking, asked = query % half // chunk_tokens, key % half // chunk_tokens
+            same_copy = (query < half) == (key < half)
+            return (key < half) & (asked < asking) | same_copy & (asked == asking)
+
+        if device.type == "cuda":
+            self._blocks = create_block_mask(sees, None, None, tokens, tokens, device=device)
+        else:
+            place = torch.arange(tokens)
+            self._blocks, self._mask = None, sees(place, place, place[:, None], place[None])
+
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        half = query.shape[1] // 2
-        clean, noisy = [], []
-        for start in range(0, half, self._chunk):
-            own = slice(start, start + self._chunk), slice(half + start, half + start + self._chunk)
-            asked = torch.cat([query[:, span] for span in own])
-            seen = [torch.cat([torch.cat([x[:, :start], x[:, span]], dim=1) for span in own]) for x in (keys, values)]
-            for_clean, for_noisy = dense(asked, *seen).chunk(2)
-            clean.append(for_clean)
-            noisy.append(for_noisy)
-        return torch.cat(clean + noisy, dim=1)
+        query, keys, values = (x.transpose(1, 2) for x in (query, keys, values))
+        if self._blocks is not None:
+            return flex_attention(query, keys, values, block_mask=self._blocks).transpose(1, 2)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=self._mask).transpose(1, 2)
 
 
 class RolloutMemory:
@@ -116,7 +115,6 @@ class RolloutLayer:
         self._staged: tuple[Tensor, ...] = ()
         self.time: Phase | None = None
 
-    @torch.compiler.disable
     def extend(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
         keys = self._rotation(keys, self.time)
         self._staged = (keys.detach(), values.detach())

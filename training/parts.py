@@ -18,6 +18,7 @@ from utils.config import ModelSpec
 from wan.model import CausalWanModel, WanConfig, randomize
 
 SHARD_BYTES = 12 * 2**20
+LOG_VARIANCE = -5.0  # of a fresh autoencoder's latents
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
@@ -50,6 +51,8 @@ def make_vae(settings: VaeSettings, latent_channels: int) -> AutoencoderKLWan:
                 identity = torch.eye(module.dim).repeat(module.time_conv.out_channels // module.dim, 1)
                 module.time_conv.weight.zero_()
                 module.time_conv.weight[:, :, -1, 0, 0] = identity
+        vae.quant_conv.weight[latent_channels:] = 0  # log-variances: little noise from the start
+        vae.quant_conv.bias[latent_channels:] = LOG_VARIANCE
     return vae
 
 

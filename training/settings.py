@@ -9,13 +9,14 @@ class VaeSettings:
     """The video autoencoder."""
 
     steps: int = 4500
-    image_steps: int = 2000     # of them on single frames, before anything moves
-    image_batch: int = 256
-    batch: int = 32
+    image_steps: int = 1000     # of them on single frames, before anything moves
+    image_batch: int = 96
+    batch: int = 16
     latent_frames: int = 5      # of a short clip
-    whole_batch: int = 8
+    whole_batch: int = 4
     whole_latent_frames: int = 21
-    lr: float = 1e-3
+    lr: float = 2e-3            # of kernels (Muon)
+    lr_rest: float = 1e-3       # of everything else (AdamW)
     ema: float = 0.995
     base_dim: int = 24
     num_res_blocks: int = 1
@@ -28,10 +29,11 @@ class VaeSettings:
 class DataSettings:
     """The latent clips that teacher and student learn from."""
 
-    clips: int = 16384
+    clips: int = 24576
     openings: int = 65536       # first chunks alone
     latent_frames: int = 21
     batch: int = 64             # clips rendered and encoded at a time
+    openings_batch: int = 512
 
 
 @dataclass
@@ -71,6 +73,8 @@ class StudentSettings:
     critic_updates: int = 3         # per update of the student
     guidance: float = 2.0           # of the teacher
     ema: float = 0.97
+    snapshot_every: int = 50        # steps; the best snapshot is what is exported
+    choice_captions: int = 96       # unseen captions by which it is chosen
 
 
 @dataclass

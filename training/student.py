@@ -13,11 +13,13 @@ from torch import Tensor
 
 from pipeline.sampler import FewStepSampler
 from training.data import LatentClips
-from training.loop import Ema, Optimizers, copy_tensors, learning_rate
+from training.graphs import Graphs
+from training.loop import Ema, copy_tensors, learning_rate, step_seed
 from training.memory import RolloutMemory, Rotation
+from training.optim import Optimizers
 from training.parts import CaptionEncoder
 from training.settings import Settings
-from training.teacher import TeacherForcedFlow, draw_sigmas
+from training.teacher import TeacherForcedFlow, draw_sigmas, mix
 from wan.geometry import VideoGeometry
 from wan.model import CausalWanModel
 
@@ -42,101 +44,118 @@ class StudentStage:
         self._optimizers = Optimizers(self.model, lr=s.lr, lr_rest=s.lr, betas=(0.0, 0.95))
         self._critic_optimizers = Optimizers(self._critic, lr=s.lr_critic, lr_rest=s.lr_critic, betas=(0.0, 0.95))
         self.ema = Ema(self._optimizers.masters, s.ema)
-        self._generator = torch.Generator(device).manual_seed(settings.seed + 2)
-        self._dice = torch.Generator().manual_seed(settings.seed + 2)  # on the host: which pass a rollout leaves at
+        self.snapshots: dict[str, dict[str, Tensor]] = {}  # step -> averages in bf16
+        self._generator, self._graphs = torch.Generator(device), Graphs(device)
         self._nothing = captions.tokens([""]).to(device)
         if device.type == "cuda":
-            for network in (self.model, self._teacher, self._critic):
+            for network in (self._teacher, self._critic):
                 for block in network.blocks:
                     block.compile(dynamic=False)
 
     def state(self) -> dict[str, Any]:
         return {
             "optimizers": self._optimizers.state(), "critic": self._critic_optimizers.state(), "ema": self.ema.shadow,
+            "snapshots": self.snapshots,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self._optimizers.load(state["optimizers"])
         self._critic_optimizers.load(state["critic"])
         copy_tensors(self.ema.shadow, state["ema"])
+        self.snapshots = dict(state["snapshots"])
 
     def step(self, index: int) -> dict[str, Tensor]:
-        s = self._settings.student
-        _, ids = self._clips.draw(s.batch, self._generator)
-        embeddings = self._captions(ids)
-        video = self._rollout(embeddings)
-        loss = self._matching_loss(video, embeddings)
-        loss.backward()
-        factor = learning_rate(index, self.steps, warmup=10, decay_from=0.4)
+        s, seed = self._settings.student, step_seed(self._settings.seed, self.name, index)
+        self._generator.manual_seed(seed)
+        clean, ids = self._clips.draw(s.batch, self._generator)
+        with torch.no_grad():
+            embeddings, nothing = self._captions(ids), self._captions(self._nothing).expand(s.batch, -1, -1)
+        leave = seed % self._sampler.num_passes  # the pass at which this rollout leaves every chunk
+        noise = torch.stack([self._noise(clean) for _ in range(leave + 1)])
+        made = self._graphs(
+            f"leave at {leave}", self._update, embeddings, nothing, noise, self._noise(clean),
+            self._sigma(s.batch, low=0.02),
+        )
+        factor = learning_rate(index, self.steps, decay_from=0.4)
         self._optimizers.step(factor)
         self.ema.update(index)
-        critic = torch.stack([self._critic_update(video.detach(), embeddings, factor) for _ in range(s.critic_updates)])
-        return {"matching": loss, "critic": critic.mean()}
+        if (index + 1) % s.snapshot_every == 0:
+            self.snapshots[str(index + 1)] = {name: t.bfloat16() for name, t in self.ema.shadow.items()}
+        for _ in range(s.critic_updates):
+            critic = self._graphs(
+                "critic", self._update_critic, made["video"], embeddings, self._noise(clean),
+                self._sigma(s.batch, low=0.01),
+            )
+            self._critic_optimizers.step(factor)
+        return {"matching": made["matching"], **critic}
 
-    def _rollout(self, embeddings: Tensor) -> Tensor:
-        """A clip [B, F, C, h, w] from the student's own memory; gradient through the last pass of each chunk alone."""
+    def _noise(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self._generator, device=self._device)
+
+    def _sigma(self, batch: int, low: float) -> Tensor:
+        """A level per chunk, as [B, F]; the ends say nothing."""
+        chunks = self._settings.data.latent_frames // self._geometry.chunk_frames
+        return self._flow.per_frame(draw_sigmas((batch, chunks), self._generator, self._device).clamp(low, 0.98))
+
+    def _update(
+        self, embeddings: Tensor, nothing: Tensor, rollout_noise: Tensor, noise: Tensor, sigma: Tensor,
+    ) -> dict[str, Tensor]:
+        video = self._rollout(embeddings, rollout_noise)
+        loss = self._matching_loss(video, embeddings, nothing, noise, sigma)
+        self._optimizers.backward(loss)
+        return {"matching": loss, "video": video}
+
+    def _rollout(self, embeddings: Tensor, noise: Tensor) -> Tensor:
+        """A clip [B, F, C, h, w] from the student's own memory; gradient through the last pass of each chunk alone.
+
+        Shapes: noise [passes, B, F, C, h, w], one draw a pass.
+        """
         text = self.model.embed_text(embeddings)
         memory = RolloutMemory(self._rotation, len(self.model.blocks), self._device)
-        leave = int(torch.randint(self._sampler.num_passes, (1,), generator=self._dice))
-        parts = []
-        for span in self._geometry.chunks(self._settings.data.latent_frames):
+        leave, parts = len(noise) - 1, []
+        for span in self._geometry.chunks(noise.shape[2]):
             memory.begin(span)
-            shape = (len(embeddings), span.frames, *self._clips.latents.shape[2:])
-            x = torch.randn(shape, generator=self._generator, device=self._device)
+            fresh = noise[:, :, span.start:span.stop]
+            x = fresh[0]
             for index in range(leave + 1):
                 with torch.set_grad_enabled(index == leave):
                     flow = self.model(x, self._times(x, self._sampler.times[index]), text, memory).float()
                     x0 = x - self._sampler.sigmas[index] * flow
                 if index < leave:
-                    x = self._sampler.renoise(
-                        x0, torch.randn(shape, generator=self._generator, device=self._device), index + 1,
-                    )
+                    x = self._sampler.renoise(x0, fresh[index + 1], index + 1)
             with torch.no_grad():
                 self.model(x0.detach(), self._times(x, self._sampler.context_time), text, memory)
             memory.commit()
             parts.append(x0)
         return torch.cat(parts, dim=1)
 
-    def _matching_loss(self, video: Tensor, embeddings: Tensor) -> Tensor:
+    def _matching_loss(
+        self, video: Tensor, embeddings: Tensor, nothing: Tensor, noise: Tensor, sigma: Tensor,
+    ) -> Tensor:
         """Pull the video from where the critic says it is towards where the guided teacher says it should be."""
         with torch.no_grad():
             clean = video.detach()
-            noisy, sigma = self._noised(clean, low=0.02)
-            level = sigma[..., None, None, None]
-            none = self._captions(self._nothing).expand_as(embeddings)
-            conditional = self._clean(self._teacher, clean, noisy, sigma, embeddings, level)
-            unconditional = self._clean(self._teacher, clean, noisy, sigma, none, level)
+            noisy = mix(clean, noise, sigma)
+            conditional = self._clean(self._teacher, clean, noisy, sigma, embeddings)
+            unconditional = self._clean(self._teacher, clean, noisy, sigma, nothing)
             real = unconditional + self._settings.student.guidance * (conditional - unconditional)
-            fake = self._clean(self._critic, clean, noisy, sigma, embeddings, level)
+            fake = self._clean(self._critic, clean, noisy, sigma, embeddings)
             scale = (clean - real).abs().mean(dim=(2, 3, 4), keepdim=True).clamp_min(1e-3)
             target = clean - (fake - real) / scale
         return 0.5 * F.mse_loss(video, target)
 
-    def _critic_update(self, video: Tensor, embeddings: Tensor, factor: float) -> Tensor:
-        noisy, sigma = self._noised(video, low=0.0)
-        level = sigma[..., None, None, None]
-        flow = self._flow(self._critic, video, torch.zeros_like(sigma), noisy, sigma, embeddings)
-        loss = F.mse_loss(flow, (noisy - (1 - level) * video) / level - video)
-        loss.backward()
-        self._critic_optimizers.step(factor)
-        return loss.detach()
-
-    def _noised(self, video: Tensor, low: float) -> tuple[Tensor, Tensor]:
-        chunks = video.shape[1] // self._geometry.chunk_frames
-        sigma = self._flow.per_frame(
-            draw_sigmas((len(video), chunks), self._generator, self._device).clamp(max(low, 0.01), 0.98)
-        )
-        noise = torch.randn(video.shape, generator=self._generator, device=self._device)
-        level = sigma[..., None, None, None]
-        return (1 - level) * video + level * noise, sigma
+    def _update_critic(self, video: Tensor, embeddings: Tensor, noise: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+        flow = self._flow(self._critic, video, torch.zeros_like(sigma), mix(video, noise, sigma), sigma, embeddings)
+        loss = F.mse_loss(flow, noise - video)
+        self._critic_optimizers.backward(loss)
+        return {"critic": loss}
 
     def _clean(
-        self, network: CausalWanModel, context: Tensor, noisy: Tensor, sigma: Tensor, embeddings: Tensor, level: Tensor,
+        self, network: CausalWanModel, context: Tensor, noisy: Tensor, sigma: Tensor, embeddings: Tensor,
     ) -> Tensor:
-        return noisy - level * self._flow(network, context, torch.zeros_like(sigma), noisy, sigma, embeddings)
+        flow = self._flow(network, context, torch.zeros_like(sigma), noisy, sigma, embeddings)
+        return noisy - sigma[..., None, None, None] * flow
 
     @staticmethod
     def _times(x: Tensor, time: float) -> Tensor:
         return torch.full(x.shape[:2], time, device=x.device)
-
-

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from pipeline.sampler import TABLE_STEPS
 from training.data import LatentClips
-from training.loop import Ema, Optimizers, copy_tensors, learning_rate
-from training.memory import ChunkCausalAttention, RolloutMemory, Rotation, TeacherForcing, dense
+from training.graphs import Graphs
+from training.loop import Ema, copy_tensors, learning_rate, step_seed
+from training.memory import ChunkCausalAttention, Rotation, WholeClip, dense
+from training.optim import Optimizers
 from training.parts import CaptionEncoder, make_transformer
 from training.settings import Settings
 from training.vae import working_dtype
-from wan.geometry import ChunkSpan, VideoGeometry
+from wan.geometry import VideoGeometry
 from wan.model import CausalWanModel, WanConfig
 
 SHIFT = 5.0
@@ -26,14 +28,21 @@ def draw_sigmas(shape: tuple[int, ...], generator: torch.Generator, device: torc
     return SHIFT * u / (1 + (SHIFT - 1) * u)
 
 
+def mix(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """`clean` [B, F, C, h, w] with noise at the levels sigma [B, F]."""
+    level = sigma[..., None, None, None]
+    return (1 - level) * clean + level * noise
+
+
 class TeacherForcedFlow:
     """Flow of every chunk of a clip at once, each given the clean chunks before it."""
 
     def __init__(self, geometry: VideoGeometry, architecture: WanConfig, frames: int, device: torch.device):
         self._chunk_frames, self._frames = geometry.chunk_frames, frames
         rotation = Rotation(geometry, architecture.head_dim, device)
-        self._memory = TeacherForcing(rotation, frames, device)
-        self._backend = ChunkCausalAttention(geometry.chunk_frames * geometry.frame_tokens)
+        self._memory = WholeClip(rotation, torch.arange(frames, device=device).repeat(2))
+        tokens = geometry.frame_tokens
+        self._backend = ChunkCausalAttention(geometry.chunk_frames * tokens, 2 * frames * tokens, device)
 
     def attach(self, model: CausalWanModel) -> CausalWanModel:
         """Give the model's self-attention the layout's mask; cross-attention stays dense."""
@@ -70,8 +79,11 @@ class TeacherStage:
         self.captions = captions.to(device, dtype)
         self._clips, self._openings = clips, openings
         self._flow = TeacherForcedFlow(geometry, architecture, settings.data.latent_frames, device)
-        self._rotation = Rotation(geometry, architecture.head_dim, device)
-        self._generator = torch.Generator(device).manual_seed(settings.seed + 1)
+        self._opening = WholeClip(
+            Rotation(geometry, architecture.head_dim, device), torch.arange(geometry.chunk_frames, device=device),
+        )
+        self._generator = torch.Generator(device)
+        self._graphs = Graphs(device)
         self._nothing = captions.tokens([""]).to(device)
         both = nn.ModuleDict({"model": self.model, "captions": self.captions})
         self._optimizers = Optimizers(both, lr=settings.teacher.lr, lr_rest=settings.teacher.lr_rest)
@@ -88,53 +100,59 @@ class TeacherStage:
         copy_tensors(self.ema.shadow, state["ema"])
 
     def step(self, index: int) -> dict[str, Tensor]:
-        s, losses = self._settings.teacher, {}
-        alone = index < s.first_chunk_steps
-        losses["opening"] = self._opening_loss(s.first_chunk_batch if alone else s.first_chunk_share)
-        if not alone:
-            losses["clip"] = self._clip_loss(s.batch)
-        total = losses["opening"] if alone else losses["clip"] + 0.5 * losses["opening"]
-        total.backward()
+        s = self._settings.teacher
+        self._generator.manual_seed(step_seed(self._settings.seed, self.name, index))
+        if index < s.first_chunk_steps:
+            losses = self._graphs("openings", self._openings_alone, *self._draw(self._openings, s.first_chunk_batch))
+        else:
+            losses = self._graphs(
+                "clips", self._clips_and_openings, *self._draw(self._clips, s.batch), self._dirt(s.batch),
+                *self._draw(self._openings, s.first_chunk_share),
+            )
         self._optimizers.step(learning_rate(index, self.steps))
         self.ema.update(index)
         return losses
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        drop = (
-            torch.rand(len(ids), 1, generator=self._generator, device=self._device)
-            < self._settings.teacher.caption_drop
-        )
-        return self.captions(torch.where(drop, self._nothing, ids))
-
-    def _opening_loss(self, batch: int) -> Tensor:
-        clean, ids = self._openings.draw(batch, self._generator)
-        self._dense()
-        sigma = draw_sigmas((batch, 1), self._generator, self._device).expand(-1, clean.shape[1])
-        noise = torch.randn(clean.shape, generator=self._generator, device=self._device)
-        memory = RolloutMemory(self._rotation, len(self.model.blocks), self._device)
-        memory.begin(ChunkSpan(0, 0, clean.shape[1]))
-        level = sigma[..., None, None, None]
-        text = self.model.embed_text(self._embed(ids))
-        flow = self.model((1 - level) * clean + level * noise, TABLE_STEPS * sigma, text, memory)
-        return F.mse_loss(flow.float(), noise - clean)
-
-    def _clip_loss(self, batch: int) -> Tensor:
-        s = self._settings.teacher
-        clean, ids = self._clips.draw(batch, self._generator)
+    def _draw(self, clips: LatentClips, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Clean latents, noise, caption ids (some dropped), and a level per chunk as sigmas [B, F]."""
+        clean, ids = clips.draw(batch, self._generator)
+        dropped = self._random(batch, 1) < self._settings.teacher.caption_drop
         chunks = clean.shape[1] // self._geometry.chunk_frames
         sigma = self._flow.per_frame(draw_sigmas((batch, chunks), self._generator, self._device))
         noise = torch.randn(clean.shape, generator=self._generator, device=self._device)
-        level = sigma[..., None, None, None]
-        dirty = torch.rand(batch, 1, generator=self._generator, device=self._device) < s.noisy_context_share
-        amount = (
-            dirty * s.noisy_context_max * torch.rand(batch, 1, generator=self._generator, device=self._device)
-        )[..., None, None, None]
-        context = clean + amount * torch.randn(clean.shape, generator=self._generator, device=self._device)
+        return clean, noise, torch.where(dropped, self._nothing, ids), sigma
+
+    def _dirt(self, batch: int) -> Tensor:
+        """How noisy each clip's context is, [B, 1, 1, 1, 1]: most are clean."""
+        s = self._settings.teacher
+        dirty = self._random(batch, 1, 1, 1, 1) < s.noisy_context_share
+        return dirty * s.noisy_context_max * self._random(batch, 1, 1, 1, 1)
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self._generator, device=self._device)
+
+    def _openings_alone(self, *opening: Tensor) -> dict[str, Tensor]:
+        loss = self._opening_loss(*opening)
+        self._optimizers.backward(loss)
+        return {"opening": loss}
+
+    def _clips_and_openings(
+        self, clean: Tensor, noise: Tensor, ids: Tensor, sigma: Tensor, dirt: Tensor, *opening: Tensor,
+    ) -> dict[str, Tensor]:
+        context = clean + dirt * noise.roll(1, dims=0)  # another clip's noise: independent of this one's
         self._flow.attach(self.model)
         flow = self._flow(
-            self.model, context, torch.zeros_like(sigma), (1 - level) * clean + level * noise, sigma, self._embed(ids),
+            self.model, context, torch.zeros_like(sigma), mix(clean, noise, sigma), sigma, self.captions(ids),
         )
-        return F.mse_loss(flow, noise - clean)
+        clip, beside = F.mse_loss(flow, noise - clean), self._opening_loss(*opening)
+        self._optimizers.backward(clip + 0.5 * beside)
+        return {"clip": clip, "opening": beside}
+
+    def _opening_loss(self, clean: Tensor, noise: Tensor, ids: Tensor, sigma: Tensor) -> Tensor:
+        self._dense()
+        text = self.model.embed_text(self.captions(ids))
+        flow = self.model(mix(clean, noise, sigma), TABLE_STEPS * sigma, text, self._opening)
+        return F.mse_loss(flow.float(), noise - clean)
 
     def _dense(self) -> None:
         for block in self.model.blocks:

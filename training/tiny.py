@@ -5,7 +5,8 @@
     python -m training.tiny student --folder runs/tiny                 # 3: the few-step student
     python -m training.tiny export  --folder runs/tiny --output weights/tiny
 
-A folder holds the full state of every stage.
+A folder holds the full state of every stage. To go on elsewhere, `pack --output other` writes weights and averages
+alone, in small files: a stage that finds them in its folder goes on from there with a fresh optimiser.
 """
 from __future__ import annotations
 
@@ -18,11 +19,13 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file
 from torch import Tensor
 
+from evaluation.study.readers import score, spare_processors
 from pipeline.sampler import FewStepSampler
 from training.data import LatentClips, make_clips, normalise, statistics
-from training.loop import load_state, run_stage, save_state
+from training.loop import load_state, pack, run_stage, save_state
 from training.memory import RolloutMemory, Rotation, dense
 from training.parts import (
     CaptionEncoder,
@@ -47,6 +50,8 @@ from wan.vae import WanVAE, to_uint8
 
 logger = logging.getLogger(__name__)
 
+STAGES = ("vae", "teacher", "student")
+CHOICE, CHOICE_SEED = ("colour", "shape", "count", "background", "motion"), 20_000
 SHEET_CLIPS, SHEET_COLUMNS = 10, 6
 STEPS, SHIFT = (1000, 750, 500, 250), 5.0  # the student's passes, as configs/base.yaml samples them
 
@@ -65,21 +70,37 @@ class Workshop:
         folder.mkdir(parents=True, exist_ok=True)
         torch._dynamo.config.recompile_limit = 64  # a rollout's window has seven lengths, with and without gradients
 
-    def saved(self, name: str) -> dict:
-        """State of an earlier stage.
+    def averages(self, name: str) -> dict[str, Tensor]:
+        """Weights of an earlier stage's averages, by name.
 
         Raises:
             ConfigError: it has not run yet.
         """
         path = self.folder / f"{name}.pt"
-        if not path.exists():
+        if path.exists():
+            return load_state(path, self.device)["stage"]["ema"]
+        packed = sorted(self.folder.glob(f"{name}-*.safetensors"))
+        if not packed:
             raise ConfigError(f"{path} is not there: run `python -m training.tiny {name}` first.")
-        return load_state(path, self.device)["stage"]
+        tensors = {key: value for file in packed for key, value in load_file(file, str(self.device)).items()}
+        return {key.removeprefix("ema."): t.float() for key, t in tensors.items() if key.startswith("ema.")}
+
+    def chosen(self) -> dict[str, Tensor]:
+        """The student's snapshot that its stage chose.
+
+        Raises:
+            ConfigError: nothing was chosen yet.
+        """
+        path = self.folder / "choice.json"
+        if not path.exists():
+            raise ConfigError(f"{path} is not there: run `python -m training.tiny student` first.")
+        snapshots = load_state(self.folder / "student.pt", self.device)["stage"]["snapshots"]
+        return snapshots[json.loads(path.read_text())["best"]]
 
     def vae(self) -> AutoencoderKLWan:
         """The trained autoencoder, with raw latents."""
         vae = make_vae(self.settings.vae, self.architecture.in_dim).to(self.device)
-        return averaged(vae, self.saved("vae")["ema"]).eval().requires_grad_(False)
+        return averaged(vae, self.averages("vae")).eval().requires_grad_(False)
 
     def captions(self) -> CaptionEncoder:
         """A fresh text encoder with its tokenizer."""
@@ -93,10 +114,13 @@ class Workshop:
         path = self.folder / "latents.pt"
         if not path.exists():
             vae, captions, s = self.vae().to(working_dtype(self.device)), self.captions(), self.settings.data
-            common = {"batch": s.batch, "device": self.device}
-            clips = make_clips(vae, captions, first_seed=0, clips=s.clips, latent_frames=s.latent_frames, **common)
+            clips = make_clips(
+                vae, captions, first_seed=0, clips=s.clips, latent_frames=s.latent_frames, batch=s.batch,
+                device=self.device,
+            )
             openings = make_clips(
-                vae, captions, first_seed=s.clips, clips=s.openings, latent_frames=self.geometry.chunk_frames, **common,
+                vae, captions, first_seed=s.clips, clips=s.openings, latent_frames=self.geometry.chunk_frames,
+                batch=s.openings_batch, device=self.device,
             )
             mean, std = statistics(clips)
             clips, openings = normalise(clips, mean, std), normalise(openings, mean, std)
@@ -151,13 +175,30 @@ def train_teacher(shop: Workshop, seconds: float | None) -> bool:
 def train_student(shop: Workshop, seconds: float | None) -> bool:
     clips, _ = shop.clips()
     teacher, captions = averaged_teacher(shop)
-    stage = StudentStage(
-        shop.settings, teacher, shop.geometry, FewStepSampler(STEPS, SHIFT, warp=True), captions, clips, shop.device,
-    )
+    sampler = FewStepSampler(STEPS, SHIFT, warp=True)
+    stage = StudentStage(shop.settings, teacher, shop.geometry, sampler, captions, clips, shop.device)
     done = run(shop, stage, seconds)
-    model = averaged(stage.model, stage.ema.shadow)
-    write_sheet(shop, model, captions, FewStepSampler(STEPS, SHIFT, warp=True), guidance=None, name="student")
+    if stage.snapshots:
+        averaged(stage.model, stage.snapshots[choose(shop, stage, captions, sampler)])
+    write_sheet(shop, stage.model, captions, sampler, guidance=None, name="student")
     return done
+
+
+def choose(shop: Workshop, stage: StudentStage, captions: CaptionEncoder, sampler: FewStepSampler) -> str:
+    """The snapshot whose clips show most of what unseen captions ask for, by the analysers; all scores are written."""
+    clips = [sample(CHOICE_SEED + i, "test") for i in range(shop.settings.student.choice_captions)]
+    with torch.no_grad():
+        embeddings = captions(captions.tokens([clip.caption for clip in clips]).to(shop.device))
+    scores, decoder = {}, shop.decoder()
+    for name, weights in stage.snapshots.items():
+        latents = sample_videos(shop, averaged(stage.model, weights), embeddings, sampler, None, None)
+        frames = torch.cat([to_uint8(decoder.stream().decode(part)).cpu() for part in latents.split(32)]).numpy()
+        rate = score(zip(frames, clips, strict=True), workers=spare_processors())["rate"]
+        scores[name] = {"mean": sum(rate[key] for key in CHOICE) / len(CHOICE), **rate}
+        logger.info("snapshot %s: %s", name, {key: round(value, 3) for key, value in scores[name].items()})
+    best = max(scores, key=lambda name: scores[name]["mean"])
+    (shop.folder / "choice.json").write_text(json.dumps({"best": best, "scores": scores}, indent=1) + "\n")
+    return best
 
 
 def run(shop: Workshop, stage, seconds: float | None) -> bool:
@@ -170,7 +211,7 @@ def run(shop: Workshop, stage, seconds: float | None) -> bool:
 
 def averaged_teacher(shop: Workshop) -> tuple[CausalWanModel, CaptionEncoder]:
     """The teacher's running averages."""
-    ema = shop.saved("teacher")["ema"]
+    ema = shop.averages("teacher")
     both = torch.nn.ModuleDict({"model": CausalWanModel(shop.architecture, dense), "captions": shop.captions()})
     both = averaged(both.to(shop.device, working_dtype(shop.device)), ema)
     return both["model"], both["captions"].requires_grad_(False)
@@ -237,7 +278,7 @@ def write_sheet(
 def export(shop: Workshop, which: str, output: Path) -> None:
     """Write the four parts as inference loads them."""
     _, captions = averaged_teacher(shop)
-    ema = shop.saved(which)["ema"]
+    ema = shop.chosen() if which == "student" else shop.averages(which)
     export_transformer(
         {name.removeprefix("model."): value for name, value in ema.items() if "captions." not in name},
         output / "transformer",
@@ -249,7 +290,7 @@ def export(shop: Workshop, which: str, output: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "teacher", "student", "export"))
+    parser.add_argument("stage", choices=("vae", "teacher", "student", "pack", "export"))
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny"), help="state of all stages")
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("tiny.yaml"))
     parser.add_argument(
@@ -257,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, help="stop after so long; the next call goes on")
     parser.add_argument("--which", choices=("teacher", "student"), default="student", help="export: whose transformer")
-    parser.add_argument("--output", type=Path, default=Path("weights/tiny"), help="export: where to")
+    parser.add_argument("--output", type=Path, default=Path("weights/tiny"), help="pack, export: where to")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -265,6 +306,12 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load_structured(options.config, Settings, options.set)
         shop = Workshop(settings, options.folder, torch.device(options.device))
         (options.folder / "settings.json").write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
+        if options.stage == "pack":
+            for path in sorted(options.folder.glob("*.pt")):
+                if path.stem in STAGES:
+                    saved = load_state(path, torch.device("cpu"))
+                    pack(saved["stage"], saved["step"], path.stem, options.output)
+            return 0
         if options.stage == "export":
             export(shop, options.which, options.output)
             return 0

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from training.loop import Ema, Optimizers, copy_tensors, learning_rate
+from training.graphs import Graphs
+from training.loop import Ema, copy_tensors, learning_rate, step_seed
+from training.optim import Optimizers, kernels
 from training.parallel_vae import decode_clip, encode_clip
 from training.parts import make_vae
 from training.settings import Settings
@@ -41,15 +43,18 @@ class VaeStage:
     name = "vae"
 
     def __init__(self, settings: Settings, latent_channels: int, device: torch.device):
-        self._settings, self._device = settings, device
+        self._settings, self._device, self._channels = settings, device, latent_channels
         self.steps = settings.vae.steps
         torch.manual_seed(settings.seed)
         self.vae: AutoencoderKLWan = make_vae(settings.vae, latent_channels).to(device, working_dtype(device))
         channels_last(self.vae)
-        self._optimizers = Optimizers(self.vae, lr=0.0, lr_rest=settings.vae.lr, betas=(0.9, 0.99))
+        self._optimizers = Optimizers(
+            self.vae, lr=settings.vae.lr, lr_rest=settings.vae.lr_rest, betas=(0.9, 0.99), is_matrix=kernels,
+        )
         self.ema = Ema(self._optimizers.masters, settings.vae.ema)
         self._pool: Tensor | None = None
-        self._generator = torch.Generator(device).manual_seed(settings.seed)
+        self._generator = torch.Generator(device)
+        self._graphs = Graphs(device)
 
     def state(self) -> dict[str, Any]:
         return {"optimizers": self._optimizers.state(), "ema": self.ema.shadow}
@@ -65,17 +70,26 @@ class VaeStage:
             "image": (s.image_batch, 1), "clip": (s.batch, s.latent_frames),
             "whole": (s.whole_batch, s.whole_latent_frames),
         }[kind]
+        self._generator.manual_seed(step_seed(self._settings.seed, self.name, index))
         true = self._crops(batch, 4 * frames - 3)
+        noise = torch.randn(
+            (batch, frames, self._channels, true.shape[-2] // 8, true.shape[-1] // 8), generator=self._generator,
+            device=self._device,
+        ).transpose(1, 2)
+        losses = self._graphs(kind, self._reconstruct, true, noise)
+        self._optimizers.step(learning_rate(index, self.steps))
+        self.ema.update(index)
+        return {f"{name}_{kind}": value for name, value in losses.items()}
+
+    def _reconstruct(self, true: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        s = self._settings.vae
         mean, log_variance = (x.float() for x in encode_clip(self.vae, true.to(self.vae.dtype)))
-        noise = torch.randn(mean.shape, generator=self._generator, device=self._device)
         ours = decode_clip(self.vae, (mean + noise * (0.5 * log_variance).exp()).to(self.vae.dtype)).float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         loss = reconstruction_loss(ours, true, s.edge_weight, s.gradient_weight)
-        (loss + s.kl_weight * kl).backward()
-        self._optimizers.step(learning_rate(index, self.steps))
-        self.ema.update(index)
+        self._optimizers.backward(loss + s.kl_weight * kl)
         mse = F.mse_loss(ours.detach().clamp(-1, 1), true)
-        return {"loss": loss, "kl": kl, f"psnr_db_{kind}": -10 * torch.log10(mse / 4)}
+        return {"loss": loss.detach(), "kl": kl.detach(), "psnr_db": -10 * torch.log10(mse / 4)}
 
     def _crops(self, batch: int, frames: int) -> Tensor:
         """[B, 3, T, H, W] in [-1, 1] from random clips at random moments."""

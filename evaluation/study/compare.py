@@ -1,0 +1,49 @@
+"""Which of two methods drifts less, caption by caption: both had the same captions and the same noise."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evaluation.study.results import paired
+from evaluation.study.scores import is_frozen
+from evaluation.study.statistics import Interval, bootstrap_ratio, sign_test
+
+FROZEN_MARK = "frozen"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method's drift against another's, on the captions that both have."""
+
+    videos: int
+    ratio: Interval   # mean drift / the other's mean drift
+    lower: int        # captions on which it drifts less
+    higher: int
+    p: float          # two-sided sign test over captions, ties dropped
+    frozen: tuple[bool, bool]  # it, and the other, stand still at the end: then less drift proves nothing
+
+    @property
+    def verdict(self) -> str:
+        """In words, from the ratio's interval."""
+        if self.ratio.low > 1:
+            return f"the other is {FROZEN_MARK}: does not count" if self.frozen[1] else "drifts more"
+        if not self.ratio.high < 1:
+            return "no difference shown"
+        return f"{FROZEN_MARK}: does not count" if self.frozen[0] else "drifts less"
+
+
+def drift(row: dict) -> float | None:
+    """How far the background's colours of the last five seconds lie from those of the first, 0..1."""
+    return row["video"]["background_drift"]
+
+
+def compare(first: Sequence[dict], second: Sequence[dict]) -> Comparison | None:
+    """The first method's drift against the second's; None where they share no caption."""
+    pairs = [(drift(a), drift(b)) for a, b in paired(first, second)]
+    pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
+    if not pairs:
+        return None
+    lower, higher = sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
+    ratio = bootstrap_ratio([a for a, _ in pairs], [b for _, b in pairs])
+    frozen = is_frozen(first), is_frozen(second)
+    return Comparison(len(pairs), ratio, lower, higher, sign_test(lower, higher), frozen)

@@ -1,0 +1,75 @@
+"""The statistics of the studies, each by a second road."""
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from evaluation.study.statistics import Z, bootstrap_curves, bootstrap_mean, bootstrap_ratio, sign_test, wilson
+
+
+@pytest.mark.parametrize("right, total, low, high", [
+    (0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662),
+])
+def test_wilson_equals_published_values(right, total, low, high):
+    found = wilson(right, total)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize("right, total", [(0, 7), (3, 8), (8, 8), (150, 200)])
+def test_wilson_ends_where_the_score_test_does(right, total):
+    """Second road: both ends p solve (share - p)^2 = z^2 p (1 - p) / n."""
+    found, share = wilson(right, total), right / total
+    for end in (found.low, found.high):
+        assert (share - end) ** 2 == pytest.approx(Z ** 2 * end * (1 - end) / total, abs=1e-9)
+
+
+@pytest.mark.parametrize("total", range(9))
+def test_sign_test_equals_enumeration(total):
+    """All 2^n ways in which a fair coin can fall, counted."""
+    for lower in range(total + 1):
+        away = abs(lower - total / 2)
+        falls = [abs(sum(fall) - total / 2) >= away for fall in itertools.product((0, 1), repeat=total)]
+        assert sign_test(lower, total - lower) == pytest.approx(np.mean(falls), abs=1e-12)
+
+
+def test_sign_test_of_many():
+    """64 of 64 captions: twice one way in 2^64."""
+    assert sign_test(64, 0) == 2 / 2 ** 64
+    assert sign_test(0, 0) == sign_test(32, 32) == 1
+
+
+def test_bootstrap_is_a_function_of_its_seed():
+    values = np.random.default_rng(1).exponential(size=50)
+    assert bootstrap_mean(values, seed=3) == bootstrap_mean(values, seed=3) != bootstrap_mean(values, seed=4)
+    assert bootstrap_ratio(values, 2 * values) == bootstrap_ratio(values, 2 * values)
+
+
+def test_bootstrap_equals_the_normal_interval_of_a_large_sample():
+    values = np.random.default_rng(2).normal(5, 2, size=400)
+    found, half = bootstrap_mean(values), 1.96 * values.std() / math.sqrt(400)
+    assert found.value == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.05 * half)
+
+
+def test_bootstrap_ratio_keeps_pairs():
+    """What is always twice the other is twice it in every resample; equal means, unpaired, would be uncertain."""
+    values = np.random.default_rng(2).exponential(size=20)
+    found = bootstrap_ratio(2 * values, values)
+    assert (found.value, found.low, found.high) == pytest.approx((2, 2, 2))
+
+
+def test_bootstrap_curves_leave_out_what_is_unknown():
+    mean, low, high = bootstrap_curves([[1.0, None, None], [3.0, 5.0, None]])
+    assert mean[:2].tolist() == [2, 5] and (low[0], high[0]) == (1, 3) and (low[1], high[1]) == (5, 5)
+    assert np.isnan([mean[2], low[2], high[2]]).all()
+
+
+@pytest.mark.parametrize("call", [
+    lambda: bootstrap_mean([]), lambda: bootstrap_ratio([1], [1, 2]), lambda: wilson(1, 0), lambda: wilson(3, 2),
+])
+def test_nothing_is_said_of_nothing(call):
+    with pytest.raises(ValueError, match=r"Give|Count"):
+        call()
