@@ -9,12 +9,12 @@ from torch.testing import assert_close
 from training.loop import learning_rate, run_stage
 from training.memory import RolloutMemory, Rotation, dense
 from training.optim import Muon, Optimizers
-from training.parallel_vae import decode_clip, encode_clip
 from training.parts import CaptionEncoder, make_text_encoder, make_tokenizer, make_vae
 from training.settings import TextSettings, VaeSettings
 from training.teacher import TeacherForcedFlow
 from training.world import sample, words
 from wan.vae import WanVAE
+from wan.vae_passes import VaePasses
 
 FRAMES = 9
 CPU = torch.device("cpu")
@@ -99,8 +99,8 @@ def test_the_parallel_autoencoder_equals_the_streaming_one() -> None:
     streaming = WanVAE(vae)
     pixels = torch.rand(2, 17, 3, 32, 48) * 2 - 1
     with torch.no_grad():
-        mean, _ = encode_clip(vae, pixels.transpose(1, 2))
-        decoded = decode_clip(vae, mean).transpose(1, 2)
+        mean, _ = VaePasses(vae).encode(pixels.transpose(1, 2))
+        decoded = VaePasses(vae).decode(mean).transpose(1, 2)
     assert_close(mean.transpose(1, 2), streaming.encode(pixels), rtol=0, atol=1e-5)
     assert_close(decoded.clamp(-1, 1), streaming.stream().decode(mean.transpose(1, 2)), rtol=0, atol=2e-5)
 

@@ -7,9 +7,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from training.parallel_vae import encode_clip
 from training.parts import CaptionEncoder
 from training.world import render, sample
+from wan.vae_passes import VaePasses
 
 
 @dataclass
@@ -28,7 +28,7 @@ class LatentClips:
 @torch.no_grad()
 def encode(vae: AutoencoderKLWan, pixels: Tensor) -> Tensor:
     """Pixels [B, T, 3, H, W] -> latents [B, F, C, h, w], not normalised; the posterior's mean."""
-    return encode_clip(vae, pixels.transpose(1, 2).to(vae.dtype))[0].transpose(1, 2)
+    return VaePasses(vae).encode(pixels.transpose(1, 2).to(vae.dtype))[0].transpose(1, 2)
 
 
 def make_clips(

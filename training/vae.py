@@ -10,15 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from torch import Tensor, nn
+from torch import Tensor
 
 from training.graphs import Graphs
 from training.loop import Ema, copy_tensors, learning_rate, step_seed
 from training.optim import Optimizers, kernels
-from training.parallel_vae import decode_clip, encode_clip
 from training.parts import make_vae
 from training.settings import Settings
 from training.world import render, sample
+from wan.vae_passes import VaePasses, normalise_activate
 
 POOL_CLIPS, RENDER_BATCH = 2048, 64
 
@@ -47,7 +47,8 @@ class VaeStage:
         self.steps = settings.vae.steps
         torch.manual_seed(settings.seed)
         self.vae: AutoencoderKLWan = make_vae(settings.vae, latent_channels).to(device, working_dtype(device))
-        channels_last(self.vae)
+        fused = torch.compile(normalise_activate, dynamic=True) if device.type == "cuda" else normalise_activate
+        self._passes = VaePasses(self.vae, fused)
         self._optimizers = Optimizers(
             self.vae, lr=settings.vae.lr, lr_rest=settings.vae.lr_rest, betas=(0.9, 0.99), is_matrix=kernels,
         )
@@ -83,8 +84,8 @@ class VaeStage:
 
     def _reconstruct(self, true: Tensor, noise: Tensor) -> dict[str, Tensor]:
         s = self._settings.vae
-        mean, log_variance = (x.float() for x in encode_clip(self.vae, true.to(self.vae.dtype)))
-        ours = decode_clip(self.vae, (mean + noise * (0.5 * log_variance).exp()).to(self.vae.dtype)).float()
+        mean, log_variance = (x.float() for x in self._passes.encode(true.to(self.vae.dtype)))
+        ours = self._passes.decode((mean + noise * (0.5 * log_variance).exp()).to(self.vae.dtype)).float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         loss = reconstruction_loss(ours, true, s.edge_weight, s.gradient_weight)
         self._optimizers.backward(loss + s.kl_weight * kl)
@@ -100,14 +101,6 @@ class VaeStage:
         start = torch.randint(length - frames + 1, (batch, 1), generator=self._generator, device=self._device)
         picked = self._pool[which, start + torch.arange(frames, device=self._device)]
         return picked.permute(0, 2, 1, 3, 4).float() / 127.5 - 1
-
-
-def channels_last(module: nn.Module) -> None:
-    """Lay convolution weights out as the fast kernels want them; activations follow."""
-    for child in module.modules():
-        if isinstance(child, nn.Conv2d | nn.Conv3d):
-            layout = torch.channels_last_3d if child.weight.ndim == 5 else torch.channels_last
-            child.weight.data = child.weight.data.to(memory_format=layout)
 
 
 def working_dtype(device: torch.device) -> torch.dtype:

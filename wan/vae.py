@@ -1,7 +1,7 @@
 """Pixels <-> latents, one latent frame at a time, with diffusers' AutoencoderKLWan.
 
-Encoding and decoding are causal in time, so both run frame by frame over feature caches; memory
-does not grow with the video. A decoder's cache belongs to its StreamDecoder, never to the VAE.
+Encoding and decoding are causal in time, so both run frame by frame over what each layer remembers; memory
+does not grow with the video. A decoder's past belongs to its StreamDecoder, never to the VAE.
 
 B batch, T pixel frames, F latent frames, C latent channels, s temporal stride.
 """
@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from torch import Tensor, nn
+from torch import Tensor
 
 from wan.checkpoint import CheckpointError, load_strictly, read_tensors
 from wan.names import strip_wrappers, vae_to_diffusers
+from wan.vae_passes import Past, VaePasses
 
 
 class WanVAE:
@@ -37,7 +38,7 @@ class WanVAE:
         shape = (1, config.z_dim, 1, 1, 1)
         self._mean = torch.tensor(config.latents_mean, device=self.device).view(shape)
         self._std = torch.tensor(config.latents_std, device=self.device).view(shape)
-        self._patch = config.patch_size or 1
+        self._passes = VaePasses(self._model)
 
     @classmethod
     def load(
@@ -115,7 +116,7 @@ class WanVAE:
     @property
     def spatial_stride(self) -> int:
         """Pixels a latent spans along height, and along width."""
-        return self._patch * 2 ** (len(self._model.config.dim_mult) - 1)
+        return (self._model.config.patch_size or 1) * 2 ** (len(self._model.config.dim_mult) - 1)
 
     @property
     def temporal_stride(self) -> int:
@@ -135,16 +136,14 @@ class WanVAE:
             ValueError: a frame count or size that the strides do not divide.
         """
         self._check_pixels(pixels)
-        encoder = self._model.encoder
-        cache = _feature_cache(encoder)
+        past: Past = {}
         latents = []
         start = 0
         while start < pixels.shape[1]:
             stop = start + self.temporal_stride if start else 1
             x = pixels[:, start:stop].to(self.device, self.dtype).transpose(1, 2)
-            features = encoder(_patchify(x, self._patch), feat_cache=cache, feat_idx=[0])
-            mu = self._model.quant_conv(features)[:, : self.latent_channels].float()
-            latents.append((mu - self._mean) / self._std)
+            mean, _ = self._passes.encode(x, past)
+            latents.append((mean.float() - self._mean) / self._std)
             start = stop
         return torch.cat(latents, dim=2).transpose(1, 2).contiguous()
 
@@ -173,12 +172,10 @@ class WanVAE:
                 f"Crop or resize to {max(unit, height - height % unit)}x{max(unit, width - width % unit)}."
             )
 
-    def _decode_frame(self, latent: Tensor, cache: list[Any], *, first: bool) -> Tensor:
-        """[B, C, 1, h, w] normalised -> pixels [B, 3, 1 or s, H, W]; `cache` is advanced."""
+    def _decode_frame(self, latent: Tensor, past: Past) -> Tensor:
+        """[B, C, 1, h, w] normalised -> pixels [B, 3, 1 or s, H, W]; `past` is advanced."""
         z = latent.to(self.device, torch.float32) * self._std + self._mean
-        z = self._model.post_quant_conv(z.to(self.dtype))
-        pixels = self._model.decoder(z, feat_cache=cache, feat_idx=[0], first_chunk=first)
-        return _unpatchify(pixels, self._patch).float().clamp(-1, 1)
+        return self._passes.decode(z.to(self.dtype), past).float().clamp(-1, 1)
 
 
 class StreamDecoder:
@@ -186,7 +183,7 @@ class StreamDecoder:
 
     def __init__(self, vae: WanVAE) -> None:
         self._vae = vae
-        self._cache = _feature_cache(vae._model.decoder)
+        self._past: Past = {}
         self._shape: torch.Size | None = None  # of one latent frame with its batch, once known
         self._broken = False
 
@@ -200,7 +197,7 @@ class StreamDecoder:
             first call, s F later.
         Raises:
             ValueError: another shape than before, or no frame.
-            RuntimeError: an earlier call failed half-way, so that the cache is between two frames.
+            RuntimeError: an earlier call failed half-way, so that its past is between two frames.
         """
         if self._broken:
             raise RuntimeError(
@@ -221,7 +218,7 @@ class StreamDecoder:
         pixels = []
         self._broken = True
         for frame in latents.unbind(1):
-            pixels.append(self._vae._decode_frame(frame.unsqueeze(2), self._cache, first=self._shape is None))
+            pixels.append(self._vae._decode_frame(frame.unsqueeze(2), self._past))
             self._shape = shape
         self._broken = False
         return torch.cat(pixels, dim=2).transpose(1, 2)
@@ -230,23 +227,6 @@ class StreamDecoder:
 def to_uint8(pixels: Tensor) -> Tensor:
     """Pixels [B, T, 3, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3], rounded, on the same device."""
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(2, -1).contiguous()
-
-
-def _feature_cache(coder: nn.Module) -> list[Any]:
-    """Empty slots, one for each convolution that may look back in time."""
-    return [None] * sum(isinstance(module, nn.Conv3d) for module in coder.modules())
-
-
-def _patchify(x: Tensor, patch: int) -> Tensor:
-    """[B, c, T, H, W] -> [B, c * patch * patch, T, H / patch, W / patch]; inside a patch, column before row."""
-    x = x.unflatten(-1, (-1, patch)).unflatten(3, (-1, patch))  # [B, c, T, H, row, W, column]
-    return x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
-
-
-def _unpatchify(x: Tensor, patch: int) -> Tensor:
-    """The inverse of `_patchify`."""
-    x = x.unflatten(1, (-1, patch, patch))  # [B, c, column, row, T, H, W]
-    return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(5).flatten(3, 4)
 
 
 # -- weights -----------------------------------------------------------------------------------
