@@ -189,7 +189,7 @@ def test_a_large_binary_file_is_not_read_whole(tmp_path):
 
 
 def test_shipped_prompts_keep_their_promises():
-    """32 long prompts of 90 to 130 words with aligned short ones, single files, and 12 tiny ones; ASCII, no repeats."""
+    """32 long prompts of 90 to 130 words with aligned short ones, single files, and 6 tiny ones; ASCII, no repeats."""
     longer = load(PROMPTS / "showcase_short.txt", extended=PROMPTS / "showcase.txt")
     assert len(longer) == 32 and all(90 <= len(item.text.split()) <= 130 for item in longer)
     assert all(len(item.prompt.split()) <= 16 for item in longer)
@@ -198,4 +198,4 @@ def test_shipped_prompts_keep_their_promises():
         assert len(item.text.split()) >= 90
     assert len(load(PROMPTS / "MovieGenVideoBench_txt")) == 2
     tiny = load(PROMPTS / "tiny.txt")
-    assert len(tiny) == 12 and all(item.prompt.endswith(".") and item.prompt.isascii() for item in tiny)
+    assert len(tiny) == 6 and all(item.prompt.endswith(".") and item.prompt.isascii() for item in tiny)
