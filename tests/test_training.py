@@ -194,7 +194,7 @@ def losses_in(folder: Path) -> list[float]:
 
 
 def test_packed_weights_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights and averages in bf16 with a fresh optimiser: the loss of the next steps is within 5 % of unbroken training.
+    """Weights and averages in bf16 with a fresh optimiser: the next losses are within 5 % of unbroken training.
 
     Both runs see the same clips and noise, so the loss differs by rounding and by what the optimiser forgot.
     """

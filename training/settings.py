@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 class VaeSettings:
     """The video autoencoder."""
 
-    steps: int = 4500
-    image_steps: int = 1000     # of them on single frames, before anything moves
+    path: str | None = None     # a trained one, such as weights/tiny/vae, in place of this stage
+    steps: int = 3000
+    image_steps: int = 600      # of them on single frames, before anything moves
     image_batch: int = 96
     batch: int = 16
     latent_frames: int = 5      # of a short clip
@@ -49,9 +50,9 @@ class TextSettings:
 class TeacherSettings:
     """The causal flow-matching teacher: every chunk denoised at its own level, given the clean ones before it."""
 
-    steps: int = 6000
+    steps: int = 3500
     batch: int = 48
-    first_chunk_steps: int = 3000   # before that: the first chunk alone, where the caption decides everything
+    first_chunk_steps: int = 1200   # before that: the first chunk alone, where the caption decides everything
     first_chunk_batch: int = 512
     first_chunk_share: int = 96     # extra first chunks beside every batch of clips
     lr: float = 2e-3                # of matrices (Muon)
@@ -66,10 +67,10 @@ class TeacherSettings:
 class StudentSettings:
     """The few-step student: distribution matching on its own rollouts."""
 
-    steps: int = 400
+    steps: int = 250
     batch: int = 48
-    lr: float = 4e-5
-    lr_critic: float = 1e-4
+    lr: float = 1e-4
+    lr_critic: float = 2e-4
     critic_updates: int = 3         # per update of the student
     guidance: float = 2.0           # of the teacher
     ema: float = 0.97

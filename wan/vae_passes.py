@@ -18,6 +18,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanResample,
     WanResidualBlock,
     WanResidualDownBlock,
+    WanResidualUpBlock,
 )
 from einops import rearrange
 from torch import Tensor, nn
@@ -85,16 +86,21 @@ class VaePasses:
 
     def _up(self, block: nn.Module, x: Tensor, clips: int, past: Past | None) -> Tensor:
         """Wan 2.1's block, or Wan 2.2's with a shortcut that repeats its input."""
-        repeat, short = getattr(block, "avg_shortcut", None), None
-        if repeat is not None:
-            short = _images(repeat(_video(x, clips), past is None or block not in past))
-            if past is not None:
-                past[block] = x.new_empty(0)  # the first frame is over
+        if isinstance(block, WanResidualUpBlock):
+            repeat, upsampler = block.avg_shortcut, block.upsampler
+        else:
+            repeat, upsampler = None, block.upsamplers[0] if block.upsamplers else None
+        h = x
         for resnet in block.resnets:
             x = self._residual(resnet, x, clips, past)
-        upsampler = block.upsampler if hasattr(block, "upsampler") else (block.upsamplers or [None])[0]
-        x = x if upsampler is None else _resample(upsampler, x, clips, past)
-        return x if short is None else x + short
+        if upsampler is not None:
+            x = _resample(upsampler, x, clips, past)
+        if repeat is None:
+            return x
+        first = past is None or block not in past
+        if past is not None:
+            past[block] = x.new_empty(0)  # the first frame is over
+        return x + _images(repeat(_video(h, clips), first))
 
     def _residual(self, block: WanResidualBlock, x: Tensor, clips: int, past: Past | None) -> Tensor:
         h = x if isinstance(block.conv_shortcut, nn.Identity) else _conv(block.conv_shortcut, x, clips)
