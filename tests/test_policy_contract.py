@@ -53,6 +53,18 @@ def test_slots_are_sorted_unique_and_in_range(policy: KVPolicy) -> None:
             assert set(plan.attend[sample].tolist()) <= set(retain)
 
 
+def test_the_shapes_of_a_stream_repeat(policy: KVPolicy) -> None:
+    """Once the window has filled, the host numbers that decide shapes run through one short cycle for ever."""
+    if policy.max_frames is not None:
+        return
+    numbers = [
+        (view.length, plan.attend.shape[1], plan.retain.shape[1], plan.query_position, view.seen_frames)
+        for _, view, plan, _ in walk(policy, chunks=60)
+    ]
+    assert set(numbers[20:40]) == set(numbers[40:])
+    assert len(set(numbers[40:])) <= 12
+
+
 def test_window_and_capacity_are_never_exceeded(policy: KVPolicy) -> None:
     """What sizes() promised before allocation holds for every chunk."""
     geometry = make_tiny().geometry

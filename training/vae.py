@@ -54,6 +54,7 @@ class VaeStage:
         )
         self.ema = Ema(self._optimizers.masters, settings.vae.ema)
         self._pool: Tensor | None = None
+        self._stride: int = self.vae.config.scale_factor_spatial
         self._generator = torch.Generator(device)
         self._graphs = Graphs(device)
 
@@ -74,7 +75,7 @@ class VaeStage:
         self._generator.manual_seed(step_seed(self._settings.seed, self.name, index))
         true = self._crops(batch, 4 * frames - 3)
         noise = torch.randn(
-            (batch, frames, self._channels, true.shape[-2] // 8, true.shape[-1] // 8), generator=self._generator,
+            (batch, frames, self._channels, *(side // self._stride for side in true.shape[-2:])), generator=self._generator,
             device=self._device,
         ).transpose(1, 2)
         losses = self._graphs(kind, self._reconstruct, true, noise)

@@ -66,7 +66,7 @@ def check_transformer(path: Path, expected: Mapping[str, torch.Size], *, use_ema
     Raises:
         CheckpointError: as `read_state_dict`, or with a list of what is missing, unexpected or misshapen.
     """
-    _check_fit(Path(path), _read_transformer(Path(path), use_ema=use_ema, meta=True), expected)
+    check_fit(Path(path), _read_transformer(Path(path), use_ema=use_ema, meta=True), expected)
 
 
 def load_transformer(
@@ -147,7 +147,7 @@ def load_strictly(
         CheckpointError: names or shapes differ (nothing is changed then), or a buffer is left on meta.
     """
     parameters = dict(module.named_parameters())
-    _check_fit(source, tensors, {name: parameter.shape for name, parameter in parameters.items()})
+    check_fit(source, tensors, {name: parameter.shape for name, parameter in parameters.items()})
     for name, old in parameters.items():
         # A copy of our own: a parameter that is a view of the mapped file would die with the file.
         value = torch.empty(old.shape, dtype=dtype, device=device).copy_(tensors.pop(name))
@@ -172,7 +172,8 @@ def read_tensors(path: Path, *, subfolder: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+def check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+    """Raise CheckpointError with a list of what is missing, unexpected or misshapen in `found`, if anything is."""
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     shared = [name for name in expected if name in found]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -172,17 +172,28 @@ class WanVAE:
                 f"Crop or resize to {max(unit, height - height % unit)}x{max(unit, width - width % unit)}."
             )
 
-    def _decode_frame(self, latent: Tensor, past: Past) -> Tensor:
+    def decode_frame(self, latent: Tensor, past: Past) -> Tensor:
         """[B, C, 1, h, w] normalised -> pixels [B, 3, 1 or s, H, W]; `past` is advanced."""
         z = latent.to(self.device, torch.float32) * self._std + self._mean
         return self._passes.decode(z.to(self.dtype), past).float().clamp(-1, 1)
 
 
+class FrameDecoder(Protocol):
+    """What makes pixels of one latent frame after the other; all that it remembers is in `past`, empty at first."""
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+
+    def decode_frame(self, latent: Tensor, past: Past) -> Tensor:
+        """[B, C, 1, h, w] normalised -> pixels [B, 3, 1 or s, H, W] in [-1, 1]; `past` is advanced."""
+
+
 class StreamDecoder:
     """Decodes one video chunk by chunk; any split of the latents gives the same pixels, bit for bit."""
 
-    def __init__(self, vae: WanVAE) -> None:
-        self._vae = vae
+    def __init__(self, decoder: FrameDecoder) -> None:
+        self._decoder = decoder
         self._past: Past = {}
         self._shape: torch.Size | None = None  # of one latent frame with its batch, once known
         self._broken = False
@@ -193,7 +204,7 @@ class StreamDecoder:
 
         Args:
             latents: [B, F, C, h, w], normalised; B, h and w as in the first call.
-        Returns: pixels [B, T, 3, H, W] in [-1, 1], float32, on the VAE's device. T is 1 + s (F - 1) in the
+        Returns: pixels [B, T, 3, H, W] in [-1, 1], float32, on the decoder's device. T is 1 + s (F - 1) in the
             first call, s F later.
         Raises:
             ValueError: another shape than before, or no frame.
@@ -203,7 +214,7 @@ class StreamDecoder:
             raise RuntimeError(
                 "this stream failed in the middle of a frame and cannot go on. Start a new one with vae.stream()."
             )
-        channels = self._vae.latent_channels
+        channels = self._decoder.latent_channels
         if latents.ndim != 5 or latents.shape[2] != channels or not latents.shape[1]:
             raise ValueError(
                 f"latents are {list(latents.shape)}; expected [batch, frames, {channels}, height, width] "
@@ -218,7 +229,7 @@ class StreamDecoder:
         pixels = []
         self._broken = True
         for frame in latents.unbind(1):
-            pixels.append(self._vae._decode_frame(frame.unsqueeze(2), self._past))
+            pixels.append(self._decoder.decode_frame(frame.unsqueeze(2), self._past))
             self._shape = shape
         self._broken = False
         return torch.cat(pixels, dim=2).transpose(1, 2)

@@ -40,6 +40,8 @@ class _Moment:
     """What all layers share during one chunk."""
 
     chunk: ChunkSpan
+    start: Tensor        # [] int64 chunk.start, on the device
+    chunk_index: Tensor  # [] int64 chunk.index, on the device
     seen_frames: int
     seeds: Tensor
     space: Phase
@@ -63,6 +65,7 @@ class LayerCache:
         past_voters = sizes.vote_frames - geometry.chunk_frames
         self.votes = QueryVotes(shape.batch, past_voters, *common) if sizes.vote_frames else None
         self.plan: Plan | None = None
+        self._most_frames = sizes.capacity_tokens // geometry.frame_tokens + 1
         self._layer, self._shape, self._frame_tokens, self._policy = layer, shape, geometry.frame_tokens, policy
         self._moment: _Moment | None = None
 
@@ -96,16 +99,16 @@ class LayerCache:
         """What the policy may see now."""
         chunk, length = self._moment.chunk, self.store.length
         return CacheView(
-            layer=self._layer, chunk_index=chunk.index, start=chunk.start, chunk_frames=chunk.frames,
-            seen_frames=self._moment.seen_frames, length=length, frame_tokens=self._frame_tokens,
+            layer=self._layer, chunk_index=self._moment.chunk_index, start=self._moment.start,
+            chunk_frames=chunk.frames, seen_frames=min(self._moment.seen_frames, self._most_frames), length=length,
+            frame_tokens=self._frame_tokens,
             seeds=self._moment.seeds, origin=self.store.origin[:, :length], uses=self.store.uses[:, :length],
             scorer=self._score,
         )
 
     def commit(self) -> None:
         """Turn what the last pass staged into memory."""
-        chunk = self._moment.chunk
-        born = torch.arange(chunk.start, chunk.stop, device=self.store.origin.device, dtype=torch.int32)
+        born = self._moment.start + torch.arange(self._moment.chunk.frames, device=self.store.origin.device)
         self.store.commit(
             retain=self.plan.retain, chosen=self.plan.chosen, origin=born.repeat_interleave(self._frame_tokens)
         )
@@ -128,7 +131,7 @@ class LayerCache:
             self.votes.copy_from(other.votes)
 
     def _score(self, lo: int, hi: int, votes: Votes) -> Tensor:
-        return self.votes.score(self.store.keys[:, lo:hi], self.store.origin[:, lo:hi], self._moment.chunk.start, votes)
+        return self.votes.score(self.store.keys[:, lo:hi], self.store.origin[:, lo:hi], self._moment.start, votes)
 
     def _checked_plan(self) -> Plan:
         plan = self._policy.plan(self.view())
@@ -149,6 +152,8 @@ class KVCache:
         self._layers = [LayerCache(i, shape, sizes, geometry, policy) for i in range(shape.layers)]
         self._space = space_phase(geometry.rows, geometry.columns, shape.head_dim, shape.dtype, shape.device)
         self._seeds = torch.zeros(shape.batch, device=shape.device, dtype=torch.int64)
+        self._start = torch.zeros((), device=shape.device, dtype=torch.int64)
+        self._chunk_index = torch.zeros_like(self._start)
         self._chunk: ChunkSpan | None = None
         self.seen_frames = 0
 
@@ -174,7 +179,12 @@ class KVCache:
     def begin(self, chunk: ChunkSpan) -> None:
         """Start a chunk. Beginning again before `commit` drops what was staged."""
         self._chunk = chunk
-        moment = _Moment(chunk=chunk, seen_frames=self.seen_frames, seeds=self._seeds, space=self._space)
+        self._start.fill_(chunk.start)
+        self._chunk_index.fill_(chunk.index)
+        moment = _Moment(
+            chunk=chunk, start=self._start, chunk_index=self._chunk_index, seen_frames=self.seen_frames,
+            seeds=self._seeds, space=self._space,
+        )
         for layer in self._layers:
             layer.begin(moment)
 

@@ -42,13 +42,16 @@ class CacheSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheView:
-    """Read-only: all that a policy may know of one layer, at the first pass of a chunk."""
+    """Read-only: all that a policy may know of one layer, at the first pass of a chunk.
+
+    What grows for ever is a tensor; host numbers are bounded, so that the shapes of a stream repeat.
+    """
 
     layer: int
-    chunk_index: int
-    start: int            # latent frame that the chunk begins with
+    chunk_index: Tensor   # [] int64
+    start: Tensor         # [] int64, latent frame that the chunk begins with
     chunk_frames: int
-    seen_frames: int      # latent frames ever remembered
+    seen_frames: int      # latent frames ever remembered, counted up to one more than the store can hold
     length: int           # slots in use
     frame_tokens: int
     seeds: Tensor         # [B] int64, one per sample

@@ -35,7 +35,7 @@ class QueryVotes:
 
     def copy_from(self, other: QueryVotes) -> None:
         """Take over another layer's remembered votes."""
-        self._past = other._past.to(self._past, copy=True)
+        self._past.copy_(other._past)
         self._known_frames = other._known_frames
 
     def stage(self, query: Tensor) -> None:
@@ -46,12 +46,12 @@ class QueryVotes:
         """Remember the staged sums; the oldest make room."""
         new_frames = self._current.shape[1]
         self._known_frames = min(self._past.shape[1], self._known_frames + new_frames)
-        self._past = torch.cat([self._past, self._current], dim=1)[:, new_frames:]
+        self._past.copy_(torch.cat([self._past, self._current], dim=1)[:, new_frames:])
 
-    def score(self, keys: Tensor, origin: Tensor, start: int, votes: Votes) -> Tensor:
+    def score(self, keys: Tensor, origin: Tensor, start: Tensor, votes: Votes) -> Tensor:
         """Participation of candidate keys: mean over heads of the summed, scaled query-key products.
 
-        Shapes: keys [B, N, H, D] time-free; origin [B, N], their latent frames; `start`, the chunk's first.
+        Shapes: keys [B, N, H, D] time-free; origin [B, N], their latent frames; start [], the chunk's first.
         Returns: [B, N] in the sums' dtype. Positions are true frame indices, counted from `start`.
         Source: Deep Forcing, arXiv:2512.05081, section 3.2; scores as in the authors' code (raw, no softmax).
         """

@@ -1,0 +1,189 @@
+"""Latents -> pixels with TAEHV: a decoder some 25 times cheaper than Wan's own, and approximate.
+
+It is causal, and all that it remembers is what each block saw one frame before: a stream decodes one latent frame
+at a time, in memory that does not grow with the video. Encoding stays with the Wan VAE.
+
+Two files have this layout. They differ in the latents that they read, and nothing in them says which:
+    taehv     taew2_1.pth or .safetensors of github.com/madebyollin/taehv: normalised, as the transformer makes them
+    lighttae  lighttaew2_1.pth or .safetensors of huggingface.co/lightx2v/Autoencoders: raw, as the Wan VAE makes them
+
+B batch, F latent frames, C latent channels; images are [B * frames, channels, height, width].
+
+Source: madebyollin/taehv (README: "does not use any latent scales / shifts", pixels in [0, 1]; taehv.py: layout,
+    `frames_to_trim`); LightX2V's and NVIDIA FlashDreams' loaders of LightTAE (raw latents).
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from einops import rearrange
+from torch import Tensor, nn
+
+from wan.checkpoint import CheckpointError, check_fit, load_strictly, read_tensors
+from wan.vae import StreamDecoder
+from wan.vae_passes import Past
+
+TinyKind = Literal["taehv", "lighttae"]
+
+BOUND = 3.0  # latents are softly held within it
+STAGES = ((256, 128, 1), (128, 64, 2), (64, 64, 2))  # channels, channels after it, frames made of one
+
+
+class TinyVAE:
+    """A tiny decoder in the place of the Wan VAE's; the same streams, frame counts and value range."""
+
+    temporal_stride = 4   # pixel frames a latent frame spans; the first latent frame spans one
+    spatial_stride = 8    # pixels a latent spans along height, and along width
+
+    def __init__(
+        self, decoder: nn.Sequential, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+    ) -> None:
+        """`mean` and `std`, one value a channel, make normalised latents raw, for a decoder that reads those."""
+        self._decoder = decoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        first = decoder[1].weight
+        self.device, self.dtype = first.device, first.dtype
+        self.latent_channels: int = first.shape[1]  # C
+        self._wide = torch.promote_types(self.dtype, torch.float32)
+        self._mean, self._std = (
+            None if values is None else torch.tensor(values, device=self.device, dtype=self._wide).view(-1, 1, 1)
+            for values in (mean, std)
+        )
+
+    @classmethod
+    def load(
+        cls, path: Path, *, device: torch.device | str, dtype: torch.dtype, kind: TinyKind = "taehv",
+    ) -> TinyVAE:
+        """Load a published file, or the one in a folder.
+
+        Raises:
+            CheckpointError: missing, damaged or unsafe file, tensors of another layout, or raw latents of another
+                number of channels than Wan 2.1's.
+        """
+        path = Path(path)
+        tensors = read_tensors(path, subfolder=kind)
+        if "decoder.1.weight" not in tensors or tensors["decoder.1.weight"].ndim != 4:
+            raise CheckpointError(
+                f"{path}: no tiny decoder of Wan 2.1 latents (there is no convolution decoder.1.weight). "
+                "Give taew2_1 or lighttaew2_1, .pth or .safetensors, as published."
+            )
+        channels = tensors["decoder.1.weight"].shape[1]
+        network = _network(channels)
+        load_strictly(network, tensors, source=path, device=device, dtype=dtype)
+        if kind == "taehv":
+            return cls(network["decoder"])
+        with torch.device("meta"):
+            wan = AutoencoderKLWan.from_config({}).config  # the statistics of Wan 2.1
+        if channels != wan.z_dim:
+            raise CheckpointError(
+                f"{path}: as lighttae it reads raw latents of Wan 2.1's {wan.z_dim} channels, but it has {channels}. "
+                "Give lighttaew2_1 as published; a decoder of normalised latents is a taehv."
+            )
+        return cls(network["decoder"], wan.latents_mean, wan.latents_std)
+
+    @classmethod
+    def random(cls, latent_channels: int, *, device: torch.device | str, dtype: torch.dtype, seed: int) -> TinyVAE:
+        """Seeded random weights, for benchmarks and tests; never a fallback for missing ones."""
+        generator = torch.Generator().manual_seed(seed)
+        decoder = _network(latent_channels)["decoder"]
+        tensors = {
+            name: torch.randn(value.shape, generator=generator) * value[0].numel() ** -0.5 if value.ndim > 1
+            else torch.zeros(value.shape)
+            for name, value in decoder.named_parameters()
+        }
+        load_strictly(decoder, tensors, source=Path("random weights"), device=device, dtype=dtype)
+        return cls(decoder)
+
+    def stream(self) -> StreamDecoder:
+        """Start decoding a video. Any number of streams can share a decoder without touching each other."""
+        return StreamDecoder(self)
+
+    def decode_frame(self, latent: Tensor, past: Past) -> Tensor:
+        """[B, C, 1, h, w] normalised -> pixels [B, 3, 1 or 4, H, W] in [-1, 1]; `past` is advanced.
+
+        The first latent frame makes four images as the others do, but stands for one pixel frame: the last.
+        """
+        z = latent.squeeze(2).to(self.device, self._wide)
+        if self._mean is not None and self._std is not None:
+            z = z * self._std + self._mean
+        x = (torch.tanh(z / BOUND) * BOUND).to(self.dtype, memory_format=torch.channels_last)
+        first = not past
+        for layer in self._decoder:
+            x = _remembering(layer, x, len(latent), past) if isinstance(layer, _Block) else layer(x)
+        pixels = rearrange(x, "(b t) c h w -> b c t h w", b=len(latent))
+        pixels = pixels[:, :, -1:] if first else pixels
+        return pixels.to(self._wide).clamp(0, 1) * 2 - 1
+
+
+def check_tiny_vae(path: Path, latent_channels: int) -> None:
+    """Compare names and shapes of a published file with the layout, without reading its weights.
+
+    Raises:
+        CheckpointError: as `TinyVAE.load`, or a file for another number of latent channels.
+    """
+    expected = {name: value.shape for name, value in _network(latent_channels).named_parameters()}
+    check_fit(Path(path), read_tensors(Path(path), subfolder="taehv"), expected)
+
+
+# -- the network, module by module under the published names --------------------------------------
+
+
+class _Block(nn.Module):
+    """A residual block that also sees its own input of the frame before."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            _conv(2 * width, width), nn.ReLU(), _conv(width, width), nn.ReLU(), _conv(width, width),
+        )
+
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        return F.relu(self.conv(torch.cat([x, before], dim=1)) + x)
+
+
+class _Grow(nn.Module):
+    """Each image becomes `frames` images in a row, twice as high and wide.
+
+    The convolution looks at single pixels, so it may run before they are doubled, at a quarter of the cost.
+    """
+
+    def __init__(self, width: int, frames: int) -> None:
+        super().__init__()
+        self.frames = frames
+        self.conv = nn.Conv2d(width, width * frames, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = rearrange(self.conv(x), "n (t c) h w -> (n t) c h w", t=self.frames)
+        return F.interpolate(x.contiguous(memory_format=torch.channels_last), scale_factor=2, mode="nearest")
+
+
+def _remembering(block: _Block, x: Tensor, clips: int, past: Past) -> Tensor:
+    video = x.unflatten(0, (clips, -1))
+    last = past[block] if block in past else torch.zeros_like(video[:, :1])
+    past[block] = video[:, -1:].clone()
+    before = torch.cat([last, video[:, :-1]], dim=1).flatten(0, 1)
+    return block(x, before)
+
+
+def _conv(before: int, after: int, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(before, after, 3, padding=1, bias=bias)
+
+
+def _network(latent_channels: int) -> nn.ModuleDict:
+    """Encoder and decoder on meta. The encoder never runs; every published file has one, so its layout is checked."""
+    with torch.device("meta"):
+        encoder: list[nn.Module] = [_conv(3, 64), nn.ReLU()]
+        for joined in (2, 2, 1):
+            pool = nn.ModuleDict({"conv": nn.Conv2d(64 * joined, 64, 1, bias=False)})
+            encoder += [pool, _conv(64, 64, bias=False), *(_Block(64) for _ in range(3))]
+        encoder += [_conv(64, latent_channels)]
+        decoder: list[nn.Module] = [nn.Identity(), _conv(latent_channels, STAGES[0][0]), nn.ReLU()]
+        for width, after, frames in STAGES:  # the two Identity stand where the names count bound and upsampling
+            decoder += [*(_Block(width) for _ in range(3)), nn.Identity(), _Grow(width, frames)]
+            decoder += [_conv(width, after, bias=False)]
+        decoder += [nn.ReLU(), _conv(STAGES[-1][1], 3)]
+        return nn.ModuleDict({"encoder": nn.Sequential(*encoder), "decoder": nn.Sequential(*decoder)})
