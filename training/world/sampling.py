@@ -32,7 +32,8 @@ from training.world.vocabulary import (
 SPLITS = ("train", "test", "held_out")
 HELD_OUT_SENTENCES = 16   # one sentence in so many
 COUNT_SHARES = ((1, 0.65), (2, 0.25), (3, 0.10))
-ALIKE_SHARE = 0.5         # of the scenes with several shapes: all of one kind, colour and size
+TRAINING_COUNT_SHARES = ((1, 0.45), (2, 0.35), (3, 0.20))  # what is hard is shown more often
+ALIKE_SHARE, TRAINING_ALIKE_SHARE = 0.5, 0.35  # of the scenes with several shapes: all of one kind, colour and size
 RETRIES = 400
 
 
@@ -84,13 +85,15 @@ def pick(rng: random.Random, options):
 
 
 def _draw_truth(rng: random.Random, split: str) -> Truth:
-    motion, count = pick(rng, MOTIONS), _draw_count(rng)
+    training = split == "train"
+    motion = pick(rng, MOTIONS)
+    count = _draw_count(rng, TRAINING_COUNT_SHARES if training else COUNT_SHARES)
     kinds = SPINNING_KINDS if motion == "spin" else KINDS
     pairs = [(kind, colour) for kind in kinds for colour in COLOURS]
     seen = [pair for pair in pairs if pair not in HELD_OUT_PAIRS]
     unseen = [pair for pair in pairs if pair in HELD_OUT_PAIRS]
     first = _draw_object(rng, unseen if split == "held_out" else seen, count, motion)
-    if rng.random() < ALIKE_SHARE:
+    if rng.random() < (TRAINING_ALIKE_SHARE if training else ALIKE_SHARE):
         objects = (first,) * count
     else:
         objects = (first, *(_draw_object(rng, seen, count, motion) for _ in range(count - 1)))
@@ -98,13 +101,13 @@ def _draw_truth(rng: random.Random, split: str) -> Truth:
     return Truth(objects, motion, pick(rng, BACKGROUNDS), pick(rng, PATTERNS))
 
 
-def _draw_count(rng: random.Random) -> int:
+def _draw_count(rng: random.Random, shares: tuple[tuple[int, float], ...]) -> int:
     draw = rng.random()
-    for count, share in COUNT_SHARES:
+    for count, share in shares:
         if draw < share:
             return count
         draw -= share
-    return COUNT_SHARES[-1][0]
+    return shares[-1][0]
 
 
 def _draw_object(rng: random.Random, pairs: list[tuple[str, str]], count: int, motion: str) -> ObjectTruth:
