@@ -24,6 +24,7 @@ from pipeline.build import (
     plan_run,
     video_length,
 )
+from pipeline.decoder import NAMES as DECODERS
 from pipeline.engine import Engine
 from pipeline.render import Summary, make_jobs, pending_jobs, reason, refuse_other_settings, render
 from utils.config import load_config
@@ -56,6 +57,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--extended_prompt_path", type=Path, help="longer prompts, line by line; the short ones name the files")
     add("--output_folder", type=Path, default=Path("videos"), help="where videos and their records go")
     add("--checkpoint_path", type=Path, help="transformer weights, any known layout (default: the model's own)")
+    add("--decoder", choices=DECODERS, default="wan", help="wan (the VAE), or a tiny, approximate one")
+    add("--decoder_path", type=Path, help="weights of the tiny decoder (default: where the model's YAML says)")
     add("--use_ema", action="store_true", help="take the averaged weights of a .pt checkpoint")
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
@@ -104,6 +107,7 @@ def make_plan(options: argparse.Namespace, launch: Launch) -> RunPlan:
     return plan_run(
         config, checkpoint=options.checkpoint_path, use_ema=options.use_ema,
         device=choose_device(options.device, launch.local_rank), random_weights=options.random_weights,
+        decoder=options.decoder, decoder_path=options.decoder_path,
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
+from pipeline.decoder import TinyDecoder, choose_decoder
 from pipeline.sampler import FewStepSampler
 from utils.config import Config, ConfigError, ModelSpec, load_model_spec
 from utils.hashing import fingerprint, sha256_file
@@ -48,6 +49,12 @@ class RunPlan:
     dtype: torch.dtype
     use_ema: bool
     random_weights: bool  # seeded noise instead of files, for benchmarks
+    tiny_decoder: TinyDecoder | None = None  # None: the VAE decodes
+
+    @property
+    def decoder_name(self) -> str:
+        """As a record and --decoder call it."""
+        return "wan" if self.tiny_decoder is None else self.tiny_decoder.kind
 
     def cache_shape(self, batch: int) -> CacheShape:
         a = self.architecture
@@ -59,13 +66,15 @@ class RunPlan:
     @cached_property
     def weights(self) -> dict[str, str]:
         """Content hash of each part's files; large files are hashed once and remembered."""
-        if self.random_weights:
-            return {"transformer": "random", "text_encoder": "random", "vae": "random"}
         spec = self.spec
-        return {
-            "transformer": content_hash(spec.checkpoint), "text_encoder": content_hash(spec.text_encoder),
-            "tokenizer": content_hash(spec.tokenizer), "vae": content_hash(spec.vae),
+        tiny = {} if self.tiny_decoder is None else {self.tiny_decoder.kind: self.tiny_decoder.path}
+        if self.random_weights:
+            return dict.fromkeys(["transformer", "text_encoder", "vae", *tiny], "random")
+        parts = {
+            "transformer": spec.checkpoint, "text_encoder": spec.text_encoder, "tokenizer": spec.tokenizer,
+            "vae": spec.vae, **tiny,
         }
+        return {part: content_hash(path) for part, path in parts.items()}
 
     def settings(self) -> dict[str, Any]:
         """What decides the pixels besides prompt, seed and length; plain data."""
@@ -79,12 +88,15 @@ class RunPlan:
 
 def plan_run(
     config: Config, *, checkpoint: Path | None, use_ema: bool, device: torch.device, random_weights: bool,
+    decoder: str = "wan", decoder_path: Path | None = None,
 ) -> RunPlan:
     """Decide and check everything that needs no weights.
 
     Args:
         checkpoint: transformer weights that replace the model's own; None for those.
         device: from `choose_device`.
+        decoder: one of pipeline.decoder.NAMES; `wan` is the VAE's own.
+        decoder_path: weights of a tiny decoder that replace those that the model names.
     Raises:
         ConfigError: a model or size that cannot be used, or files that are missing, with the command that gets them.
         wan.checkpoint.CheckpointError: a checkpoint that is damaged or belongs to another network.
@@ -111,6 +123,7 @@ def plan_run(
     plan = RunPlan(
         config=config, spec=spec, architecture=architecture, geometry=geometry, policy=policy, sampler=sampler,
         device=device, dtype=choose_dtype(config.dtype, device), use_ema=use_ema, random_weights=random_weights,
+        tiny_decoder=choose_decoder(spec, decoder, decoder_path, random_weights),
     )
     if not random_weights:
         check_files(plan)
@@ -183,6 +196,8 @@ def check_files(plan: RunPlan) -> None:
     for part, path in parts.items():
         if not path.exists():
             raise ConfigError(f"{part} {path} is not there. Get it with: {spec.download}")
+    if plan.tiny_decoder is not None:
+        plan.tiny_decoder.check(plan.architecture.out_dim)
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in CausalWanModel(plan.architecture).state_dict().items()}
     check_transformer(spec.checkpoint, expected, use_ema=plan.use_ema)
@@ -295,7 +310,11 @@ def file_bytes(plan: RunPlan) -> dict[str, int]:
     parts: dict[str, int] = {}
     if plan.random_weights:
         return parts
-    networks = {"text_encoder (freed before generation)": plan.spec.text_encoder, "vae": plan.spec.vae}
+    networks = {"text_encoder (freed before generation)": plan.spec.text_encoder}
+    if plan.tiny_decoder is None:
+        networks["vae"] = plan.spec.vae
+    else:
+        networks |= {plan.tiny_decoder.kind: plan.tiny_decoder.path, "vae (loaded to encode a source)": plan.spec.vae}
     for name, path in networks.items():
         with suppress(CheckpointError):  # a folder of several networks, which only the loader of this one can read
             files = [path] if path.is_file() else weight_files(path, subfolder=path.name)
@@ -333,6 +352,7 @@ def describe(plan: RunPlan, length: Length, batch: int) -> str:
         f"video     {g.width}x{g.height} at {g.fps} FPS, {length.pixel_frames} pixel frames = {seconds:.2f} s, "
         f"{length.latent_frames} latent frames of {g.frame_tokens} tokens",
         f"sampling  chunks of {g.chunk_frames}; timesteps {times}; context pass at {plan.sampler.context_time:g}",
+        f"decoder   {plan.decoder_name}{'' if plan.tiny_decoder is None else ', approximate'}",
         f"policy    {plan.policy}",
         f"window    {shown} frames, chunk by chunk; at most {sizes.window_tokens} tokens attended, "
         f"{sizes.capacity_tokens} stored",

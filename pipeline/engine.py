@@ -27,6 +27,7 @@ from wan.geometry import ChunkSpan
 from wan.kv_cache.cache import KVCache
 from wan.model import CausalWanModel, randomize
 from wan.text_encoder import EmbeddingCache, TextEncoder, embed_prompts
+from wan.tiny_vae import TinyVAE
 from wan.vae import WanVAE, to_uint8
 
 logger = logging.getLogger(__name__)
@@ -60,9 +61,10 @@ class Engine:
         self._model: CausalWanModel | None = None
         self._pipeline: tuple[int, ChunkwisePipeline] | None = None
         self._vae: WanVAE | None = None
+        self._decoder: WanVAE | TinyVAE | None = None
 
     def prepare(self, texts: Sequence[str]) -> None:
-        """Embed every prompt (the encoder leaves the device again), then load transformer and VAE."""
+        """Embed every prompt (the encoder leaves the device again), then load transformer and decoder."""
         self._embeddings.prepare(texts)
         plan = self.plan
         with torch.device("meta"):
@@ -70,10 +72,9 @@ class Engine:
         if plan.random_weights:
             model = model.to_empty(device=plan.device).to(plan.dtype)
             randomize(model, seed=0)
-            self._vae = WanVAE.random(plan.spec.vae, device=plan.device, dtype=plan.dtype, seed=0)
         else:
             load_transformer(model, plan.spec.checkpoint, use_ema=plan.use_ema, device=plan.device, dtype=plan.dtype)
-            self._vae = WanVAE.load(plan.spec.vae, device=plan.device, dtype=plan.dtype)
+        self._decoder = self._wan_vae() if plan.tiny_decoder is None else self._tiny_vae()
         self._model = model.eval().requires_grad_(False)
 
     def source_latents(self, source: Path, pixel_frames: int) -> Tensor:
@@ -90,7 +91,7 @@ class Engine:
             frames = frames[(len(frames) - 1) % g.temporal_stride:]
         frames = torch.from_numpy(fit_to(frames, g.height, g.width))
         pixels = frames.permute(0, 3, 1, 2).unsqueeze(0).float() / 127.5 - 1
-        return self._vae.encode(pixels)
+        return self._wan_vae().encode(pixels)
 
     def stream(
         self, requests: Sequence[VideoRequest], latent_frames: int, clock: StageClock | None = None,
@@ -111,7 +112,7 @@ class Engine:
         g, seeds = self.plan.geometry, [request.seed for request in requests]
         noise = SeededNoise(seeds, (self.plan.architecture.in_dim, g.latent_height, g.latent_width), self.plan.device)
         chunks = pipeline(embeddings, latent_frames, noise, [seed.key() for seed in seeds], initial_latent=initial)
-        decoder = self._vae.stream()
+        decoder = self._decoder.stream()
         while True:
             with clock.stage("dit"):
                 chunk: Chunk | None = next(chunks, None)
@@ -132,6 +133,22 @@ class Engine:
         gc.collect()
         if self.plan.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _wan_vae(self) -> WanVAE:
+        """Encodes, and decodes where no tiny decoder does; loaded when it is first needed."""
+        if self._vae is None:
+            plan = self.plan
+            if plan.random_weights:
+                self._vae = WanVAE.random(plan.spec.vae, device=plan.device, dtype=plan.dtype, seed=0)
+            else:
+                self._vae = WanVAE.load(plan.spec.vae, device=plan.device, dtype=plan.dtype)
+        return self._vae
+
+    def _tiny_vae(self) -> TinyVAE:
+        plan, tiny = self.plan, self.plan.tiny_decoder
+        if plan.random_weights:
+            return TinyVAE.random(plan.architecture.out_dim, device=plan.device, dtype=plan.dtype, seed=0)
+        return TinyVAE.load(tiny.path, kind=tiny.kind, device=plan.device, dtype=plan.dtype)
 
     def _pipeline_for(self, batch: int) -> ChunkwisePipeline:
         if self._pipeline is None or self._pipeline[0] != batch:

@@ -92,6 +92,8 @@ class ModelSpec:
     text_encoder: Path = setting(PATH)
     tokenizer: Path = setting(PATH)
     vae: Path = setting(PATH)
+    taehv: Path | None = setting(PATH.or_null("none was made for its latents"), None)     # decoder in the VAE's place
+    lighttae: Path | None = setting(PATH.or_null("none was made for its latents"), None)  # the same, another training
     prompts: Path = setting(PATH)                            # shown when no prompt is given
     download: str = setting(TEXT)                # the command that fetches what is missing
 

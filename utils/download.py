@@ -2,6 +2,7 @@
 
     python -m utils.download                      all weights that inference needs, 17.6 GB
     python -m utils.download --only dit vae       some of them (dit, text, vae; base is the plain Wan model)
+    python -m utils.download --only taehv         the tiny decoder of `--decoder taehv`, 23 MB
     python -m utils.download --prompts            MovieGenVideoBench.txt and its extended version
     python -m utils.download --dry_run            what would be fetched, from where, how large
 
@@ -9,9 +10,9 @@ Every file goes to a hidden `.download` folder beside its place, is checked, and
 final name there is never half a file. Run the same command again to go on after an interruption.
 `.download_lock.json` keeps the SHA-256 of what was fetched, so later runs check without the network.
 
-Where the pins come from: the two hub revisions, sizes and SHA-256 below agree across several independent
-public projects that recorded the hub's LFS data; every download is also compared with what the hub itself
-states for that revision. The prompt files are pinned by commit only; their first download fixes the hash.
+Where the pins come from: the two hub revisions, TAEHV's commit, sizes and SHA-256 below agree across several
+independent public projects that recorded them; every download from the hub is also compared with what the hub
+itself states for that revision. The prompt files are pinned by commit only; their first download fixes the hash.
 """
 from __future__ import annotations
 
@@ -31,14 +32,17 @@ from utils.files import move_into_place, write_atomically
 from utils.hashing import sha256_file
 
 WAN, SELF_FORCING, PROMPT_REPO = "Wan-AI/Wan2.1-T2V-1.3B", "gdhe17/Self-Forcing", "guandeh17/Self-Forcing"
+TAEHV = "madebyollin/taehv"
+ON_GITHUB = (PROMPT_REPO, TAEHV)  # the others are on the Hugging Face hub
 REVISIONS = {
     WAN: "37ec512624d61f7aa208f7ea8140a131f93afc9a",
     SELF_FORCING: "2f8b779212da279d212c22a509b66ad6552f350e",
-    PROMPT_REPO: "33593df3e81fa3ec10239271dd2c100facac6de1",  # on GitHub; the others are on the Hugging Face hub
+    PROMPT_REPO: "33593df3e81fa3ec10239271dd2c100facac6de1",
+    TAEHV: "093b918971d59001a0bad6dfd6e0409b5e1752cf",
 }
 LOCK = ".download_lock.json"
 STAGING = ".download"
-GROUPS = ("dit", "text", "vae", "base")
+GROUPS = ("dit", "text", "vae", "base", "taehv")
 DEFAULT_GROUPS = ("dit", "text", "vae")
 ATTEMPTS = 2  # a corrupt file is fetched once more before giving up
 NOTHING_LOST = "Nothing is lost: run the same command again, it goes on where it stopped"
@@ -104,6 +108,13 @@ FILES = (
         "diffusion_pytorch_model.safetensors",
         5676070424,
         "96b6b242ca1c2f24e9d02cd6596066fab6d310e2d7538f33ae267cb18d957e8f",
+    ),
+    RemoteFile(
+        "taehv",
+        TAEHV,
+        "taew2_1.pth",
+        "wan_models/taew2_1.pth",
+        FileInfo(22678901, "d26151e76cdc2c9424bef988de874b33d9a53f30ef3060cd556c429c469c797e"),
     ),
     RemoteFile(
         "prompts", PROMPT_REPO, "prompts/MovieGenVideoBench.txt", "prompts/MovieGenVideoBench.txt"
@@ -306,7 +317,7 @@ def _revisions(overrides: Sequence[str]) -> dict[str, str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m utils.download", description="Fetch weights and prompts, checked.")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="GROUP", help="dit, text, vae, base")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS))
     parser.add_argument("--prompts", action="store_true", help="fetch MovieGen's prompts (alone: nothing else)")
     parser.add_argument("--folder", type=Path, default=Path("."), help="root of wan_models/, checkpoints/, prompts/")
     parser.add_argument("--revision", action="append", default=[], metavar="REPO=REV", help="another revision")
@@ -317,7 +328,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def source_of_repo(repo: str) -> Source:
     """Where a repository lives."""
-    return GitHub() if repo == PROMPT_REPO else HuggingFaceHub()
+    return GitHub() if repo in ON_GITHUB else HuggingFaceHub()
 
 
 def main(argv: Sequence[str] | None = None, *, source_of: Callable[[str], Source] = source_of_repo) -> int:

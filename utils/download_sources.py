@@ -1,4 +1,4 @@
-"""The two places that files come from: the Hugging Face hub, and GitHub for plain text files."""
+"""The two places that files come from: the Hugging Face hub, and GitHub for small files outside LFS."""
 from __future__ import annotations
 
 import errno
@@ -80,7 +80,7 @@ def _told(error: Exception, doing: str) -> Exception:
 
 
 class GitHub:
-    """Raw text files of a public GitHub repository, resumed with HTTP ranges."""
+    """Raw files of a public GitHub repository, resumed with HTTP ranges."""
 
     def __init__(self, base: str = "https://raw.githubusercontent.com"):
         self.base = base

@@ -106,6 +106,7 @@ class TinyVAE:
         """[B, C, 1, h, w] normalised -> pixels [B, 3, 1 or 4, H, W] in [-1, 1]; `past` is advanced.
 
         The first latent frame makes four images as the others do, but stands for one pixel frame: the last.
+        Returns: float32; of a float64 decoder, float64.
         """
         z = latent.squeeze(2).to(self.device, self._wide)
         if self._mean is not None and self._std is not None:
@@ -182,7 +183,7 @@ def _network(latent_channels: int) -> nn.ModuleDict:
             encoder += [pool, _conv(64, 64, bias=False), *(_Block(64) for _ in range(3))]
         encoder += [_conv(64, latent_channels)]
         decoder: list[nn.Module] = [nn.Identity(), _conv(latent_channels, STAGES[0][0]), nn.ReLU()]
-        for width, after, frames in STAGES:  # the two Identity stand where the names count bound and upsampling
+        for width, after, frames in STAGES:  # Identity: what the names count as a layer, and is done elsewhere
             decoder += [*(_Block(width) for _ in range(3)), nn.Identity(), _Grow(width, frames)]
             decoder += [_conv(width, after, bias=False)]
         decoder += [nn.ReLU(), _conv(STAGES[-1][1], 3)]
