@@ -1,0 +1,102 @@
+"""One setting that is measured: from flags to a checked plan of a run with random weights.
+
+Timings do not depend on the weights. Every flag of a setting is a field here, so that `--compare` can change any.
+"""
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+import wan.kv_cache.policies  # noqa: F401  (registers every policy)
+from pipeline.build import EMBEDDED, REAL, RunPlan, dtype_name, plan_run
+from utils.config import REPOSITORY, ConfigError, load_config
+from wan.attention import AttentionBackend, sdpa
+from wan.kv_cache.policy import build_policy, policy_fields
+
+ATTENTION: dict[str, AttentionBackend] = {"sdpa": sdpa}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What decides the work that is measured.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+    """
+
+    policy: str = "deep_forcing"      # a YAML of configs/, without its suffix
+    model: str | None = None          # a YAML of configs/models/, or a path; None: the 1.3B on a GPU, else the tiny one
+    dtype: str | None = None          # bfloat16 or float32; None: by device
+    attention: str = "sdpa"           # a key of ATTENTION
+    resolution: str | None = None     # HEIGHTxWIDTH in pixels; None: the model's own
+    batch: int = 1                    # videos made side by side
+    overrides: tuple[str, ...] = ()   # key=value of the config, as in --set; the fields above win
+
+    def __post_init__(self) -> None:
+        if self.attention not in ATTENTION:
+            raise ConfigError(f"attention={self.attention} is unknown. Known: {', '.join(ATTENTION)}.")
+        if self.resolution is not None and not re.fullmatch(r"\d+x\d+", self.resolution):
+            raise ConfigError(
+                f"resolution={self.resolution} is no size. Write HEIGHTxWIDTH in pixels, such as 480x832."
+            )
+        if self.batch < 1:
+            raise ConfigError(f"batch={self.batch} is too small. Ask for 1 video or more.")
+
+    def changed(self, text: str) -> Setting:
+        """This setting with the `key=value` words of `text`; keys are the fields above, `window`, or the config's.
+
+        Raises:
+            ConfigError: a word that is no key=value, or a value that cannot be used.
+        """
+        own = {field.name for field in fields(self)} - {"overrides"}
+        words = shlex.split(text)
+        if not words:
+            raise ConfigError("--compare needs two settings, such as attention=sdpa or kv_cache.window_frames=15.")
+        setting = self
+        for word in words:
+            key, equals, value = word.partition("=")
+            if not equals or not value:
+                raise ConfigError(f"{word!r} is no setting. Write key=value, such as kv_cache.window_frames=15.")
+            if key == "batch":
+                if not value.isdecimal():
+                    raise ConfigError(f"{word} is no whole number of videos.")
+                setting = replace(setting, batch=int(value))
+            elif key in own:
+                setting = replace(setting, **{key: value})
+            else:
+                override = f"kv_cache.window_frames={value}" if key == "window" else word
+                setting = replace(setting, overrides=(*setting.overrides, override))
+        return setting
+
+    def plan(self, device: torch.device) -> RunPlan:
+        """The run that `inference.py --random_weights` would make.
+
+        Raises:
+            ConfigError: the config does not allow it.
+        """
+        flags = [] if self.model is None else [f"model={self.model}"]
+        if self.dtype is not None:
+            flags.append(f"dtype={self.dtype}")
+        if self.resolution is not None:
+            height, width = self.resolution.split("x")
+            flags += [f"height={height}", f"width={width}"]
+        default = f"model={REAL if device.type == 'cuda' else EMBEDDED}"
+        config = load_config(
+            REPOSITORY / "configs" / f"{self.policy}.yaml", policy_fields=policy_fields(), build_policy=build_policy,
+            overrides=[default, *self.overrides, *flags],
+        )
+        return plan_run(config, checkpoint=None, use_ema=False, device=device, random_weights=True)
+
+    def describe(self, plan: RunPlan) -> dict[str, Any]:
+        """What was measured, as plain data."""
+        g = plan.geometry
+        return {
+            "config": self.policy, "kv_cache": dict(plan.config.kv_cache), "model": plan.spec.name,
+            "weights": "random", "dtype": dtype_name(plan.dtype), "attention": self.attention, "batch": self.batch,
+            "size": f"{g.width}x{g.height}", "fps": g.fps, "chunk_frames": g.chunk_frames,
+            "passes": {"denoising": plan.sampler.num_passes, "context": 1},
+        }
