@@ -119,11 +119,17 @@ class Engine:
             if chunk is None:
                 return
             with clock.stage("vae"):
-                frames = to_uint8(decoder.decode(chunk.latents)).cpu()
+                pixels = decoder.decode(chunk.latents)
+                frames = to_uint8(pixels).cpu()
             if not chunk.latents.isfinite().all():  # the passes are over: the device may be asked now
                 raise FloatingPointError(
                     f"latent frames {chunk.span.start}..{chunk.span.stop - 1} hold values that are not finite. "
                     "The checkpoint is damaged, or does not suit this config or dtype (--set dtype=float32)."
+                )
+            if not pixels.isfinite().all():
+                raise FloatingPointError(
+                    f"the decoder made frames of latent frames {chunk.span.start}..{chunk.span.stop - 1} that are not "
+                    "finite, though the latents are. The VAE's weights are damaged. Fetch them again."
                 )
             yield FrameChunk(chunk.span, chunk.latents, frames, chunk.given)
 
