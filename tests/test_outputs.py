@@ -126,18 +126,19 @@ def test_redoing_a_finished_video_can_fail_without_loss(tmp_path):
     assert folder.state("v", "f1") == "finished"
 
 
-def test_start_clears_what_unfinished_runs_left(tmp_path):
-    """Temporary files, the partial video and its record go; those of other stems stay."""
+def test_what_was_kept_stays_until_its_successor_is_there(tmp_path):
+    """Starting again clears temporary files alone; finishing clears the kept part and its record, of this stem only."""
     folder = OutputFolder(tmp_path, overwrite=False)
-    folder.partial_path("v").write_bytes(b"half")
+    for stem in ("v", "w"):
+        folder.partial_path(stem).write_bytes(b"half")
     folder.partial("v", RECORD)
-    folder.partial_path("w").write_bytes(b"half")
     temp_path(folder.video_path("v")).write_bytes(b"x")
     temp_path(folder.sidecar_path("v")).write_bytes(b"x")
-    assert folder.state("v", "f1") == "partial"
     folder.start("v")
-    assert folder.state("v", "f1") == "new" and folder.state("w", "f1") == "partial"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.jsonl", "w.partial.mp4"]
+    kept = {"manifest.jsonl", "v.partial.json", "v.partial.mp4", "w.partial.mp4"}
+    assert {p.name for p in tmp_path.iterdir()} == kept and folder.state("v", "f1") == "partial"
+    make(folder, "v")
+    assert {p.name for p in tmp_path.iterdir()} == {"manifest.jsonl", "v.json", "v.mp4", "w.partial.mp4"}
 
 
 def test_sidecar_is_readable_and_says_it_all(tmp_path):

@@ -118,20 +118,22 @@ class OutputFolder:
         return record if isinstance(record, dict) else None
 
     def start(self, stem: str) -> None:
-        """Clear what unfinished runs left of `stem`. A finished video stays until its successor replaces it.
+        """Clear temporary files that dead runs left of `stem`.
+
+        A finished video, or the part of one that was kept, stays until its successor replaces it.
 
         Errors: OSError if another process is writing this video.
         """
         remove_stale(self.video_path(stem))
         remove_stale(self.sidecar_path(stem))
-        for path in (self.partial_path(stem), self.partial_path(stem).with_suffix(".json")):
-            path.unlink(missing_ok=True)
 
     def finish(self, stem: str, record: Mapping) -> None:
         """Declare the video, already under its final name, finished. `record` needs "fingerprint"."""
         if "fingerprint" not in record:
             raise ValueError(f"{stem}: the record lacks 'fingerprint', so no later run could know this video. Add it")
         self._write(self.sidecar_path(stem), "complete", self.video_path(stem), record)
+        for path in (self.partial_path(stem), self.partial_path(stem).with_suffix(".json")):
+            path.unlink(missing_ok=True)
 
     def partial(self, stem: str, record: Mapping) -> None:
         """Record an interrupted video that was kept as `<stem>.partial.mp4`; it is redone next time."""
