@@ -129,7 +129,8 @@ class Engine:
             if not pixels.isfinite().all():
                 raise FloatingPointError(
                     f"the decoder made frames of latent frames {chunk.span.start}..{chunk.span.stop - 1} that are not "
-                    "finite, though the latents are. The VAE's weights are damaged. Fetch them again."
+                    "finite, though the latents are. The decoder's weights are damaged, or do not suit this dtype "
+                    "(--set dtype=float32)."
                 )
             yield FrameChunk(chunk.span, chunk.latents, frames, chunk.given)
 

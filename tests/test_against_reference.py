@@ -65,7 +65,9 @@ def ours(tiny: Tiny, policy: dict, text, noise: Given, frames: int, initial):
     return torch.cat(latents, dim=1), [windows[i] for i in last_pass], [kept[i] for i in last_pass]
 
 
-def agree(policy: dict, *, chunk_frames: int = 3, batch: int = 1, frames: int = 30, given: int = 0, lone: bool = False):
+def assert_agreement(
+    policy: dict, *, chunk_frames: int = 3, batch: int = 1, frames: int = 30, given: int = 0, lone: bool = False,
+):
     """Run both and compare latents, windows and kept tokens; returns the reference's rollout."""
     tiny = make_tiny(chunk_frames, dtype=torch.float64, independent_first_frame=lone)
     geometry = tiny.geometry
@@ -95,7 +97,7 @@ def agree(policy: dict, *, chunk_frames: int = 3, batch: int = 1, frames: int = 
 @pytest.mark.parametrize("positions", ["released", "unified", "contiguous", "original"])
 def test_positions_and_votes(positions: str, votes: str) -> None:
     """Every layout with every electorate, over several prunes."""
-    reference = agree(BASE | {"positions": positions, "votes": votes})
+    reference = assert_agreement(BASE | {"positions": positions, "votes": votes})
     assert len(reference.topc) >= 3
 
 
@@ -103,25 +105,26 @@ def test_positions_and_votes(positions: str, votes: str) -> None:
 @pytest.mark.parametrize("sink_frames", [0, 1, 5, 9])
 def test_sinks(sink_frames: int, positions: str) -> None:
     """From no sink to a sink that leaves room for the chunk alone."""
-    agree(SINK | {"sink_frames": sink_frames, "positions": positions})
+    assert_agreement(SINK | {"sink_frames": sink_frames, "positions": positions})
 
 
 @pytest.mark.parametrize("policy", [BASE, SINK, {"policy": "rolling", "window_frames": 12}], ids=lambda p: p["policy"])
 @pytest.mark.parametrize("chunk_frames", [1, 2, 4])
 def test_chunk_sizes(policy: dict, chunk_frames: int) -> None:
     """Chunks of 1, 2 and 4; with chunks of 1 the past votes span three chunks."""
-    agree(policy, chunk_frames=chunk_frames, frames=24)
+    assert_agreement(policy, chunk_frames=chunk_frames, frames=24)
 
 
 @pytest.mark.parametrize("chunk_frames", [1, 2])
 def test_past_votes_span_several_chunks(chunk_frames: int) -> None:
     """Where a chunk is shorter than what is recent, older chunks vote with the queries of their context pass."""
-    agree(BASE | {"votes": "past", "recent_frames": 5, "budget_frames": 10}, chunk_frames=chunk_frames, frames=24)
+    policy = BASE | {"votes": "past", "recent_frames": 5, "budget_frames": 10}
+    assert_agreement(policy, chunk_frames=chunk_frames, frames=24)
 
 
 def test_batches() -> None:
     """Samples with their own text and noise keep their own tokens."""
-    reference = agree(BASE, batch=2)
+    reference = assert_agreement(BASE, batch=2)
     assert any(layer[0] != layer[1] for _, event in reference.topc for layer in event)
 
 
@@ -129,7 +132,7 @@ def test_batches() -> None:
 def test_shortage_of_eligible_tokens(limit: int) -> None:
     """When too few tokens may be chosen, refused ones fill up, oldest first; a limit of 0 refuses none."""
     crowded = BASE | {"sink_frames": 2, "budget_frames": 11, "topc_max_reuse": limit}
-    reference = agree(crowded, frames=36)
+    reference = assert_agreement(crowded, frames=36)
     short = [len(top) for _, event in reference.topc for layer in event for top in layer]
     assert set(short) == {5 * make_tiny().geometry.frame_tokens}
     if limit:
@@ -140,11 +143,11 @@ def test_shortage_of_eligible_tokens(limit: int) -> None:
 @pytest.mark.parametrize("chunk_frames", [2, 3])
 def test_independent_first_frame(policy: dict, chunk_frames: int) -> None:
     """Chunks of 1, n, n, ..."""
-    agree(policy, chunk_frames=chunk_frames, lone=True)
+    assert_agreement(policy, chunk_frames=chunk_frames, lone=True)
 
 
 @pytest.mark.parametrize("lone", [False, True])
 @pytest.mark.parametrize("given", [1, 3, 5, 14])
 def test_image_and_video_continuation(given: int, lone: bool) -> None:
     """Given latents enter by context passes and are then like any other memory; 14 frames already roll the window."""
-    agree(BASE, given=given, lone=lone)
+    assert_agreement(BASE, given=given, lone=lone)

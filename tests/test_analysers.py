@@ -20,14 +20,6 @@ CLIPS = 40
 LENGTH = 121
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def watched():
     """Held-out clips with what was seen of them; every other one blurred, noisy and compressed."""

@@ -31,15 +31,6 @@ CPU = torch.device("cpu")
 STUDIES = sorted((REPOSITORY / "evaluation" / "studies").glob("*.yaml"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums keep one order, and other tests their threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The YAML of a model in the embedded one's frame with much smaller networks, to be run with random weights."""

@@ -134,7 +134,7 @@ def test_splits_share_nothing_they_should_not(clips):
 
 @pytest.mark.parametrize("split, shares", [("train", (0.45, 0.35, 0.20)), ("test", (0.65, 0.25, 0.10))])
 def test_the_shares_are_as_promised(split, shares):
-    """About so many of the scenes have one, two and three shapes, more of the hard ones in training; motions are even."""
+    """So many scenes have one, two and three shapes, more of the hard ones in training; motions are even."""
     truths = [sample(seed, split).truth for seed in range(2000)]
     counts = Counter(len(truth.objects) for truth in truths)
     for count, share in zip((1, 2, 3), shares, strict=True):

@@ -1,7 +1,11 @@
 """What each training stage does, as typed settings; training/tiny.yaml holds the values."""
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
+
+MAY_BE_NONE = ("seed", "image_steps", "first_chunk_steps", "first_chunk_share", "critic_updates")  # whole, but may be 0
 
 
 @dataclass
@@ -91,3 +95,10 @@ class Settings:
     text: TextSettings = field(default_factory=TextSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     student: StudentSettings = field(default_factory=StudentSettings)
+
+    def __post_init__(self) -> None:
+        for stage in (self, *(value for value in vars(self).values() if dataclasses.is_dataclass(value))):
+            for name, value in vars(stage).items():
+                least = 0 if isinstance(value, float) or name in MAY_BE_NONE else 1
+                if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
+                    raise ValueError(f"{name}={value} in {type(stage).__name__} must be finite and at least {least}.")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.build import choose_device
 from pipeline.sampler import FewStepSampler
 from training.loop import load_state, pack, run_stage
 from training.parts import export_text, export_transformer, export_vae
@@ -115,30 +116,35 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, help="stop after so long; the next call goes on")
     parser.add_argument("--which", choices=("teacher", "student"), default="student", help="export: whose transformer")
-    parser.add_argument("--output", type=Path, default=Path("weights/tiny"), help="pack, export: where to")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="pack, export, all: where to (but for pack: weights/tiny)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
+        if options.seconds is not None and not options.seconds > 0:
+            raise ConfigError(f"--seconds {options.seconds} is no time to train. Ask for more than 0.")
+        if options.stage == "pack" and options.output is None:
+            raise ConfigError("pack needs --output: a folder for the files that travel.")
         settings = load_structured(options.config, Settings, options.set)
-        shop = Workshop(settings, options.folder, torch.device(options.device))
+        shop = Workshop(settings, options.folder, choose_device(options.device))
+        output = options.output or Path("weights/tiny")
         (options.folder / "settings.json").write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
         if options.stage == "pack":
             for path in sorted(options.folder.glob("*.pt")):
                 if path.stem in STAGES:
                     saved = load_state(path, torch.device("cpu"))
-                    pack(saved["stage"], saved["step"], path.stem, options.output)
+                    pack(saved["stage"], saved["step"], path.stem, output)
             return 0
         if options.stage == "export":
-            export(shop, options.which, options.output)
+            export(shop, options.which, output)
             return 0
         train = {"vae": train_vae, "teacher": train_teacher, "student": train_student}
         done = True
         for stage in STAGES if options.stage == "all" else (options.stage,):
             done = done and train[stage](shop, options.seconds)
         if done and options.stage == "all":
-            export(shop, "student", options.output)
-    except ConfigError as error:
+            export(shop, "student", output)
+    except (ValueError, OSError) as error:  # every error class of this project is a ValueError
         print(f"error: {error}", file=sys.stderr)
         return 2
     logger.info("%s %s", options.stage, "is done" if done else "stopped for now; the same command goes on")

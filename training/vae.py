@@ -75,8 +75,8 @@ class VaeStage:
         self._generator.manual_seed(step_seed(self._settings.seed, self.name, index))
         true = self._crops(batch, 4 * frames - 3)
         noise = torch.randn(
-            (batch, frames, self._channels, *(side // self._stride for side in true.shape[-2:])), generator=self._generator,
-            device=self._device,
+            (batch, frames, self._channels, *(side // self._stride for side in true.shape[-2:])),
+            generator=self._generator, device=self._device,
         ).transpose(1, 2)
         losses = self._graphs(kind, self._reconstruct, true, noise)
         self._optimizers.step(learning_rate(index, self.steps))

@@ -342,7 +342,7 @@ def load_structured(path: Path, schema: type, overrides: Sequence[str] = ()) -> 
             OmegaConf.structured(schema), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)),
         )
         return OmegaConf.to_object(merged)
-    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, TypeError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(
             f"{path}: {_first_line(error)}. Keys and types are those of {schema.__module__}.{schema.__name__}."
         ) from error

@@ -1,4 +1,4 @@
-# Sourced by the scripts of the top level: makes or reuses a virtual environment and sets $PYTHON.
+# Sourced by the scripts of the top level: makes or reuses a virtual environment and sets $PYTHON; runs inference.
 #
 #   PYTHON=/path/to/python   use this interpreter as it is, install nothing
 #   VENV=folder              where the environment lives (default: .venv beside the scripts)
@@ -35,4 +35,15 @@ environment() {  # environment REQUIREMENTS_FILE...
             cp "$file" "$stamp"
         fi
     done
+}
+
+minute_of_video() {  # minute_of_video METHOD ARGUMENT...   configs/METHOD.yaml -> videos/METHOD, a minute for each prompt
+    local method="$1" argument
+    local length=(--seconds 60)
+    shift
+    for argument in "$@"; do
+        case "$argument" in --num_output_frames*) length=() ;; esac
+    done
+    exec "$PYTHON" inference.py --config_path "configs/$method.yaml" ${length[@]+"${length[@]}"} --use_ema \
+        --output_folder "videos/$method" "$@"
 }
