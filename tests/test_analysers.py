@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,15 @@ import torch
 from evaluation.analysers import PROPERTIES, analyse, chance, curves, damage, judge, observe
 from evaluation.analysers.behind import LEVELS, colour_distance
 from evaluation.analysers.segment import _connected, grown, inner_edge
-from evaluation.analysers.selfcheck import DAMAGES, damage_clips, draw, held_out_clips, shares, shuffled
+from evaluation.analysers.selfcheck import (
+    DAMAGES,
+    damage_clips,
+    draw,
+    held_out_clips,
+    shares,
+    shuffled,
+    with_backdrop_gain,
+)
 from training.world import ObjectTruth, Truth, World, sample, to_frames
 from training.world.render import render
 from training.world.scene import WaveBatch
@@ -128,6 +137,19 @@ def test_a_whole_video_stays_whole(subject):
     assert len(series["speed"]) == 30
     assert series["step"][7] == pytest.approx(np.nanmean(analysis.frames.step[7 * 16:8 * 16]))
     assert analysis.between(7, 8)["step"] == series["step"][7]
+
+
+def test_free_colours_should_stay_what_they_were():
+    """No name to hold them against: the first seconds are the truth, and a colour half way to another name is wrong."""
+    clip = next(clip for clip in (sample(seed, "free") for seed in range(50)) if len(clip.scene.bodies) == 1)
+    frames = draw(clip.scene, LENGTH)
+    kept = analyse(frames, clip.said).video
+    assert kept.rate["colour"] == kept.rate["background"] == 1
+    body = clip.scene.bodies[0]
+    other = replace(clip.scene, bodies=(replace(body, rgb=body.rgb[1:] + body.rgb[:1]),))
+    turned = analyse(damage.switch(frames, draw(with_backdrop_gain(other, 0.4), LENGTH), 0.3), clip.said).frames
+    for right in (turned.colour, turned.background):
+        assert right[:60].all() and not right[-1]
 
 
 def test_a_frozen_video_is_called_frozen(subject):

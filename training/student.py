@@ -145,7 +145,7 @@ class StudentStage:
         return 0.5 * F.mse_loss(video, target)
 
     def _update_critic(self, video: Tensor, embeddings: Tensor, noise: Tensor, sigma: Tensor) -> dict[str, Tensor]:
-        flow = self._flow(self._critic, video, torch.zeros_like(sigma), mix(video, noise, sigma), sigma, embeddings)
+        flow = self._flow(self._critic, video, mix(video, noise, sigma), sigma, embeddings)
         loss = F.mse_loss(flow, noise - video)
         self._critic_optimizers.backward(loss)
         return {"critic": loss}
@@ -153,7 +153,7 @@ class StudentStage:
     def _clean(
         self, network: CausalWanModel, context: Tensor, noisy: Tensor, sigma: Tensor, embeddings: Tensor,
     ) -> Tensor:
-        flow = self._flow(network, context, torch.zeros_like(sigma), noisy, sigma, embeddings)
+        flow = self._flow(network, context, noisy, sigma, embeddings)
         return noisy - sigma[..., None, None, None] * flow
 
     @staticmethod
