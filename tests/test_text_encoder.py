@@ -20,7 +20,10 @@ from wan.text_encoder import EmbeddingCache, TextEncoder, clean_prompt, embed_pr
 
 GOLDEN = Path(__file__).parent / "golden" / "t5_umt5_tiny.safetensors"
 TEXT_LEN = 40
-WORDS = ["<pad>", "</s>", "<unk>", *"a red square blue circle moves turns slowly across the room &".split()]
+WORDS = [
+    "<pad>", "</s>", "<unk>", "a", "red", "square", "blue", "circle", "moves", "turns", "slowly", "across", "the",
+    "room", "&",
+]
 State = dict[str, Tensor]
 
 

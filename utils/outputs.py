@@ -103,9 +103,9 @@ class OutputFolder:
         if self.overwrite:
             return "new"
         video, record = self.video_path(stem), self.record(stem)
-        if video.is_file() and record is not None and record.get("status") == "complete":
-            if record.get("bytes") == video.stat().st_size:
-                return "finished" if record.get("fingerprint") == settings_fingerprint else "other_settings"
+        complete = video.is_file() and record is not None and record.get("status") == "complete"
+        if complete and record.get("bytes") == video.stat().st_size:
+            return "finished" if record.get("fingerprint") == settings_fingerprint else "other_settings"
         leftovers = (video, self.sidecar_path(stem), self.partial_path(stem))
         return "partial" if any(path.exists() for path in leftovers) else "new"
 

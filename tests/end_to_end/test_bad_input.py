@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from weights import TRANSFORMER
 
 import pipeline.engine
 from end_to_end.runs import PROMPTS, CommandLine, is_whole, manifest, record, videos
 from wan.model import CausalWanModel, randomize
+from weights import TRANSFORMER
 
 PROMPT = ["--prompt", PROMPTS[0]]
 SHORT = ["--num_output_frames", 3]
