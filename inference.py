@@ -26,7 +26,7 @@ from pipeline.build import (
 )
 from pipeline.decoder import NAMES as DECODERS
 from pipeline.engine import Engine
-from pipeline.render import Summary, make_jobs, pending_jobs, reason, refuse_other_settings, render
+from pipeline.render import Summary, check_number, make_jobs, pending_jobs, reason, refuse_other_settings, render
 from utils.config import load_config
 from utils.launch import Launch, read_launch, wait_for_others
 from utils.outputs import OutputFolder
@@ -130,6 +130,7 @@ def run(options: argparse.Namespace) -> int:
     items = read_prompts(options, plan)
     length = video_length(plan, pixel_frames, given_frames=1 if options.i2v else 0)  # a source is one frame at least
     check_memory(plan, options.batch_size)
+    check_number(len(items), options.num_samples)
     if options.dry_run:
         print(describe(plan, length, options.batch_size))
         print(f"prompts   {len(items)} x {options.num_samples} samples -> {options.output_folder}")

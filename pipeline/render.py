@@ -26,6 +26,7 @@ from utils.video import VideoWriter
 
 logger = logging.getLogger(__name__)
 
+MOST_VIDEOS = 100_000  # their names and fingerprints are made first: some seconds
 PACKAGES = ("torch", "diffusers", "transformers", "av", "numpy")
 
 
@@ -64,6 +65,15 @@ def reason(error: Exception) -> str:
         return str(error)
     first_line, _, _ = str(error).partition("\n")  # torch adds its own call stack
     return f"{type(error).__name__}: {first_line}"
+
+
+def check_number(num_prompts: int, num_samples: int) -> None:
+    """Raise ConfigError for more videos than one run keeps a list of."""
+    if num_prompts * num_samples > MOST_VIDEOS:
+        raise ConfigError(
+            f"{num_prompts} prompts with --num_samples {num_samples} are {num_prompts * num_samples} videos; one run "
+            f"makes at most {MOST_VIDEOS}. Ask for fewer samples, or split the prompts or the seeds over several runs."
+        )
 
 
 def make_jobs(
