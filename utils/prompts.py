@@ -225,7 +225,7 @@ def _json_line(path: Path, number: int, line: str) -> _Line:
         return _Line(where, "")
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PromptError(f"{where} is not JSON: {error}. Write one object a line") from error
     if not isinstance(record, dict):
         raise PromptError(f'{where} is {type(record).__name__}, and an object is wanted: {{"prompt": "..."}}')
