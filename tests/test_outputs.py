@@ -137,7 +137,6 @@ def test_what_was_kept_stays_until_its_successor_is_there(tmp_path):
         folder.partial_path(stem).write_bytes(b"half")
     folder.partial("v", RECORD)
     temp_path(folder.video_path("v")).write_bytes(b"x")
-    temp_path(folder.sidecar_path("v")).write_bytes(b"x")
     folder.start("v")
     kept = {"manifest.jsonl", "v.partial.json", "v.partial.mp4", "w.partial.mp4"}
     assert {p.name for p in tmp_path.iterdir()} == kept and folder.state("v", "f1") == "partial"
