@@ -6,7 +6,7 @@ A clip depends on its split and seed alone. Splits differ by what they may conta
     free     as test, and every colour is free
     held_out at least one held-out pair; any sentence
 A free colour is any of its kind, between the named ones too, and the caption does not say it: nothing but the picture
-itself can hold it. Whether a sentence is held out is a property of its text, so no test sentence is ever seen in training.
+itself can hold it. Whether a sentence is held out is a property of its text, so training never sees a test sentence.
 """
 from __future__ import annotations
 
