@@ -24,7 +24,6 @@ from utils.prompts import IMAGE_SUFFIXES
 from utils.video import fit_to, read_image, read_video
 from wan.checkpoint import load_transformer
 from wan.geometry import ChunkSpan
-from wan.kv_cache.cache import KVCache
 from wan.model import CausalWanModel, randomize
 from wan.text_encoder import EmbeddingCache, TextEncoder, embed_prompts
 from wan.tiny_vae import TinyVAE
@@ -68,7 +67,7 @@ class Engine:
         self._embeddings.prepare(texts)
         plan = self.plan
         with torch.device("meta"):
-            model = CausalWanModel(plan.architecture)
+            model = CausalWanModel(plan.architecture, plan.attention_backend)
         if plan.random_weights:
             model = model.to_empty(device=plan.device).to(plan.dtype)
             randomize(model, seed=0)
@@ -161,8 +160,9 @@ class Engine:
         if self._pipeline is None or self._pipeline[0] != batch:
             self._pipeline = None  # free the old cache before the new one is allocated
             plan = self.plan
-            cache = KVCache(plan.cache_shape(batch), plan.geometry, plan.policy)
-            self._pipeline = (batch, ChunkwisePipeline(self._model, plan.sampler, plan.geometry, cache))
+            self._pipeline = (batch, plan.acceleration.pipeline(
+                self._model, plan.sampler, plan.geometry, plan.cache_shape(batch), plan.policy,
+            ))
         return self._pipeline[1]
 
 
