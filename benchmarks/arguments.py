@@ -54,7 +54,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
     window = [] if options.window is None else [f"kv_cache.window_frames={options.window}"]
     return Setting(
         policy=options.policy, model=options.model, dtype=options.dtype, attention=options.attention,
-        compile=options.compile, graphs=options.graphs,
+        compile=options.compile, graphs=options.graphs, decoder=options.decoder,
         resolution=options.resolution, batch=options.batch, overrides=(*window, *options.set),
     )
 
@@ -69,6 +69,7 @@ def _task(tasks: argparse._SubParsersAction, name: str, words: str) -> argparse.
     add("--dtype", help="bfloat16 or float32 (default: bfloat16 on a GPU, else float32)")
     add("--compile", default="auto", help=f"torch.compile: {', '.join(SWITCH)} (default %(default)s)")
     add("--graphs", default="auto", help=f"CUDA graphs: {', '.join(SWITCH)} (default %(default)s)")
+    add("--decoder", default="auto", help=f"the Wan VAE's fast decoder: {', '.join(SWITCH)} (default %(default)s)")
     add("--attention", default="auto", help=f"kernel: {', '.join(ATTENTION)} (default %(default)s)")
     add("--resolution", metavar="HxW", help="height x width in pixels, such as 480x832 (default: the model's own)")
     add("--batch", type=int, default=1, help="videos made side by side (default %(default)s)")

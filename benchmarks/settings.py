@@ -35,6 +35,7 @@ class Setting:
     attention: str = "auto"           # one of ATTENTION
     compile: str = "auto"             # a key of SWITCH: torch.compile; auto is on for a GPU
     graphs: str = "auto"              # a key of SWITCH: CUDA graphs
+    decoder: str = "auto"             # a key of SWITCH: the Wan VAE's fast decoder
     resolution: str | None = None     # HEIGHTxWIDTH in pixels; None: the model's own
     batch: int = 1                    # videos made side by side
     overrides: tuple[str, ...] = ()   # key=value of the config, as in --set; the fields above win
@@ -42,7 +43,7 @@ class Setting:
     def __post_init__(self) -> None:
         if self.attention not in ATTENTION:
             raise ConfigError(f"attention={self.attention} is unknown. Known: {', '.join(ATTENTION)}.")
-        for name in ("compile", "graphs"):
+        for name in ("compile", "graphs", "decoder"):
             if getattr(self, name) not in SWITCH:
                 raise ConfigError(f"{name}={getattr(self, name)} is no switch. Use one of {', '.join(SWITCH)}.")
         if self.resolution is not None and not re.fullmatch(r"\d+x\d+", self.resolution):
@@ -99,6 +100,7 @@ class Setting:
             config, checkpoint=None, use_ema=False, device=device, random_weights=True,
             acceleration=Acceleration(
                 attention=self.attention, compile=SWITCH[self.compile], graphs=SWITCH[self.graphs],
+                decoder=SWITCH[self.decoder],
             ),
         )
 

@@ -13,7 +13,6 @@ import torch
 
 from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.graphs import GraphedPipeline
-from pipeline.recorder import CudaRecorder
 from pipeline.sampler import FewStepSampler
 from utils.config import ConfigError
 from utils.files import user_cache_dir
@@ -23,6 +22,8 @@ from wan.geometry import VideoGeometry
 from wan.kv_cache.cache import CacheShape, KVCache
 from wan.kv_cache.policy import KVPolicy
 from wan.model import CausalWanModel
+from wan.recorder import CudaRecorder
+from wan.vae import WanVAE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +31,14 @@ class Acceleration:
     """What is asked for; `resolved` says what it is on a device. None: where it works, which is a GPU."""
 
     attention: str = "auto"       # one of wan.backends.NAMES
-    compile: bool | None = None   # torch.compile for what lies between attention kernels, and for the VAE's decoder
+    compile: bool | None = None   # torch.compile for what lies between attention kernels
     graphs: bool | None = None    # CUDA graphs for whole chunks
+    decoder: bool | None = None   # fused passes of the VAE's decoder, a chunk at a time
 
     @classmethod
     def eager(cls, attention: str = "auto") -> Acceleration:
         """Plain passes."""
-        return cls(attention=attention, compile=False, graphs=False)
+        return cls(attention=attention, compile=False, graphs=False, decoder=False)
 
     def resolved(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> Acceleration:
         """The same without `auto` and None.
@@ -54,6 +56,7 @@ class Acceleration:
         return Acceleration(
             attention=attention, compile=on_gpu and can_compile() if self.compile is None else self.compile,
             graphs=on_gpu if self.graphs is None else self.graphs,
+            decoder=on_gpu if self.decoder is None else self.decoder,
         )
 
     def backend(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
@@ -77,6 +80,13 @@ class Acceleration:
         if self.graphs:
             return GraphedPipeline(model, sampler, geometry, cache, CudaRecorder())
         return ChunkwisePipeline(model, sampler, geometry, cache)
+
+
+    def accelerate_decoder(self, vae: WanVAE, chunk_frames: int) -> WanVAE:
+        """The same VAE, whose decoder takes a chunk of latents a call."""
+        if self.decoder:
+            vae.accelerate(self.compiler, CudaRecorder() if self.graphs else None, part_frames=chunk_frames)
+        return vae
 
 
 def can_compile() -> bool:

@@ -148,6 +148,7 @@ class Engine:
                 self._vae = WanVAE.random(plan.spec.vae, device=plan.device, dtype=plan.dtype, seed=0)
             else:
                 self._vae = WanVAE.load(plan.spec.vae, device=plan.device, dtype=plan.dtype)
+            plan.acceleration.accelerate_decoder(self._vae, plan.geometry.chunk_frames)
         return self._vae
 
     def _tiny_vae(self) -> TinyVAE:

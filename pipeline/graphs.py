@@ -15,11 +15,11 @@ from torch import Tensor
 
 from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.noise import NoiseSource, draw
-from pipeline.recorder import Recorder, Replay
 from pipeline.sampler import FewStepSampler
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.cache import KVCache, LayerState
 from wan.model import CausalWanModel, TextContext
+from wan.recorder import Recorder, Replay
 
 
 @dataclass(frozen=True)
