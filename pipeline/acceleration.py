@@ -85,7 +85,7 @@ class Acceleration:
     def accelerate_decoder(self, vae: WanVAE, chunk_frames: int) -> WanVAE:
         """The same VAE, whose decoder takes a chunk of latents a call."""
         if self.decoder:
-            vae.accelerate(self.compiler, CudaRecorder() if self.graphs else None, part_frames=chunk_frames)
+            vae.accelerate(CudaRecorder() if self.graphs else None, part_frames=chunk_frames)
         return vae
 
 

@@ -12,7 +12,6 @@ from test_vae import SHAPES
 from torch import Tensor
 from torch.testing import assert_close
 
-from wan import compiler
 from wan.vae import StreamDecoder, WanVAE
 from wan.vae_passes import VaePasses
 
@@ -24,7 +23,7 @@ def test_fast_decoder_equals_the_plain_passes(shape: str, part_frames: int) -> N
     channels = SHAPES[shape]["z_dim"]
     plain, fast = (WanVAE(small_vae(shape).double()) for _ in range(2))
     plain._passes = VaePasses(plain._model, activate_in_float64)
-    fast.accelerate(compiler.plain, None, part_frames=part_frames)
+    fast.accelerate(None, part_frames=part_frames)
     latents = torch.randn(2, 7, channels, 4, 6, generator=torch.Generator().manual_seed(1))
     for split in ([7], [3, 3, 1], [1, 2, 4]):
         ours, theirs = fast.stream(), plain.stream()
@@ -35,7 +34,7 @@ def test_fast_decoder_equals_the_plain_passes(shape: str, part_frames: int) -> N
 def test_fast_streams_take_turns() -> None:
     """One set of buffers, three videos of two sizes: each gets its own past back, as if it were alone."""
     fast = WanVAE(small_vae("deep"))
-    fast.accelerate(compiler.plain, None, part_frames=2)
+    fast.accelerate(None, part_frames=2)
     videos = [torch.randn(1, 6, 3, 4, width, generator=torch.Generator().manual_seed(width)) for width in (6, 5, 6)]
     alone = [torch.cat([part for part in decode_all(fast.stream(), video)], dim=1) for video in videos]
     streams = [fast.stream() for _ in videos]
@@ -49,8 +48,8 @@ def test_fast_decoder_replays_what_it_would_compute() -> None:
     """A tape stands in for CUDA graphs, first chunks included; a result does not change after it was given."""
     eager, replaying = (WanVAE(small_vae("deep")) for _ in range(2))
     recorder = TapeRecorder()
-    eager.accelerate(compiler.plain, None, part_frames=2)
-    replaying.accelerate(compiler.plain, recorder, part_frames=2)
+    eager.accelerate(None, part_frames=2)
+    replaying.accelerate(recorder, part_frames=2)
     for seed in range(3):
         video = torch.randn(1, 12, 3, 4, 6, generator=torch.Generator().manual_seed(seed))
         ours, theirs = (list(decode_all(vae.stream(), video)) for vae in (replaying, eager))
@@ -61,7 +60,7 @@ def test_fast_decoder_replays_what_it_would_compute() -> None:
 def test_other_designs_keep_their_passes() -> None:
     """Wan 2.2's blocks are not made fast; the VAE still decodes."""
     vae = WanVAE(small_vae("residual"))
-    vae.accelerate(compiler.plain, None, part_frames=3)
+    vae.accelerate(None, part_frames=3)
     assert vae.part_frames == 1 and vae.stream().decode(torch.zeros(1, 2, 6, 2, 2)).shape[1] == 3
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +64,26 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def load_stack(device: torch.device) -> Callable[[Sum, Tensor | None, Tensor], tuple[Tensor, Tensor]]:
-    """The fastest `stack` for a device."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return stack
-    return import_module("wan.stacking_triton").stack
+def spread(value: Sum, times: int) -> Tensor:
+    """The value, each pixel twice in height and in width; C = times * c channels become `times` frames in a row.
+
+    Returns: [B, T * times, 2 H, 2 W, c].
+    """
+    x = value.settled()
+    clips, frames, height, width, channels = x.shape
+    x = x.view(clips, frames, height, 1, width, 1, times, channels // times).permute(0, 1, 6, 2, 3, 4, 5, 7)
+    x = x.expand(-1, -1, -1, -1, 2, -1, 2, -1)
+    return x.reshape(clips, frames * times, 2 * height, 2 * width, channels // times)
+
+
+class StackingKernels(Protocol):
+    """This module, or its Triton twin."""
+
+    stack: Callable[[Sum, Tensor | None, Tensor], tuple[Tensor, Tensor]]
+    spread: Callable[[Sum, int], Tensor]
+
+
+def load_kernels(device: torch.device) -> StackingKernels:
+    """The fastest for a device."""
+    on_gpu = device.type == "cuda" and find_spec("triton") is not None
+    return import_module("wan.stacking_triton" if on_gpu else "wan.stacking")

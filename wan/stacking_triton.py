@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wan.stacking import PAST, Sum
+from wan.stacking import Sum
 
 TILE = 4096  # values a program holds at a time
 
@@ -57,13 +57,61 @@ def _stack_kernel(
     tl.store(past + frame, older, mask=inside)
 
 
+@triton.jit
+def _spread_kernel(
+    x, bias, shortcut, out, rows, height, width,
+    TIMES: tl.constexpr, C: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHORTCUT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    copy = tl.program_id(1)
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = (row < rows) & (column < C)
+    place = row * (TIMES * C) + copy * C + column
+    value = tl.load(x + place, mask=inside, other=0).to(tl.float32)
+    if HAS_BIAS:
+        value += tl.load(bias + copy * C + column, mask=column < C, other=0).to(tl.float32)
+    if HAS_SHORTCUT:
+        value += tl.load(shortcut + place, mask=inside, other=0).to(tl.float32)
+    result = value.to(out.dtype.element_ty)
+    frame = row // (height * width)
+    line = row // width % height
+    first = (((frame * TIMES + copy) * height + line) * 4 * width + row % width * 2) * C + column
+    below = first + 2 * width * C
+    tl.store(out + first, result, mask=inside)
+    tl.store(out + first + C, result, mask=inside)
+    tl.store(out + below, result, mask=inside)
+    tl.store(out + below + C, result, mask=inside)
+
+
+def spread(value: Sum, times: int) -> Tensor:
+    """As wan.stacking.spread; tensors are contiguous."""
+    x = value.x
+    clips, frames, height, width, channels = x.shape
+    _check(x, value.bias, value.shortcut)
+    share = channels // times
+    out = x.new_empty(clips, frames * times, 2 * height, 2 * width, share)
+    columns = triton.next_power_of_2(share)
+    rows, pixels = max(1, TILE // columns), clips * frames * height * width
+    _spread_kernel[triton.cdiv(pixels, rows), times](
+        x, x if value.bias is None else value.bias, x if value.shortcut is None else value.shortcut, out,
+        pixels, height, width, TIMES=times, C=share, HAS_BIAS=value.bias is not None,
+        HAS_SHORTCUT=value.shortcut is not None, ROWS=rows, COLUMNS=columns,
+    )
+    return out
+
+
+def _check(*tensors: Tensor | None) -> None:
+    given = [x for x in tensors if x is not None]
+    if not all(x.is_contiguous() for x in given):
+        raise ValueError(f"stacking kernels need contiguous tensors, got strides {[x.stride() for x in given]}.")
+
+
 def stack(value: Sum, gamma: Tensor | None, past: Tensor) -> tuple[Tensor, Tensor]:
     """As wan.stacking.stack; tensors are contiguous."""
     x = value.x
     clips, frames, height, width, channels = x.shape
-    given = [x, past, *(t for t in (value.bias, value.shortcut, gamma) if t is not None)]
-    if not all(t.is_contiguous() for t in given) or past.shape[1] != PAST:
-        raise ValueError(f"stack needs contiguous tensors, got strides {[t.stride() for t in given]}.")
+    _check(x, past, value.bias, value.shortcut, gamma)
     stacked = x.new_empty(clips, frames, height, width, 3 * channels)
     settled = x if value.is_settled else torch.empty_like(x)
     columns = triton.next_power_of_2(channels)

@@ -18,10 +18,9 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from wan.checkpoint import CheckpointError, load_strictly, read_tensors
-from wan.compiler import Compiler
 from wan.names import strip_wrappers, vae_to_diffusers
 from wan.recorder import Recorder
-from wan.stacking import load_stack
+from wan.stacking import load_kernels
 from wan.vae_decoder import FastDecoder, StreamPast, can_decode
 from wan.vae_passes import Past, VaePasses
 
@@ -179,13 +178,13 @@ class WanVAE:
                 f"Crop or resize to {max(unit, height - height % unit)}x{max(unit, width - width % unit)}."
             )
 
-    def accelerate(self, compiler: Compiler, recorder: Recorder | None, *, part_frames: int) -> None:
+    def accelerate(self, recorder: Recorder | None, *, part_frames: int) -> None:
         """Decode `part_frames` latents a call, by fused kernels, and replay what `recorder` records.
 
         Equal to the plain passes up to rounding. A decoder of another design than Wan 2.1's stays as it is.
         """
         if can_decode(self._model):
-            self._fast = FastDecoder(self._model, load_stack(self.device), compiler, recorder)
+            self._fast = FastDecoder(self._model, load_kernels(self.device), recorder)
             self.part_frames = part_frames
 
     def new_past(self) -> Past | StreamPast:

@@ -9,7 +9,6 @@ B clips, F latent frames, T pixel frames, C channels; activations are [B, T, H, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,12 +17,8 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanResidualBlock, WanUpBlock
 from torch import Tensor, nn
 
-from wan.compiler import Compiler
 from wan.recorder import Recorder, Replays
-from wan.stacking import PAST, Sum
-
-Stack = Callable[[Sum, Tensor | None, Tensor], tuple[Tensor, Tensor]]
-
+from wan.stacking import PAST, StackingKernels, Sum
 
 def can_decode(model: AutoencoderKLWan) -> bool:
     """Whether this is a decoder of Wan 2.1's design, the one that is made fast."""
@@ -41,11 +36,10 @@ class StreamPast:
 class FastDecoder:
     """Decodes raw latents, one stream at a time fastest; streams may take turns."""
 
-    def __init__(self, model: AutoencoderKLWan, stack: Stack, compiler: Compiler, recorder: Recorder | None):
-        self._decoder, self._stack = model.decoder, stack
-        self._spread, self._settle = compiler(spread), compiler(Sum.settled)
-        self._kernels = {
-            module: _kernel(module) for module in [model.post_quant_conv, *self._decoder.modules()]
+    def __init__(self, model: AutoencoderKLWan, kernels: StackingKernels, recorder: Recorder | None):
+        self._decoder, self._kernels = model.decoder, kernels
+        self._weights = {
+            module: _stacked_weight(module) for module in [model.post_quant_conv, *self._decoder.modules()]
             if isinstance(module, nn.Conv2d | nn.Conv3d)
         }
         self._quant = model.post_quant_conv
@@ -91,10 +85,10 @@ class FastDecoder:
         middle = self._decoder.mid_block
         x = self._residual(middle.resnets[0], x)
         for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
-            x = self._residual(resnet, Sum(self._attend(attention, self._settle(x))))
+            x = self._residual(resnet, Sum(self._attend(attention, x.settled())))
         for block in self._decoder.up_blocks[:self._whole]:
             x = self._up(block, x, first)
-        parts = self._settle(x).split(self._part_frames, dim=1)
+        parts = x.settled().split(self._part_frames, dim=1)
         return torch.cat([self._finish(Sum(part.contiguous()), first) for part in parts], dim=1)
 
     def _finish(self, x: Sum, first: bool) -> Tensor:
@@ -107,7 +101,7 @@ class FastDecoder:
     def _up(self, block: WanUpBlock, x: Sum, first: bool) -> Sum:
         for resnet in block.resnets:
             x = self._residual(resnet, x)
-        return self._upsample(block.upsamplers[0], self._settle(x), first) if block.upsamplers else x
+        return self._upsample(block.upsamplers[0], x, first) if block.upsamplers else x
 
     def _residual(self, block: WanResidualBlock, x: Sum) -> Sum:
         """The shortcut and the last bias are added by whatever comes next."""
@@ -122,16 +116,18 @@ class FastDecoder:
         images = x.flatten(0, 1).permute(0, 3, 1, 2).unsqueeze(2)
         return attention(images).squeeze(2).permute(0, 2, 3, 1).reshape(x.shape)
 
-    def _upsample(self, layer: WanResample, x: Tensor, first: bool) -> Sum:
+    def _upsample(self, layer: WanResample, x: Sum, first: bool) -> Sum:
         """Twice the height and width, and of "upsample3d" the frames, but for a video's very first one."""
         conv = layer.resample[1]
         if layer.mode != "upsample3d":
-            return Sum(self._conv(conv, self._spread(x, 1)), conv.bias)
-        alone, others = (x[:, :1], x[:, 1:].contiguous()) if first else (x[:, :0], x)
-        frames = [self._spread(alone, 1)] if first else []
-        if others.shape[1]:
-            pairs, bias = self._causal(layer.time_conv, Sum(others))
-            frames.append(self._spread(pairs + bias, 2))
+            return Sum(self._conv(conv, self._kernels.spread(x, 1)), conv.bias)
+        frames = []
+        if first:
+            x = x.settled()
+            frames.append(self._kernels.spread(Sum(x[:, :1].contiguous()), 1))
+            x = Sum(x[:, 1:].contiguous())
+        if x.x.shape[1]:
+            frames.append(self._kernels.spread(Sum(*self._causal(layer.time_conv, x)), 2))
         return Sum(self._conv(conv, frames[0] if len(frames) == 1 else torch.cat(frames, dim=1)), conv.bias)
 
     def _causal(self, conv: nn.Conv3d, x: Sum, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -139,7 +135,7 @@ class FastDecoder:
 
     def _causal_of(self, conv: nn.Conv3d, x: Sum, gamma: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Result without its bias, the bias, and what x settled to."""
-        stacked, settled = self._stack(x, gamma, self._past_of(conv, x.x))
+        stacked, settled = self._kernels.stack(x, gamma, self._past_of(conv, x.x))
         return self._conv(conv, stacked), conv.bias, settled
 
     def _past_of(self, conv: nn.Conv3d, x: Tensor) -> Tensor:
@@ -149,25 +145,17 @@ class FastDecoder:
 
     def _conv(self, conv: nn.Module, x: Tensor, *, bias: bool = False) -> Tensor:
         """A 2-D convolution of every frame [B, T, H, W, C]."""
-        weight = self._kernels[conv]
+        weight = self._weights[conv]
         images = x.flatten(0, 1).permute(0, 3, 1, 2)  # channels-last in memory
         out = F.conv2d(images, weight, conv.bias if bias else None, padding=weight.shape[-1] // 2)
         return out.permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2])
-
-
-def spread(x: Tensor, times: int) -> Tensor:
-    """Each pixel twice in height and width; channels [times * C] become `times` frames: [B, times * T, 2 H, 2 W, C]."""
-    clips, frames, height, width, channels = x.shape
-    x = x.view(clips, frames, height, 1, width, 1, times, channels // times).permute(0, 1, 6, 2, 3, 4, 5, 7)
-    x = x.expand(-1, -1, -1, -1, 2, -1, 2, -1)
-    return x.reshape(clips, frames * times, 2 * height, 2 * width, channels // times)
 
 
 def _doubles_time(block: WanUpBlock) -> bool:
     return bool(block.upsamplers) and block.upsamplers[0].mode == "upsample3d"
 
 
-def _kernel(conv: nn.Conv2d | nn.Conv3d) -> Tensor:
+def _stacked_weight(conv: nn.Conv2d | nn.Conv3d) -> Tensor:
     """Weights of the 2-D convolution over stacked frames, oldest first, channels-last."""
     weight = conv.weight.detach()
     if weight.ndim == 5:
