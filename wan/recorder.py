@@ -28,7 +28,7 @@ class CudaRecorder:
 
     def __call__(self, function: Callable[[], None]) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # others may go on
             function()
         return graph.replay
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from wan.recorder import Recorder, Replays
 from wan.stacking import PAST, StackingKernels, Sum
 
+
 def can_decode(model: AutoencoderKLWan) -> bool:
     """Whether this is a decoder of Wan 2.1's design, the one that is made fast."""
     return all(isinstance(block, WanUpBlock) for block in model.decoder.up_blocks) and not model.config.patch_size
