@@ -12,8 +12,9 @@ from typing import Protocol
 from torch import Tensor
 
 from pipeline.build import RunPlan
+from wan.stream import StreamDecoder, to_uint8
 from wan.tiny_vae import TinyVAE
-from wan.vae import StreamDecoder, WanVAE, to_uint8
+from wan.vae import WanVAE
 
 FrameStream = Callable[[Tensor], Tensor]
 OpenStream = Callable[[], FrameStream]
@@ -42,7 +43,8 @@ def _opener(vae: Streaming) -> OpenStream:
 
 
 def load_wan_vae(plan: RunPlan) -> OpenStream:
-    return _opener(WanVAE.random(plan.spec.vae, device=plan.device, dtype=plan.dtype, seed=0))
+    vae = WanVAE.random(plan.spec.vae, device=plan.device, dtype=plan.dtype, seed=0)
+    return _opener(plan.acceleration.accelerate_decoder(vae, plan.geometry.chunk_frames))
 
 
 def load_tiny_vae(plan: RunPlan) -> OpenStream:

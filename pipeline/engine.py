@@ -24,12 +24,12 @@ from utils.prompts import IMAGE_SUFFIXES
 from utils.video import fit_to, read_image, read_video
 from wan.checkpoint import load_transformer
 from wan.geometry import ChunkSpan
-from wan.kv_cache.cache import KVCache
 from wan.model import CausalWanModel, randomize
 from wan.prompt_tokens import PromptTokens
+from wan.stream import to_uint8
 from wan.text_encoder import EmbeddingCache, TextEncoder, embed_prompts
 from wan.tiny_vae import TinyVAE
-from wan.vae import WanVAE, to_uint8
+from wan.vae import WanVAE
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Engine:
         self._embeddings.prepare(texts)
         plan = self.plan
         with torch.device("meta"):
-            model = CausalWanModel(plan.architecture)
+            model = CausalWanModel(plan.architecture, plan.attention_backend)
         if plan.random_weights:
             model = model.to_empty(device=plan.device).to(plan.dtype)
             randomize(model, seed=0)
@@ -150,6 +150,7 @@ class Engine:
                 self._vae = WanVAE.random(plan.spec.vae, device=plan.device, dtype=plan.dtype, seed=0)
             else:
                 self._vae = WanVAE.load(plan.spec.vae, device=plan.device, dtype=plan.dtype)
+            plan.acceleration.accelerate_decoder(self._vae, plan.geometry.chunk_frames)
         return self._vae
 
     def _tiny_vae(self) -> TinyVAE:
@@ -162,8 +163,9 @@ class Engine:
         if self._pipeline is None or self._pipeline[0] != batch:
             self._pipeline = None  # free the old cache before the new one is allocated
             plan = self.plan
-            cache = KVCache(plan.cache_shape(batch), plan.geometry, plan.policy)
-            self._pipeline = (batch, ChunkwisePipeline(self._model, plan.sampler, plan.geometry, cache))
+            self._pipeline = (batch, plan.acceleration.pipeline(
+                self._model, plan.sampler, plan.geometry, plan.cache_shape(batch), plan.policy,
+            ))
         return self._pipeline[1]
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from pipeline.build import Length, RunPlan, video_length
+from pipeline.build import RunPlan
 from pipeline.engine import Engine, VideoRequest
 from pipeline.noise import SampleSeed
+from pipeline.preflight import Length, video_length
 from utils.config import ConfigError
 from utils.files import BeingWrittenError
 from utils.hashing import fingerprint, sha256_file

@@ -15,7 +15,8 @@ from torch.testing import assert_close
 
 from wan.checkpoint import CheckpointError
 from wan.names import vae_to_diffusers
-from wan.vae import WanVAE, check_vae, to_uint8
+from wan.stream import to_uint8
+from wan.vae import WanVAE, check_vae
 
 GOLDEN = Path(__file__).parent / "golden" / "vae_tiny.safetensors"
 State = dict[str, Tensor]

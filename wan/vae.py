@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -19,11 +19,17 @@ from torch import Tensor
 
 from wan.checkpoint import CheckpointError, check_fit, load_strictly, read_json, read_tensors
 from wan.names import strip_wrappers, vae_to_diffusers
+from wan.recorder import Recorder
+from wan.stacking import load_kernels
+from wan.stream import StreamDecoder
+from wan.vae_decoder import FastDecoder, StreamPast, can_decode
 from wan.vae_passes import Past, VaePasses
 
 
 class WanVAE:
     """Encoder and decoder with their latent normalisation."""
+
+    part_frames = 1  # latent frames that are decoded in one call
 
     def __init__(self, model: AutoencoderKLWan) -> None:
         self._model = model.eval().requires_grad_(False)
@@ -32,6 +38,7 @@ class WanVAE:
         self._mean = torch.tensor(config.latents_mean, device=self.device).view(shape)
         self._std = torch.tensor(config.latents_std, device=self.device).view(shape)
         self._passes = VaePasses(self._model)
+        self._fast: FastDecoder | None = None
 
     @classmethod
     def load(
@@ -163,72 +170,24 @@ class WanVAE:
                 f"Crop or resize to {max(unit, height - height % unit)}x{max(unit, width - width % unit)}."
             )
 
-    def decode_frame(self, latent: Tensor, past: Past) -> Tensor:
-        """[B, C, 1, h, w] normalised -> pixels [B, 3, 1 or s, H, W]; `past` is advanced."""
-        z = latent.to(self.device, torch.float32) * self._std + self._mean
-        return self._passes.decode(z.to(self.dtype), past).float().clamp(-1, 1)
+    def accelerate(self, recorder: Recorder | None, *, part_frames: int) -> None:
+        """Decode `part_frames` latents a call, by fused kernels, and replay what `recorder` records.
 
-
-class FrameDecoder(Protocol):
-    """What makes pixels of one latent frame after the other; all that it remembers is in `past`, empty at first."""
-
-    @property
-    def latent_channels(self) -> int:
-        """C."""
-
-    def decode_frame(self, latent: Tensor, past: Past) -> Tensor:
-        """[B, C, 1, h, w] normalised -> pixels [B, 3, 1 or s, H, W] in [-1, 1]; `past` is advanced."""
-
-
-class StreamDecoder:
-    """Decodes one video chunk by chunk; any split of the latents gives the same pixels, bit for bit."""
-
-    def __init__(self, decoder: FrameDecoder) -> None:
-        self._decoder = decoder
-        self._past: Past = {}
-        self._shape: torch.Size | None = None  # of one latent frame with its batch, once known
-        self._broken = False
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode the next latent frames.
-
-        Args:
-            latents: [B, F, C, h, w], normalised; B, h and w as in the first call.
-        Returns: pixels [B, T, 3, H, W] in [-1, 1], float32, on the decoder's device. T is 1 + s (F - 1) in the
-            first call, s F later.
-        Raises:
-            ValueError: another shape than before, or no frame.
-            RuntimeError: an earlier call failed half-way, so that its past is between two frames.
+        Equal to the plain passes up to rounding. A decoder of another design than Wan 2.1's stays as it is.
         """
-        if self._broken:
-            raise RuntimeError(
-                "this stream failed in the middle of a frame and cannot go on. Start a new one with vae.stream()."
-            )
-        channels = self._decoder.latent_channels
-        if latents.ndim != 5 or latents.shape[2] != channels or not latents.shape[1]:
-            raise ValueError(
-                f"latents are {list(latents.shape)}; expected [batch, frames, {channels}, height, width] "
-                "with a frame or more."
-            )
-        shape = latents[:, 0].shape
-        if self._shape not in (None, shape):
-            raise ValueError(
-                f"latent frames were {list(self._shape)} and are now {list(shape)}. "
-                "Start a new stream for another video."
-            )
-        pixels = []
-        self._broken = True
-        for frame in latents.unbind(1):
-            pixels.append(self._decoder.decode_frame(frame.unsqueeze(2), self._past))
-            self._shape = shape
-        self._broken = False
-        return torch.cat(pixels, dim=2).transpose(1, 2)
+        if can_decode(self._model):
+            self._fast = FastDecoder(self._model, load_kernels(self.device), recorder)
+            self.part_frames = part_frames
 
+    def new_past(self) -> Past | StreamPast:
+        return {} if self._fast is None else StreamPast()
 
-def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels [B, T, 3, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3], rounded, on the same device."""
-    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(2, -1).contiguous()
+    def decode_part(self, latents: Tensor, past: Past | StreamPast) -> Tensor:
+        """[B, C, F, h, w] normalised -> pixels [B, 3, T, H, W]; `past` is advanced."""
+        z = (latents.to(self.device, torch.float32) * self._std + self._mean).to(self.dtype)
+        if self._fast is None:
+            return self._passes.decode(z, past).float().clamp(-1, 1)
+        return self._fast(z, past).permute(0, 4, 1, 2, 3).float().clamp(-1, 1)
 
 
 # -- weights -----------------------------------------------------------------------------------
