@@ -19,18 +19,19 @@ import torch
 
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.decoder import TinyDecoder, choose_decoder
+from pipeline.loops import Loop, make_loop
 from pipeline.sampler import FewStepSampler
 from utils.config import Config, ConfigError, ModelSpec, load_model_spec
 from utils.hashing import fingerprint, sha256_file
 from wan.checkpoint import CheckpointError, check_transformer, weight_files
 from wan.geometry import VideoGeometry
-from wan.kv_cache.cache import CacheShape, KVCache
+from wan.kv_cache.cache import CacheShape
 from wan.kv_cache.policy import KVPolicy, build_policy
 from wan.model import CausalWanModel, WanConfig
 
 logger = logging.getLogger(__name__)
 
-REAL, EMBEDDED = "wan2.1_t2v_1.3b", "tiny"
+EMBEDDED = "tiny"
 PREVIEW_CHUNKS = 24
 MOST_PIXEL_FRAMES = 2**31 - 1
 
@@ -45,6 +46,7 @@ class RunPlan:
     geometry: VideoGeometry
     policy: KVPolicy
     sampler: FewStepSampler
+    loop: Loop
     device: torch.device
     dtype: torch.dtype
     use_ema: bool
@@ -101,7 +103,7 @@ def plan_run(
         ConfigError: a model or size that cannot be used, or files that are missing, with the command that gets them.
         wan.checkpoint.CheckpointError: a checkpoint that is damaged or belongs to another network.
     """
-    spec = choose_model(config.model, checkpoint, random_weights)
+    spec = choose_model(config, checkpoint, random_weights)
     try:
         architecture = WanConfig(**spec.transformer)
         geometry = VideoGeometry(
@@ -112,16 +114,19 @@ def plan_run(
         )
         settings = dict(config.kv_cache)
         policy = build_policy(settings.pop("policy"), settings)
-        policy.sizes(geometry)
         sampler = FewStepSampler(
             config.denoising_step_list, config.timestep_shift, config.warp_denoising_step, config.context_noise,
+        )
+        loop = make_loop(
+            config.pipeline, geometry=geometry, policy=policy, sampler=sampler, on_switch=config.on_switch,
+            overlap_frames=config.overlap_frames,
         )
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
     plan = RunPlan(
-        config=config, spec=spec, architecture=architecture, geometry=geometry, policy=policy, sampler=sampler,
+        config=config, spec=spec, architecture=architecture, geometry=geometry, policy=policy, sampler=sampler, loop=loop,
         device=device, dtype=choose_dtype(config.dtype, device), use_ema=use_ema, random_weights=random_weights,
         tiny_decoder=choose_decoder(spec, decoder, decoder_path, random_weights),
     )
@@ -130,12 +135,12 @@ def plan_run(
     return plan
 
 
-def choose_model(name: str, checkpoint: Path | None, random_weights: bool) -> ModelSpec:
-    """The model that `name` means; `auto` is the 1.3B model if its checkpoint is there or named, else the tiny one."""
-    if name != "auto":
-        spec = load_model_spec(name)
+def choose_model(config: Config, checkpoint: Path | None, random_weights: bool) -> ModelSpec:
+    """The config's model; `auto` is its base_model if that one's checkpoint is there or named, else the tiny one."""
+    if config.model != "auto":
+        spec = load_model_spec(config.model)
     else:
-        spec = load_model_spec(REAL)
+        spec = load_model_spec(config.base_model)
         embedded = load_model_spec(EMBEDDED)
         if not (random_weights or checkpoint or spec.checkpoint.exists()):
             if not embedded.checkpoint.exists():
@@ -257,14 +262,17 @@ def video_length(plan: RunPlan, pixel_frames: int, *, given_frames: int) -> Leng
     Raises:
         ConfigError: nothing is left to generate, or it is longer than the policy can go.
     """
-    g, limit = plan.geometry, plan.policy.max_frames
+    g, limit = plan.geometry, plan.loop.max_frames
     asked = g.latent_frames(pixel_frames)
     if asked <= given_frames:
         raise ConfigError(
             f"the length asked for is {asked} latent frames, and {given_frames} are given: nothing is left to "
             "generate. Ask for more with --num_output_frames or --seconds."
         )
-    whole = g.whole_chunks(asked, prefilled=given_frames)
+    try:
+        whole = plan.loop.latent_frames(pixel_frames, given_frames)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if limit is not None and whole > limit:
         raise ConfigError(
             f"the video needs {whole} latent frames, but kv_cache.policy=full keeps every frame and has a window of "
@@ -279,17 +287,7 @@ def video_length(plan: RunPlan, pixel_frames: int, *, given_frames: int) -> Leng
 
 def preview_windows(plan: RunPlan, length: Length) -> Iterator[int]:
     """Frames that attention sees in each chunk, by running the real policy on a cache of one token a frame."""
-    g = plan.geometry
-    unit = dataclasses.replace(
-        g, height=g.spatial_stride * g.patch[0], width=g.spatial_stride * g.patch[1],
-    )
-    shape = CacheShape(layers=1, heads=1, head_dim=12, batch=1, device=torch.device("cpu"), dtype=torch.float32)
-    cache = KVCache(shape, unit, plan.policy)
-    for span in unit.chunks(length.latent_frames):
-        cache.begin(span)
-        token = torch.ones(1, span.frames, 1, 12)
-        yield cache.layer(0).extend(token, token, token).keys.shape[1]
-        cache.commit()
+    yield from plan.loop.windows(length.latent_frames)
 
 
 def estimate_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
@@ -351,6 +349,7 @@ def describe(plan: RunPlan, length: Length, batch: int) -> str:
         f"model     {plan.spec.name}, {weights}, {dtype_name(plan.dtype)} on {plan.device}",
         f"video     {g.width}x{g.height} at {g.fps} FPS, {length.pixel_frames} pixel frames = {seconds:.2f} s, "
         f"{length.latent_frames} latent frames of {g.frame_tokens} tokens",
+        f"pipeline  {plan.config.pipeline}; a later prompt of a timeline: {plan.config.on_switch}",
         f"sampling  chunks of {g.chunk_frames}; timesteps {times}; context pass at {plan.sampler.context_time:g}",
         f"decoder   {plan.decoder_name}{'' if plan.tiny_decoder is None else ', approximate'}",
         f"policy    {plan.policy}",

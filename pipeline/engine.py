@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.build import RunPlan
-from pipeline.chunkwise import Chunk, ChunkwisePipeline
+from pipeline.chunkwise import Chunk, ChunkwisePipeline, Splice
 from pipeline.noise import SampleSeed, SeededNoise
 from utils.files import user_cache_dir
 from utils.hashing import fingerprint
@@ -119,8 +119,13 @@ class Engine:
             if chunk is None:
                 return
             with clock.stage("vae"):
+                splice = chunk.splice or Splice()
+                if splice.restarts:
+                    decoder = self._decoder.stream()
                 pixels = decoder.decode(chunk.latents)
-                frames = to_uint8(pixels).cpu()
+                if splice.watch is not None:
+                    splice.watch(pixels)
+                frames = to_uint8(pixels[:, :splice.shown_frames]).cpu()
             if not chunk.latents.isfinite().all():  # the passes are over: the device may be asked now
                 raise FloatingPointError(
                     f"latent frames {chunk.span.start}..{chunk.span.stop - 1} hold values that are not finite. "
@@ -162,7 +167,8 @@ class Engine:
             self._pipeline = None  # free the old cache before the new one is allocated
             plan = self.plan
             cache = KVCache(plan.cache_shape(batch), plan.geometry, plan.policy)
-            self._pipeline = (batch, ChunkwisePipeline(self._model, plan.sampler, plan.geometry, cache))
+            pipeline = plan.loop.pipeline(self._model, cache, encode=lambda pixels: self._wan_vae().encode(pixels))
+            self._pipeline = (batch, pipeline)
         return self._pipeline[1]
 
 

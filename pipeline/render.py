@@ -172,7 +172,7 @@ def _render_batch(
     if length.notice and length.notice not in told:
         logger.info("%s", length.notice)
         told.add(length.notice)
-    chunks = sum(1 for _ in plan.geometry.chunks(length.latent_frames, prefilled=given_frames))
+    chunks = len(plan.loop.starts(length.latent_frames, given_frames))
     left, whole = length.pixel_frames, True
     with ExitStack() as stack:
         progress = stack.enter_context(VideoProgress(batch[0].stem, num_chunks=chunks, fps=plan.geometry.fps))

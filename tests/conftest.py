@@ -29,6 +29,7 @@ SMALL = WanConfig(
 EVERY_POLICY = {
     "full": {"policy": "full", "window_frames": 48},
     "rolling": {"policy": "rolling", "window_frames": 12},
+    "anchored": {"policy": "anchored", "window_frames": 12, "anchor_frames": 3},
     "naive_sink": {"policy": "sink", "window_frames": 12, "sink_frames": 3, "positions": "original"},
     "deep_sink": {"policy": "sink", "window_frames": 12, "sink_frames": 6},
     "deep_sink_contiguous": {"policy": "sink", "window_frames": 12, "sink_frames": 6, "positions": "contiguous"},

@@ -24,7 +24,9 @@ from utils.config_cache import CacheFlags, PolicyFields, cache_group, clip_keys_
 from utils.config_schema import (
     DTYPE,
     FLAG,
+    LOOP,
     NOISE,
+    ON_SWITCH,
     PATCH,
     POSITIVE,
     STEPS,
@@ -68,7 +70,11 @@ class Config:
     height: int | None = setting(whole(1).or_null("the model's own"), None)  # pixels
     width: int | None = setting(whole(1).or_null("the model's own"), None)   # pixels
     dtype: str | None = setting(DTYPE.or_null("by device"), None)
+    pipeline: str = setting(LOOP, "chunkwise")               # which loop makes the latents: pipeline/loops.py
+    overlap_frames: int = setting(whole(1), 3)               # latent frames that clips share; causvid_overlap alone
+    on_switch: str = setting(ON_SWITCH, "keep")              # what a new prompt does to the cache: pipeline/timeline.py
     model: str = setting(TEXT, "auto")                       # auto, a file stem in configs/models, or a path
+    base_model: str = setting(TEXT, "wan2.1_t2v_1.3b")       # what `auto` means once its checkpoint is in place
     kv_cache: Mapping[str, Any]                              # policy: its name, then every field of that policy
 
     def resolved(self) -> dict[str, Any]:

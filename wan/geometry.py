@@ -86,6 +86,10 @@ class VideoGeometry:
         """Fewest latent frames that decode to at least `pixel_frames` pixel frames."""
         return ceil((pixel_frames - 1) / self.temporal_stride) + 1
 
+    def frame_at(self, seconds: float) -> int:
+        """The latent frame that holds the pixel frame shown at `seconds`."""
+        return self.latent_frames(round(seconds * self.fps) + 1) - 1
+
     def pixel_frames_of_seconds(self, seconds: float) -> int:
         """Pixel frames of a video of `seconds`, at least one."""
         return max(1, round(seconds * self.fps))

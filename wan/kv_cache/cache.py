@@ -45,6 +45,7 @@ class _Moment:
     seen_frames: int
     seeds: Tensor
     space: Phase
+    lookahead: bool
     time: dict[int, Phase] = field(default_factory=dict)
 
     def query_phase(self, query_position: int, frame_tokens: int, head_dim: int, dtype: torch.dtype) -> Phase:
@@ -86,7 +87,8 @@ class LayerCache:
         if self.votes is not None:
             self.votes.stage(query)
         query, keys = query.flatten(1, 2), keys.flatten(1, 2)
-        self.store.stage(keys, values)
+        if not self._moment.lookahead:  # what is only looked at needs no room
+            self.store.stage(keys, values)
         if self.plan is None:
             self.plan = self._checked_plan()
             self.window.load(self.store, self.plan)
@@ -103,7 +105,7 @@ class LayerCache:
             chunk_frames=chunk.frames, seen_frames=min(self._moment.seen_frames, self._most_frames), length=length,
             frame_tokens=self._frame_tokens,
             seeds=self._moment.seeds, origin=self.store.origin[:, :length], uses=self.store.uses[:, :length],
-            scorer=self._score,
+            scorer=self._score, lookahead=self._moment.lookahead,
         )
 
     def commit(self) -> None:
@@ -115,6 +117,12 @@ class LayerCache:
         if self.votes is not None:
             self.votes.commit()
         self._moment, self.plan = None, None
+
+    def forget_newest(self, tokens: int) -> None:
+        """Forget the last `tokens` slots, and every vote: those of the frames that stay are too old to be asked."""
+        self.store.forget_newest(tokens)
+        if self.votes is not None:
+            self.votes.reset()
 
     def reset(self) -> None:
         """Forget everything."""
@@ -155,6 +163,9 @@ class KVCache:
         self._start = torch.zeros((), device=shape.device, dtype=torch.int64)
         self._chunk_index = torch.zeros_like(self._start)
         self._chunk: ChunkSpan | None = None
+        self._lookahead = False
+        self._policy, self._frame_tokens = policy, geometry.frame_tokens
+        self.window_frames = sizes.window_tokens // geometry.frame_tokens
         self.seen_frames = 0
 
     def layer(self, index: int) -> LayerCache:
@@ -165,9 +176,22 @@ class KVCache:
         if len(seeds) != len(self._seeds):
             raise ValueError(f"{len(seeds)} seeds for a cache of batch {len(self._seeds)}; give one per sample.")
         self._seeds.copy_(torch.tensor(list(seeds), dtype=torch.int64))
+        self.forget_all()
+
+    def forget_all(self) -> None:
+        """Forget everything but the seeds."""
         self._chunk, self.seen_frames = None, 0
         for layer in self._layers:
             layer.reset()
+
+    def forget_newest(self) -> int:
+        """Forget the newest frames, all but sinks and what was compressed; returns how many frames that was."""
+        remembered = self._layers[0].store.length // self._frame_tokens
+        frames = self._policy.tail_frames(remembered, self.seen_frames > remembered)
+        for layer in self._layers:
+            layer.forget_newest(frames * self._frame_tokens)
+        self._chunk, self.seen_frames = None, self.seen_frames - frames
+        return frames
 
     def copy_memory_of(self, other: KVCache) -> None:
         """Take over what `other` remembers, so that both go on from one state; shapes agree, dtypes need not."""
@@ -176,14 +200,17 @@ class KVCache:
         for mine, theirs in zip(self._layers, other._layers, strict=True):
             mine.copy_memory_of(theirs)
 
-    def begin(self, chunk: ChunkSpan) -> None:
-        """Start a chunk. Beginning again before `commit` drops what was staged."""
-        self._chunk = chunk
+    def begin(self, chunk: ChunkSpan, *, lookahead: bool = False) -> None:
+        """Start a chunk. Beginning again before `commit` drops what was staged.
+
+        With `lookahead` the span may be longer than a chunk; it sees the memory and can never become part of it.
+        """
+        self._chunk, self._lookahead = chunk, lookahead
         self._start.fill_(chunk.start)
         self._chunk_index.fill_(chunk.index)
         moment = _Moment(
             chunk=chunk, start=self._start, chunk_index=self._chunk_index, seen_frames=self.seen_frames,
-            seeds=self._seeds, space=self._space,
+            seeds=self._seeds, space=self._space, lookahead=lookahead,
         )
         for layer in self._layers:
             layer.begin(moment)
@@ -192,8 +219,10 @@ class KVCache:
         """Remember the chunk as its last pass left it: all layers or none.
 
         Raises:
-            RuntimeError: no chunk was begun, or a layer has not seen it.
+            RuntimeError: no chunk was begun, a layer has not seen it, or it was a look ahead.
         """
+        if self._lookahead:
+            raise RuntimeError("a look ahead cannot be remembered: begin(chunk) without lookahead, forward, commit().")
         if self._chunk is None or any(layer.plan is None for layer in self._layers):
             raise RuntimeError("commit needs a chunk that every layer has seen: begin(chunk), forward, commit().")
         for layer in self._layers:

@@ -58,6 +58,7 @@ class CacheView:
     origin: Tensor        # [B, length] int32
     uses: Tensor          # [B, length] int32
     scorer: Callable[[int, int, Votes], Tensor]
+    lookahead: bool = False  # the span is only looked at, noisy, and will not be remembered (joint windows)
 
     @property
     def num_frames(self) -> int:
@@ -149,6 +150,13 @@ class KVPolicy(ABC):
     @abstractmethod
     def plan(self, view: CacheView) -> Plan:
         """Decide for one chunk and layer. Pure: same view, same plan; no host sync."""
+
+    def tail_frames(self, num_frames: int, has_forgotten: bool) -> int:
+        """How many of the newest of `num_frames` remembered frames are whole, in order and no sinks.
+
+        A change of prompt may compute them anew or drop them; 0, the default, is none.
+        """
+        return 0
 
     @property
     def max_frames(self) -> int | None:
