@@ -19,6 +19,7 @@ from pipeline.build import (
     RunPlan,
     asked_pixel_frames,
     check_memory,
+    check_timelines,
     choose_device,
     describe,
     plan_run,
@@ -53,7 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config_path", type=Path, default=DEFAULT_CONFIG, help="method: a YAML (default: configs/deep_forcing.yaml)")
     add("--prompt", help="one prompt, instead of --data_path")
-    add("--data_path", type=Path, help="prompts: .txt (one a line), .jsonl, or a folder (default: the model's own)")
+    add("--data_path", type=Path, help="prompts: .txt (one a line), .jsonl, .yaml or a folder (default: the model's)")
     add("--extended_prompt_path", type=Path, help="longer prompts, line by line; the short ones name the files")
     add("--output_folder", type=Path, default=Path("videos"), help="where videos and their records go")
     add("--checkpoint_path", type=Path, help="transformer weights, any known layout (default: the model's own)")
@@ -129,6 +130,7 @@ def run(options: argparse.Namespace) -> int:
     pixel_frames = asked_pixel_frames(plan, latent_frames=options.num_output_frames, seconds=options.seconds)
     items = read_prompts(options, plan)
     length = video_length(plan, pixel_frames, given_frames=1 if options.i2v else 0)  # a source is one frame at least
+    check_timelines(plan, items, length, given_frames=1 if options.i2v else 0)
     check_memory(plan, options.batch_size)
     if options.dry_run:
         print(describe(plan, length, options.batch_size))
@@ -144,7 +146,7 @@ def run(options: argparse.Namespace) -> int:
     summary = Summary()
     if jobs:
         engine = Engine(plan)
-        engine.prepare([job.item.text for job in jobs])
+        engine.prepare([text for job in jobs for text in job.item.texts])
         summary = render(engine, folder, jobs, pixel_frames, batch_size=options.batch_size)
         logger.info("finished %d of %d videos in %s", len(summary.finished), len(jobs), folder.folder)
     for stem, why in summary.failed.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +21,11 @@ import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.decoder import TinyDecoder, choose_decoder
 from pipeline.loops import Loop, make_loop
 from pipeline.sampler import FewStepSampler
+from pipeline.timeline import switch_frames
 from utils.config import Config, ConfigError, ModelSpec, load_model_spec
 from utils.hashing import fingerprint, sha256_file
+from utils.prompts import PromptItem
+from utils.timelines import TimelineError
 from wan.checkpoint import CheckpointError, check_transformer, weight_files
 from wan.geometry import VideoGeometry
 from wan.kv_cache.cache import CacheShape
@@ -31,7 +34,7 @@ from wan.model import CausalWanModel, WanConfig
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED = "tiny"
+REAL, EMBEDDED = "wan2.1_t2v_1.3b", "tiny"
 PREVIEW_CHUNKS = 24
 MOST_PIXEL_FRAMES = 2**31 - 1
 
@@ -126,7 +129,8 @@ def plan_run(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     plan = RunPlan(
-        config=config, spec=spec, architecture=architecture, geometry=geometry, policy=policy, sampler=sampler, loop=loop,
+        config=config, spec=spec, architecture=architecture, geometry=geometry, policy=policy, sampler=sampler,
+        loop=loop,
         device=device, dtype=choose_dtype(config.dtype, device), use_ema=use_ema, random_weights=random_weights,
         tiny_decoder=choose_decoder(spec, decoder, decoder_path, random_weights),
     )
@@ -281,6 +285,16 @@ def video_length(plan: RunPlan, pixel_frames: int, *, given_frames: int) -> Leng
             f"--set kv_cache.policy=full --set kv_cache.window_frames={whole}."
         )
     return Length(pixel_frames, asked, whole)
+
+
+def check_timelines(plan: RunPlan, items: Sequence[PromptItem], length: Length, *, given_frames: int) -> None:
+    """Raise ConfigError if a later prompt of an item begins after its video's end, or shares a chunk with another."""
+    starts = plan.loop.starts(length.latent_frames, given_frames) if any(item.later for item in items) else []
+    for item in items:
+        try:
+            switch_frames(plan.geometry, [time for time, _ in item.later], starts, length.pixel_frames)
+        except TimelineError as error:
+            raise ConfigError(f"{item.prompt:.40}: {error}") from error
 
 
 # --- what a run will do -------------------------------------------------------------------------------

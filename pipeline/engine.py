@@ -17,10 +17,12 @@ from torch import Tensor
 from pipeline.build import RunPlan
 from pipeline.chunkwise import Chunk, ChunkwisePipeline, Splice
 from pipeline.noise import SampleSeed, SeededNoise
+from pipeline.timeline import PromptSwitch, switch_frames
 from utils.files import user_cache_dir
 from utils.hashing import fingerprint
 from utils.profiling import StageClock
 from utils.prompts import IMAGE_SUFFIXES
+from utils.timelines import Later
 from utils.video import fit_to, read_image, read_video
 from wan.checkpoint import load_transformer
 from wan.geometry import ChunkSpan
@@ -40,6 +42,7 @@ class VideoRequest:
     text: str
     seed: SampleSeed
     source: Path | None = None  # an image or a video; its frames begin the result
+    later: Later = ()           # prompts that follow, each with the second at which it begins
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Engine:
             clock: adds up the stages `dit` and `vae`.
             initial: latents [B, F0, C, h, w] to continue, from `source_latents`.
         Raises:
+            ValueError: the prompts of the batch do not change at the same moments.
             FloatingPointError: the networks made something that is no number.
         """
         clock = clock or StageClock(self.plan.device)
@@ -111,7 +115,10 @@ class Engine:
         embeddings = torch.stack([self._embeddings.get(request.text) for request in requests])
         g, seeds = self.plan.geometry, [request.seed for request in requests]
         noise = SeededNoise(seeds, (self.plan.architecture.in_dim, g.latent_height, g.latent_width), self.plan.device)
-        chunks = pipeline(embeddings, latent_frames, noise, [seed.key() for seed in seeds], initial_latent=initial)
+        chunks = pipeline(
+            embeddings, latent_frames, noise, [seed.key() for seed in seeds], initial_latent=initial,
+            switches=self._switches(requests, latent_frames, 0 if initial is None else initial.shape[1]),
+        )
         decoder = self._decoder.stream()
         while True:
             with clock.stage("dit"):
@@ -138,6 +145,19 @@ class Engine:
                     "(--set dtype=float32)."
                 )
             yield FrameChunk(chunk.span, chunk.latents, frames, chunk.given)
+
+    def _switches(self, requests: Sequence[VideoRequest], latent_frames: int, given_frames: int) -> list[PromptSwitch]:
+        """The later prompts of a batch, all of whose videos change prompts at the same moments."""
+        times = [time for time, _ in requests[0].later]
+        if any([time for time, _ in request.later] != times for request in requests):
+            raise ValueError("the videos of one batch change their prompts together: give them the same times.")
+        g = self.plan.geometry
+        starts = self.plan.loop.starts(latent_frames, given_frames)
+        frames = switch_frames(g, times, starts, g.pixel_frames(latent_frames))
+        return [
+            PromptSwitch(frame, torch.stack([self._embeddings.get(request.later[i][1]) for request in requests]))
+            for i, frame in enumerate(frames)
+        ]
 
     def release(self) -> None:
         """Free the cache after a failure, so that the next video starts from a clean device."""

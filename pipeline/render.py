@@ -40,7 +40,7 @@ class Job:
 
     @property
     def request(self) -> VideoRequest:
-        return VideoRequest(self.item.text, self.seed, self.item.source)
+        return VideoRequest(self.item.text, self.seed, self.item.source, self.item.later)
 
 
 @dataclass
@@ -76,7 +76,7 @@ def make_jobs(
         for sample in range(num_samples):
             identity = {
                 "text": item.text, "source": source, "seed": seed, "sample": sample, "settings": settings,
-                "pixel_frames": pixel_frames,
+                "pixel_frames": pixel_frames, **({"later": item.later} if item.later else {}),
             }
             stem = video_stem(item, item.index, sample, seed, with_index=with_index)
             jobs.append(Job(item, SampleSeed(seed, sample), stem, fingerprint(identity)))
@@ -107,11 +107,17 @@ def pending_jobs(folder: OutputFolder, jobs: Sequence[Job]) -> list[Job]:
 
 
 def batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
-    """Jobs in order, up to `size` at a time; a job that continues an image or video runs alone."""
+    """Jobs in order, up to `size` at a time, whose prompts change at the same moments.
+
+    A job that continues an image or video runs alone.
+    """
+    def alike(job: Job, other: Job) -> bool:
+        moments = ([time for time, _ in j.item.later] for j in (job, other))
+        return job.item.source is None and other.item.source is None and next(moments) == next(moments)
+
     grouped: list[list[Job]] = []
     for job in jobs:
-        joins = grouped and len(grouped[-1]) < size and job.item.source is None and grouped[-1][-1].item.source is None
-        if joins:
+        if grouped and len(grouped[-1]) < size and alike(job, grouped[-1][-1]):
             grouped[-1].append(job)
         else:
             grouped.append([job])
@@ -209,6 +215,7 @@ def _record(plan: RunPlan, job: Job, length: Length, pixel_frames: int, clock: S
         "fingerprint": job.fingerprint,
         "prompt": job.item.prompt,
         "extended_prompt": job.item.extended,
+        "later_prompts": [{"time": time, "prompt": prompt} for time, prompt in job.item.later],
         "prompt_index": job.item.index,
         "source": job.item.source,
         "seed": job.seed.seed,

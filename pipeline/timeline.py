@@ -21,15 +21,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from utils.timelines import TimelineError
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.cache import KVCache
 from wan.model import CausalWanModel, TextContext
 
 OnSwitch = Literal["keep", "recache", "flush_recent", "reset_sink"]
-
-
-class TimelineError(ValueError):
-    """A timeline does not fit the video; the message says which moment, why, and what to do."""
 
 
 @dataclass(frozen=True)

@@ -337,6 +337,18 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def read_plain_yaml(path: Path) -> Any:
+    """What stands in the YAML at `path`, as plain data.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {_first_line(error)}.") from error
+
+
 def load_structured(path: Path, schema: type, overrides: Sequence[str] = ()) -> Any:
     """A dataclass `schema` filled from the YAML at `path`, then from `key=value` overrides; every value type-checked.
 

@@ -41,9 +41,7 @@ def test_joint_and_overlapping_videos_are_the_same_everywhere(cli: CommandLine) 
 
 
 def test_clips_are_decoded_whole_and_cut(cli: CommandLine) -> None:
-    """The frames shown are those of each clip decoded in one go without its last nine, and a clip begins with the encoded
-    tenth-last but one: frame -9 of the clip before.
-    """
+    """Shown is each clip decoded in one go without its last nine frames; the first of the nine begins the next clip."""
     plan = make_plan(parse_arguments(cli.arguments(*CLIPS, "--seconds", 7)), Launch(0, 1, 0))
     frames = plan.loop.latent_frames(112, given_frames=0)
     engine = Engine(plan)
