@@ -30,6 +30,7 @@ from wan.checkpoint import CheckpointError, check_transformer, weight_files
 from wan.geometry import VideoGeometry
 from wan.kv_cache.cache import CacheShape
 from wan.kv_cache.policy import KVPolicy, build_policy
+from wan.lora import check_lora
 from wan.model import CausalWanModel, WanConfig
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class RunPlan:
             return dict.fromkeys(["transformer", "text_encoder", "vae", *tiny], "random")
         parts = {
             "transformer": spec.checkpoint, "text_encoder": spec.text_encoder, "tokenizer": spec.tokenizer,
-            "vae": spec.vae, **tiny,
+            "vae": spec.vae, **tiny, **({} if spec.lora is None else {"lora": spec.lora}),
         }
         return {part: content_hash(path) for part, path in parts.items()}
 
@@ -93,20 +94,22 @@ class RunPlan:
 
 def plan_run(
     config: Config, *, checkpoint: Path | None, use_ema: bool, device: torch.device, random_weights: bool,
-    decoder: str = "wan", decoder_path: Path | None = None,
+    decoder: str = "wan", decoder_path: Path | None = None, lora: Path | None = None,
 ) -> RunPlan:
     """Decide and check everything that needs no weights.
 
     Args:
         checkpoint: transformer weights that replace the model's own; None for those.
         device: from `choose_device`.
+        use_ema: of a checkpoint that has averaged weights, those; the model's own checkpoint may ask for them as well.
+        lora: merged into the transformer; None is the model's own, if its checkpoint is not replaced.
         decoder: one of pipeline.decoder.NAMES; `wan` is the VAE's own.
         decoder_path: weights of a tiny decoder that replace those that the model names.
     Raises:
         ConfigError: a model or size that cannot be used, or files that are missing, with the command that gets them.
         wan.checkpoint.CheckpointError: a checkpoint that is damaged or belongs to another network.
     """
-    spec = choose_model(config, checkpoint, random_weights)
+    spec = choose_model(config, checkpoint, lora, random_weights)
     try:
         architecture = WanConfig(**spec.transformer)
         geometry = VideoGeometry(
@@ -131,7 +134,8 @@ def plan_run(
     plan = RunPlan(
         config=config, spec=spec, architecture=architecture, geometry=geometry, policy=policy, sampler=sampler,
         loop=loop,
-        device=device, dtype=choose_dtype(config.dtype, device), use_ema=use_ema, random_weights=random_weights,
+        device=device, dtype=choose_dtype(config.dtype, device), use_ema=use_ema or spec.use_ema,
+        random_weights=random_weights,
         tiny_decoder=choose_decoder(spec, decoder, decoder_path, random_weights),
     )
     if not random_weights:
@@ -139,7 +143,9 @@ def plan_run(
     return plan
 
 
-def choose_model(config: Config, checkpoint: Path | None, random_weights: bool) -> ModelSpec:
+def choose_model(
+    config: Config, checkpoint: Path | None, lora: Path | None, random_weights: bool,
+) -> ModelSpec:
     """The config's model; `auto` is its base_model if that one's checkpoint is there or named, else the tiny one."""
     if config.model != "auto":
         spec = load_model_spec(config.model)
@@ -156,7 +162,9 @@ def choose_model(config: Config, checkpoint: Path | None, random_weights: bool) 
                 "no checkpoint at %s: using the embedded tiny model. The real one: %s", spec.checkpoint, spec.download
             )
             spec = embedded
-    return spec if checkpoint is None else dataclasses.replace(spec, checkpoint=Path(checkpoint))
+    if checkpoint is not None:  # what goes with the model's own checkpoint does not go with another
+        spec = dataclasses.replace(spec, checkpoint=Path(checkpoint), use_ema=False, lora=None)
+    return spec if lora is None else dataclasses.replace(spec, lora=Path(lora))
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -201,6 +209,7 @@ def check_files(plan: RunPlan) -> None:
     spec = plan.spec
     parts = {
         "checkpoint": spec.checkpoint, "text encoder": spec.text_encoder, "tokenizer": spec.tokenizer, "VAE": spec.vae,
+        **({} if spec.lora is None else {"LoRA": spec.lora}),
     }
     for part, path in parts.items():
         if not path.exists():
@@ -210,6 +219,8 @@ def check_files(plan: RunPlan) -> None:
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in CausalWanModel(plan.architecture).state_dict().items()}
     check_transformer(spec.checkpoint, expected, use_ema=plan.use_ema)
+    if spec.lora is not None:
+        check_lora(spec.lora, expected)
 
 
 def content_hash(path: Path) -> str:
@@ -357,7 +368,8 @@ def describe(plan: RunPlan, length: Length, batch: int) -> str:
     times = ", ".join(f"{time:g}" for time in plan.sampler.times)
     parts = estimate_bytes(plan, batch) | file_bytes(plan)
     memory = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())
-    weights = "random weights" if plan.random_weights else plan.spec.checkpoint
+    files = [plan.spec.checkpoint, *([] if plan.spec.lora is None else [plan.spec.lora])]
+    weights = "random weights" if plan.random_weights else " + ".join(map(str, files))
     seconds = length.pixel_frames / g.fps
     lines = [
         f"model     {plan.spec.name}, {weights}, {dtype_name(plan.dtype)} on {plan.device}",

@@ -27,6 +27,7 @@ from utils.video import fit_to, read_image, read_video
 from wan.checkpoint import load_transformer
 from wan.geometry import ChunkSpan
 from wan.kv_cache.cache import KVCache
+from wan.lora import read_lora
 from wan.model import CausalWanModel, randomize
 from wan.text_encoder import EmbeddingCache, TextEncoder, embed_prompts
 from wan.tiny_vae import TinyVAE
@@ -76,7 +77,12 @@ class Engine:
             model = model.to_empty(device=plan.device).to(plan.dtype)
             randomize(model, seed=0)
         else:
-            load_transformer(model, plan.spec.checkpoint, use_ema=plan.use_ema, device=plan.device, dtype=plan.dtype)
+            spec = plan.spec
+            lora = None if spec.lora is None else read_lora(spec.lora, alpha=spec.lora_alpha)
+            load_transformer(
+                model, spec.checkpoint, use_ema=plan.use_ema, device=plan.device, dtype=plan.dtype,
+                change=None if lora is None else lora.merged,
+            )
         self._decoder = self._wan_vae() if plan.tiny_decoder is None else self._tiny_vae()
         self._model = model.eval().requires_grad_(False)
 

@@ -225,6 +225,7 @@ def _record(plan: RunPlan, job: Job, length: Length, pixel_frames: int, clock: S
         "seconds": pixel_frames / plan.geometry.fps,
         "model": plan.spec.name,
         "checkpoint": None if plan.random_weights else plan.spec.checkpoint,
+        "lora": None if plan.random_weights else plan.spec.lora,
         "decoder": plan.decoder_name,
         "settings": plan.settings(),
         "stage_ms": {name: round(ms, 1) for name, ms in clock.totals_ms().items()},

@@ -95,6 +95,9 @@ class ModelSpec:
     spatial_stride: int = setting(whole(1))      # pixels in a latent row or column
     train_frames: int = setting(whole(1))        # latent frames of a training clip
     checkpoint: Path = setting(PATH)
+    use_ema: bool = setting(FLAG, False)         # take generator_ema of it, as its authors do
+    lora: Path | None = setting(PATH.or_null("none"), None)  # merged into the checkpoint while it is loaded
+    lora_alpha: float | None = setting(POSITIVE.or_null("the LoRA's rank"), None)  # scales it, over its rank
     text_encoder: Path = setting(PATH)
     tokenizer: Path = setting(PATH)
     vae: Path = setting(PATH)

@@ -14,7 +14,7 @@ import logging
 import pickle
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,32 +70,34 @@ def check_transformer(path: Path, expected: Mapping[str, torch.Size], *, use_ema
 
 
 def load_transformer(
-    model: nn.Module, path: Path, *, use_ema: bool, device: torch.device | str, dtype: torch.dtype
+    model: nn.Module, path: Path, *, use_ema: bool, device: torch.device | str, dtype: torch.dtype,
+    change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Give every parameter of `model` its value from `path`, on `device` in `dtype`.
 
     The model may be on meta. Each tensor is cast and moved once, so that beside the mapped file
-    host memory holds about one tensor more than the model itself.
+    host memory holds about one tensor more than the model itself. `change` may put another tensor in the place of
+    one, such as a merged one (wan/lora.py); it is given name and stored value.
 
     Raises:
         CheckpointError: as `check_transformer`; the model is then left as it was.
     """
     tensors = _read_transformer(Path(path), use_ema=use_ema, meta=False)
-    load_strictly(model, tensors, source=Path(path), device=device, dtype=dtype)
+    load_strictly(model, tensors, source=Path(path), device=device, dtype=dtype, change=change)
 
 
 def _read_transformer(path: Path, *, use_ema: bool, meta: bool) -> dict[str, Tensor]:
     files = weight_files(path, subfolder="transformer")
     named: dict[str, Any] = {}
     for file in files:
-        content = _read_file(file, meta=meta)
+        content = read_file(file, meta=meta)
         named.update(content if len(files) > 1 else _choose_group(file, content, use_ema=use_ema))
     tensors = {strip_wrappers(name): value for name, value in named.items() if isinstance(value, Tensor)}
     if len(tensors) < sum(isinstance(value, Tensor) for value in named.values()):
         count = Counter(strip_wrappers(name) for name in named)
         twice = [name for name in count if count[name] > 1]
         raise CheckpointError(
-            f"{path}: {len(twice)} tensors occur twice once wrapper prefixes are removed ({_some(twice)}). "
+            f"{path}: {len(twice)} tensors occur twice once wrapper prefixes are removed ({some(twice)}). "
             "It is unclear which is meant; keep one copy of the model in the file."
         )
     if is_diffusers_transformer(tensors):
@@ -125,7 +127,8 @@ def _choose_group(path: Path, content: dict[str, Any], *, use_ema: bool) -> dict
             log.info("%s: using %s, its only weights; use_ema=%s chooses nothing here", path, name, use_ema)
             return dict(groups[name])
     if groups and not any(isinstance(value, Tensor) for value in content.values()):
-        hint = " A LoRA alone is not a model: give the base checkpoint." if "lora" in " ".join(groups).lower() else ""
+        is_lora = "lora" in " ".join(groups).lower()
+        hint = " A LoRA is not a model: give its base here, and it with --lora_path." if is_lora else ""
         raise CheckpointError(
             f"{path}: holds {', '.join(sorted(groups))}, none of which is a known place for the model "
             f"({', '.join(_GENERATORS + _SINGLE_GROUPS)}, or the tensors themselves).{hint}"
@@ -139,7 +142,8 @@ def _choose_group(path: Path, content: dict[str, Any], *, use_ema: bool) -> dict
 
 @torch.no_grad()
 def load_strictly(
-    module: nn.Module, tensors: dict[str, Tensor], *, source: Path, device: torch.device | str, dtype: torch.dtype
+    module: nn.Module, tensors: dict[str, Tensor], *, source: Path, device: torch.device | str, dtype: torch.dtype,
+    change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Set each parameter of `module` from the tensor of its name; empties `tensors` as it goes.
 
@@ -150,13 +154,15 @@ def load_strictly(
     check_fit(source, tensors, {name: parameter.shape for name, parameter in parameters.items()})
     for name, old in parameters.items():
         # A copy of our own: a parameter that is a view of the mapped file would die with the file.
-        value = torch.empty(old.shape, dtype=dtype, device=device).copy_(tensors.pop(name))
+        stored = tensors.pop(name)
+        stored = stored if change is None else change(name, stored)
+        value = torch.empty(old.shape, dtype=dtype, device=device).copy_(stored)
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=old.requires_grad))
     left = [name for name, value in [*module.named_parameters(), *module.named_buffers()] if value.is_meta]
     if left:
         raise CheckpointError(
-            f"{source}: {_some(left)} stayed without a value after loading. The module must not be run."
+            f"{source}: {some(left)} stayed without a value after loading. The module must not be run."
         )
 
 
@@ -164,7 +170,7 @@ def read_tensors(path: Path, *, subfolder: str) -> dict[str, Tensor]:
     """Read all tensors at `path` (see `weight_files`) under the names in the file; groups are opened."""
     tensors: dict[str, Tensor] = {}
     for file in weight_files(path, subfolder=subfolder):
-        content = _read_file(file, meta=False)
+        content = read_file(file, meta=False)
         for group in _SINGLE_GROUPS:
             if isinstance(content.get(group), Mapping):
                 content = dict(content[group])
@@ -186,7 +192,7 @@ def check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, to
     parts = (
         ("missing", missing), ("unexpected", unexpected), ("another shape", misshapen), ("not plain float", quantised),
     )
-    lines = [f"  {title} ({len(names)}): {_some(names)}" for title, names in parts if names]
+    lines = [f"  {title} ({len(names)}): {some(names)}" for title, names in parts if names]
     if lines:
         raise CheckpointError("\n".join([f"{path} does not fit the model:", *lines, *_hints(found, expected)]))
 
@@ -199,7 +205,7 @@ def _hints(found: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> I
             "Use a file and a configuration of one size."
         )
     if any("lora_" in name for name in found):
-        yield "The file holds a LoRA. Merge it into its base checkpoint, or give the base checkpoint."
+        yield "The file holds a LoRA. Give its base checkpoint here, and the LoRA with --lora_path."
     if "patch_embedding.weight" in expected and "patch_embedding.weight" not in found:
         kinds = {
             "a text encoder": ("token_embedding.weight", "shared.weight"),
@@ -219,7 +225,7 @@ def _size(shapes: Mapping[str, torch.Size]) -> str:
     return f"dim {patch[0]}, {len(layers)} layers, {patch[1]} input channels"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 
@@ -248,7 +254,7 @@ def weight_files(path: Path, *, subfolder: str) -> list[Path]:
     loose = sorted(file for file in path.iterdir() if file.suffix in {".pt", ".pth", ".bin", ".safetensors"})
     if len(loose) == 1 and "-of-" not in loose[0].name:
         return loose
-    names = _some([file.name for file in loose]) or "no weight file"
+    names = some([file.name for file in loose]) or "no weight file"
     raise CheckpointError(
         f"{path}: cannot tell which weights to load. Looked there and in {subfolder}/ for {', '.join(_WEIGHT_FILES)} "
         f"or one of them with .index.json; found {names}. Give the file itself. {_DOWNLOAD}"
@@ -263,12 +269,12 @@ def _shards(index: Path) -> list[Path]:
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing or not names:
         raise CheckpointError(
-            f"{index}: {len(missing)} of {len(names)} shards are missing ({_some(missing)}). {_DOWNLOAD}"
+            f"{index}: {len(missing)} of {len(names)} shards are missing ({some(missing)}). {_DOWNLOAD}"
         )
     return [index.parent / name for name in names]
 
 
-def _read_file(path: Path, *, meta: bool) -> dict[str, Any]:
+def read_file(path: Path, *, meta: bool) -> dict[str, Any]:
     """Read one file's top level; tensors keep shape and dtype but no data when `meta`."""
     kind = _file_kind(path)
     try:
