@@ -92,7 +92,7 @@ class CausVidOverlapPipeline(ChunkwisePipeline):
         self, model: CausalWanModel, sampler: FewStepSampler, geometry: VideoGeometry, cache: KVCache,
         on_switch: OnSwitch, clips: Clips, encode: Callable[[Tensor], Tensor],
     ):
-        super().__init__(model, sampler, geometry, cache, on_switch)
+        super().__init__(model, sampler, geometry, cache, on_switch=on_switch)
         self.clips, self.encode = clips, encode
 
     def __call__(

@@ -19,9 +19,22 @@ from pipeline.rolling_forcing import RollingForcingPipeline
 from pipeline.sampler import FewStepSampler
 from pipeline.timeline import OnSwitch
 from wan.geometry import ChunkSpan, VideoGeometry
-from wan.kv_cache.cache import CacheShape, KVCache
+from wan.kv_cache.cache import CacheShape, KVCache, LayerCache
 from wan.kv_cache.policy import KVPolicy
 from wan.model import CausalWanModel
+
+
+@dataclass(frozen=True)
+class Look:
+    """One span of frames that is denoised, frames counted from where the memory begins."""
+
+    span: ChunkSpan
+    remembered: ChunkSpan | None  # what becomes memory then: the span itself, its first chunk, or nothing yet
+    lookahead: bool = False       # it is denoised jointly and does not become memory as a whole
+    given: bool = False           # nothing is denoised: the span enters the memory alone
+    restarts: bool = False        # the memory is emptied before
+    begins: int = 0               # latent frame of the video that frame 0 of the span's count is
+
 
 Encode = Callable[[Tensor], Tensor]  # pixels [B, 1, 3, H, W] in [-1, 1] -> latents [B, 1, C, h, w]
 
@@ -57,39 +70,59 @@ class Loop(ABC):
         return [span.start for span in self.geometry.chunks(latent_frames, prefilled=given_frames)]
 
     @abstractmethod
+    def looks(self, latent_frames: int) -> Iterator[Look]:
+        """What is denoised and what becomes memory, in order."""
+
+    def walk(
+        self, latent_frames: int, *, side: int = 1, draw: Callable[..., Tensor] = torch.ones,
+    ) -> Iterator[tuple[Look, LayerCache]]:
+        """Run the policy on a cache of one layer and frames of `side` x `side` tokens, without a network.
+
+        Args:
+            draw: gives queries, keys and values for a shape.
+        Yields: what is denoised, and the layer while its plan is in place.
+        """
+        g = self.geometry
+        unit = dataclasses.replace(
+            g, height=side * g.spatial_stride * g.patch[0], width=side * g.spatial_stride * g.patch[1],
+        )
+        shape = CacheShape(layers=1, heads=1, head_dim=12, batch=1, device=torch.device("cpu"), dtype=torch.float32)
+        cache = KVCache(shape, unit, self.policy)
+
+        def run(span: ChunkSpan, *, lookahead: bool = False) -> LayerCache:
+            cache.begin(span, lookahead=lookahead)
+            cache.layer(0).extend(*(draw(1, span.frames * unit.frame_tokens, 1, 12) for _ in range(3)))
+            return cache.layer(0)
+
+        for look in self.looks(latent_frames):
+            if look.restarts:
+                cache.reset([0])
+            if not look.given:
+                yield look, run(look.span, lookahead=look.lookahead)
+            if look.remembered is not None:
+                if look.given or look.lookahead:
+                    run(look.remembered)
+                cache.commit()
+
     def windows(self, latent_frames: int) -> Iterator[int]:
-        """Frames that attention sees in each denoising window, by running the policy on one token a frame."""
+        """Frames that attention sees of each span that is denoised."""
+        for look, layer in self.walk(latent_frames):
+            yield layer.plan.attend.shape[1] + look.span.frames
 
     @abstractmethod
     def pipeline(self, model: CausalWanModel, cache: KVCache, encode: Encode) -> ChunkwisePipeline:
         """What runs it."""
 
-    def _probe(self) -> tuple[KVCache, VideoGeometry]:
-        """A cache of one token a frame."""
-        g = self.geometry
-        unit = dataclasses.replace(g, height=g.spatial_stride * g.patch[0], width=g.spatial_stride * g.patch[1])
-        shape = CacheShape(layers=1, heads=1, head_dim=12, batch=1, device=torch.device("cpu"), dtype=torch.float32)
-        return KVCache(shape, unit, self.policy), unit
-
-
-def _look(cache: KVCache, span: ChunkSpan, *, lookahead: bool = False) -> int:
-    """Begin `span` and run one pass of one token a frame; returns the frames it sees."""
-    cache.begin(span, lookahead=lookahead)
-    token = torch.ones(1, span.frames, 1, 12)
-    return cache.layer(0).extend(token, token, token).keys.shape[1]
-
 
 class ChunkwiseLoop(Loop):
     """Chunk after chunk: Self Forcing, and every cache policy on top of it."""
 
-    def windows(self, latent_frames: int) -> Iterator[int]:
-        cache, unit = self._probe()
-        for span in unit.chunks(latent_frames):
-            yield _look(cache, span)
-            cache.commit()
+    def looks(self, latent_frames: int) -> Iterator[Look]:
+        for span in self.geometry.chunks(latent_frames):
+            yield Look(span, remembered=span)
 
     def pipeline(self, model: CausalWanModel, cache: KVCache, encode: Encode) -> ChunkwisePipeline:
-        return ChunkwisePipeline(model, self.sampler, self.geometry, cache, self.on_switch)
+        return ChunkwisePipeline(model, self.sampler, self.geometry, cache, on_switch=self.on_switch)
 
 
 class RollingForcingLoop(Loop):
@@ -106,19 +139,15 @@ class RollingForcingLoop(Loop):
                 f"denoising_step_list, chunks of {self.geometry.chunk_frames}), which its cache must hold: {error}"
             ) from error
 
-    def windows(self, latent_frames: int) -> Iterator[int]:
-        cache, unit = self._probe()
-        spans, levels = list(unit.chunks(latent_frames)), self.sampler.num_passes
+    def looks(self, latent_frames: int) -> Iterator[Look]:
+        spans, levels = list(self.geometry.chunks(latent_frames)), self.sampler.num_passes
         for window in range(len(spans) + levels - 1):
             inside = spans[max(0, window - levels + 1):window + 1]
             joint = ChunkSpan(inside[0].index, inside[0].start, sum(span.frames for span in inside))
-            yield _look(cache, joint, lookahead=True)
-            if window >= levels - 1:
-                _look(cache, inside[0])
-                cache.commit()
+            yield Look(joint, remembered=inside[0] if window >= levels - 1 else None, lookahead=True)
 
     def pipeline(self, model: CausalWanModel, cache: KVCache, encode: Encode) -> ChunkwisePipeline:
-        return RollingForcingPipeline(model, self.sampler, self.geometry, cache, self.on_switch)
+        return RollingForcingPipeline(model, self.sampler, self.geometry, cache, on_switch=self.on_switch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,19 +188,17 @@ class CausVidOverlapLoop(Loop):
             for number, (_, generated) in enumerate(self.clips.spans(latent_frames)) for span in generated
         ]
 
-    def windows(self, latent_frames: int) -> Iterator[int]:
-        cache, unit = self._probe()
-        for given, generated in Clips(unit, self.clips.clip_frames, self.overlap_frames).spans(latent_frames):
-            cache.reset([0])
+    def looks(self, latent_frames: int) -> Iterator[Look]:
+        for number, (given, generated) in enumerate(self.clips.spans(latent_frames)):
             for span in [*given, *generated]:
-                seen = _look(cache, span)
-                if span in generated:
-                    yield seen
-                cache.commit()
+                yield Look(
+                    span, remembered=span, given=span in given, restarts=span.start == 0,
+                    begins=number * self.clips.step_frames,
+                )
 
     def pipeline(self, model: CausalWanModel, cache: KVCache, encode: Encode) -> ChunkwisePipeline:
         return CausVidOverlapPipeline(
-            model, self.sampler, self.geometry, cache, self.on_switch, self.clips, encode,
+            model, self.sampler, self.geometry, cache, on_switch=self.on_switch, clips=self.clips, encode=encode,
         )
 
 
