@@ -59,6 +59,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--output_folder", type=Path, default=Path("videos"), help="where videos and their records go")
     add("--checkpoint_path", type=Path, help="transformer weights, any known layout (default: the model's own)")
     add("--lora_path", type=Path, help="a LoRA that is merged into the transformer (default: the model's own, if any)")
+    add("--lora_alpha", type=float, help="scales it, over its rank (default: its rank, a scale of 1)")
     add("--decoder", choices=DECODERS, default="wan", help="wan (the VAE), or a tiny, approximate one")
     add("--decoder_path", type=Path, help="weights of the tiny decoder (default: where the model's YAML says)")
     add("--use_ema", action="store_true", help="take the averaged weights of a .pt checkpoint")
@@ -109,7 +110,8 @@ def make_plan(options: argparse.Namespace, launch: Launch) -> RunPlan:
     return plan_run(
         config, checkpoint=options.checkpoint_path, use_ema=options.use_ema,
         device=choose_device(options.device, launch.local_rank), random_weights=options.random_weights,
-        decoder=options.decoder, decoder_path=options.decoder_path, lora=options.lora_path,
+        decoder=options.decoder, decoder_path=options.decoder_path,
+        lora=options.lora_path, lora_alpha=options.lora_alpha,
     )
 
 

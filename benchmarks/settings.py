@@ -91,7 +91,7 @@ class Setting:
         )
         if config.pipeline != "chunkwise":
             raise ConfigError(
-                f"{self.policy}: its pipeline is {config.pipeline}, and what is measured here are the passes of a chunk. "
+                f"{self.policy}: its pipeline is {config.pipeline}; what is measured here are the passes of a chunk. "
                 "Choose a config whose pipeline is chunkwise."
             )
         return plan_run(config, checkpoint=None, use_ema=False, device=device, random_weights=True)

@@ -89,12 +89,14 @@ class RunPlan:
         return {
             "config": config | chosen, "transformer": dataclasses.asdict(self.architecture), "fps": self.geometry.fps,
             "use_ema": self.use_ema, "weights": self.weights,
+            **({} if self.spec.lora is None else {"lora_alpha": self.spec.lora_alpha}),
         }
 
 
 def plan_run(
     config: Config, *, checkpoint: Path | None, use_ema: bool, device: torch.device, random_weights: bool,
-    decoder: str = "wan", decoder_path: Path | None = None, lora: Path | None = None,
+    decoder: str = "wan", decoder_path: Path | None = None,
+    lora: Path | None = None, lora_alpha: float | None = None,
 ) -> RunPlan:
     """Decide and check everything that needs no weights.
 
@@ -102,14 +104,19 @@ def plan_run(
         checkpoint: transformer weights that replace the model's own; None for those.
         device: from `choose_device`.
         use_ema: of a checkpoint that has averaged weights, those; the model's own checkpoint may ask for them as well.
-        lora: merged into the transformer; None is the model's own, if its checkpoint is not replaced.
+        lora: merged into the transformer, scaled by `lora_alpha` over its rank (None: 1); without it the model's own,
+            if the checkpoint is not replaced.
         decoder: one of pipeline.decoder.NAMES; `wan` is the VAE's own.
         decoder_path: weights of a tiny decoder that replace those that the model names.
     Raises:
         ConfigError: a model or size that cannot be used, or files that are missing, with the command that gets them.
         wan.checkpoint.CheckpointError: a checkpoint that is damaged or belongs to another network.
     """
-    spec = choose_model(config, checkpoint, lora, random_weights)
+    if lora_alpha is not None and (lora is None or not lora_alpha > 0):
+        raise ConfigError(f"--lora_alpha {lora_alpha:g} scales the LoRA of --lora_path: give both, and a number above 0.")
+    spec = choose_model(config, checkpoint, random_weights)
+    if lora is not None:
+        spec = dataclasses.replace(spec, lora=Path(lora), lora_alpha=lora_alpha)
     try:
         architecture = WanConfig(**spec.transformer)
         geometry = VideoGeometry(
@@ -143,9 +150,7 @@ def plan_run(
     return plan
 
 
-def choose_model(
-    config: Config, checkpoint: Path | None, lora: Path | None, random_weights: bool,
-) -> ModelSpec:
+def choose_model(config: Config, checkpoint: Path | None, random_weights: bool) -> ModelSpec:
     """The config's model; `auto` is its base_model if that one's checkpoint is there or named, else the tiny one."""
     if config.model != "auto":
         spec = load_model_spec(config.model)
@@ -162,9 +167,10 @@ def choose_model(
                 "no checkpoint at %s: using the embedded tiny model. The real one: %s", spec.checkpoint, spec.download
             )
             spec = embedded
-    if checkpoint is not None:  # what goes with the model's own checkpoint does not go with another
-        spec = dataclasses.replace(spec, checkpoint=Path(checkpoint), use_ema=False, lora=None)
-    return spec if lora is None else dataclasses.replace(spec, lora=Path(lora))
+    if checkpoint is None:
+        return spec
+    # What goes with the model's own checkpoint does not go with another.
+    return dataclasses.replace(spec, checkpoint=Path(checkpoint), use_ema=False, lora=None, lora_alpha=None)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

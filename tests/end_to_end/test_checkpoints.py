@@ -95,6 +95,11 @@ def test_a_lora_changes_the_video_and_its_fingerprint(cli: CommandLine, capsys) 
     assert cli(*SHORT, out="without") == 0
     assert cli(*SHORT, "--lora_path", cli.folder / "lora.pt", out="with") == 0
     assert videos(cli.folder / "with") != videos(cli.folder / "without")
+    assert cli(*SHORT, "--lora_path", cli.folder / "lora.pt", "--lora_alpha", 6, out="twice") == 0
+    assert videos(cli.folder / "twice") != videos(cli.folder / "with")
+    assert cli(*SHORT, "--lora_path", cli.folder / "lora.pt", "--lora_alpha", 6, out="with") == 2
+    assert cli(*SHORT, "--lora_alpha", 6, out="never") == 2
+    assert "give both" in capsys.readouterr().err
     assert cli(*SHORT, "--lora_path", cli.folder / "lora.pt", out="without") == 2
     assert "made with other settings" in capsys.readouterr().err
     for path, words in ((cli.folder / "no.pt", "LoRA"), (cli.model.parent / "transformer", "no LoRA")):
