@@ -113,7 +113,7 @@ def plan_run(
         wan.checkpoint.CheckpointError: a checkpoint that is damaged or belongs to another network.
     """
     if lora_alpha is not None and (lora is None or not lora_alpha > 0):
-        raise ConfigError(f"--lora_alpha {lora_alpha:g} scales the LoRA of --lora_path: give both, and a number above 0.")
+        raise ConfigError(f"--lora_alpha {lora_alpha:g} scales --lora_path: give both, and a number above 0.")
     spec = choose_model(config, checkpoint, random_weights)
     if lora is not None:
         spec = dataclasses.replace(spec, lora=Path(lora), lora_alpha=lora_alpha)

@@ -125,8 +125,8 @@ def change_one(name: str, value: Tensor) -> Callable[[State], State]:
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda state: {"model": {"x": torch.ones(1)}}, "holds model, and no generator_lora"),
-    (lambda state: {"critic_lora": state}, "holds critic_lora, and no generator_lora"),
+    (lambda state: {"model": {"x": torch.ones(1)}}, "holds no LoRA: no generator_lora"),
+    (lambda state: {"critic_lora": state}, "holds no LoRA: no generator_lora"),
     (lambda state: renamed(state, "lora_", ""), "no name ends in lora_A.weight"),
     (lambda state: {name: v for name, v in state.items() if "0.ffn.0.lora_B" not in name},
      "only half of the LoRA of blocks.0.ffn.0.weight"),

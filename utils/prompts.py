@@ -265,7 +265,7 @@ def _timeline(entries: object, where: str) -> _Line:
 def _json_record(path: Path, number: int, line: str) -> object:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PromptError(f"{path}: line {number} is not JSON: {error}. Write one object a line") from error
 
 

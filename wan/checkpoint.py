@@ -90,14 +90,14 @@ def _read_transformer(path: Path, *, use_ema: bool, meta: bool) -> dict[str, Ten
     files = weight_files(path, subfolder="transformer")
     named: dict[str, Any] = {}
     for file in files:
-        content = read_file(file, meta=meta)
+        content = _read_file(file, meta=meta)
         named.update(content if len(files) > 1 else _choose_group(file, content, use_ema=use_ema))
     tensors = {strip_wrappers(name): value for name, value in named.items() if isinstance(value, Tensor)}
     if len(tensors) < sum(isinstance(value, Tensor) for value in named.values()):
         count = Counter(strip_wrappers(name) for name in named)
         twice = [name for name in count if count[name] > 1]
         raise CheckpointError(
-            f"{path}: {len(twice)} tensors occur twice once wrapper prefixes are removed ({some(twice)}). "
+            f"{path}: {len(twice)} tensors occur twice once wrapper prefixes are removed ({_some(twice)}). "
             "It is unclear which is meant; keep one copy of the model in the file."
         )
     if is_diffusers_transformer(tensors):
@@ -127,8 +127,7 @@ def _choose_group(path: Path, content: dict[str, Any], *, use_ema: bool) -> dict
             log.info("%s: using %s, its only weights; use_ema=%s chooses nothing here", path, name, use_ema)
             return dict(groups[name])
     if groups and not any(isinstance(value, Tensor) for value in content.values()):
-        is_lora = "lora" in " ".join(groups).lower()
-        hint = " A LoRA is not a model: give its base here, and it with --lora_path." if is_lora else ""
+        hint = " A LoRA alone is not a model: give the base checkpoint." if "lora" in " ".join(groups).lower() else ""
         raise CheckpointError(
             f"{path}: holds {', '.join(sorted(groups))}, none of which is a known place for the model "
             f"({', '.join(_GENERATORS + _SINGLE_GROUPS)}, or the tensors themselves).{hint}"
@@ -162,16 +161,21 @@ def load_strictly(
     left = [name for name, value in [*module.named_parameters(), *module.named_buffers()] if value.is_meta]
     if left:
         raise CheckpointError(
-            f"{source}: {some(left)} stayed without a value after loading. The module must not be run."
+            f"{source}: {_some(left)} stayed without a value after loading. The module must not be run."
         )
 
 
-def read_tensors(path: Path, *, subfolder: str) -> dict[str, Tensor]:
-    """Read all tensors at `path` (see `weight_files`) under the names in the file; groups are opened."""
+def read_tensors(
+    path: Path, *, subfolder: str, groups: tuple[str, ...] = _SINGLE_GROUPS, meta: bool = False,
+) -> dict[str, Tensor]:
+    """Read all tensors at `path` (see `weight_files`) under the names in the file; `groups` are opened.
+
+    With `meta` only headers are read: the tensors have shape and dtype but no data.
+    """
     tensors: dict[str, Tensor] = {}
     for file in weight_files(path, subfolder=subfolder):
-        content = read_file(file, meta=False)
-        for group in _SINGLE_GROUPS:
+        content = _read_file(file, meta=meta)
+        for group in groups:
             if isinstance(content.get(group), Mapping):
                 content = dict(content[group])
         tensors |= {name: value for name, value in content.items() if isinstance(value, Tensor)}
@@ -192,7 +196,7 @@ def check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, to
     parts = (
         ("missing", missing), ("unexpected", unexpected), ("another shape", misshapen), ("not plain float", quantised),
     )
-    lines = [f"  {title} ({len(names)}): {some(names)}" for title, names in parts if names]
+    lines = [f"  {title} ({len(names)}): {_some(names)}" for title, names in parts if names]
     if lines:
         raise CheckpointError("\n".join([f"{path} does not fit the model:", *lines, *_hints(found, expected)]))
 
@@ -225,7 +229,7 @@ def _size(shapes: Mapping[str, torch.Size]) -> str:
     return f"dim {patch[0]}, {len(layers)} layers, {patch[1]} input channels"
 
 
-def some(names: list[str]) -> str:
+def _some(names: list[str]) -> str:
     more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 
@@ -254,7 +258,7 @@ def weight_files(path: Path, *, subfolder: str) -> list[Path]:
     loose = sorted(file for file in path.iterdir() if file.suffix in {".pt", ".pth", ".bin", ".safetensors"})
     if len(loose) == 1 and "-of-" not in loose[0].name:
         return loose
-    names = some([file.name for file in loose]) or "no weight file"
+    names = _some([file.name for file in loose]) or "no weight file"
     raise CheckpointError(
         f"{path}: cannot tell which weights to load. Looked there and in {subfolder}/ for {', '.join(_WEIGHT_FILES)} "
         f"or one of them with .index.json; found {names}. Give the file itself. {_DOWNLOAD}"
@@ -269,12 +273,12 @@ def _shards(index: Path) -> list[Path]:
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing or not names:
         raise CheckpointError(
-            f"{index}: {len(missing)} of {len(names)} shards are missing ({some(missing)}). {_DOWNLOAD}"
+            f"{index}: {len(missing)} of {len(names)} shards are missing ({_some(missing)}). {_DOWNLOAD}"
         )
     return [index.parent / name for name in names]
 
 
-def read_file(path: Path, *, meta: bool) -> dict[str, Any]:
+def _read_file(path: Path, *, meta: bool) -> dict[str, Any]:
     """Read one file's top level; tensors keep shape and dtype but no data when `meta`."""
     kind = _file_kind(path)
     try:

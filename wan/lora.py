@@ -12,15 +12,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from wan.checkpoint import CheckpointError, read_file, some, weight_files
+from wan.checkpoint import CheckpointError, read_tensors
 from wan.names import strip_wrappers
 
 GROUP = "generator_lora"
+LISTED = 8
 _NAME = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])(\.[^.]+)?\.weight")  # PEFT adds the adapter's name, `default`
 
 
@@ -65,7 +65,7 @@ def check_lora(path: Path, expected: Mapping[str, torch.Size]) -> None:
         if name in expected and (up.shape[0], down.shape[1]) != tuple(expected[name])
     ]
     lines = [
-        f"  {title} ({len(names)}): {some(names)}"
+        f"  {title} ({len(names)}): {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}"
         for title, names in (("not in the model", unknown), ("another size", misshapen)) if names
     ]
     if lines:
@@ -77,14 +77,12 @@ def check_lora(path: Path, expected: Mapping[str, torch.Size]) -> None:
 
 def _read(path: Path, alpha: float | None, *, meta: bool) -> LoRA:
     parts: dict[str, dict[str, Tensor]] = {}
-    for file in weight_files(path, subfolder="lora"):
-        for name, value in _choose_group(file, read_file(file, meta=meta)).items():
-            match = _NAME.fullmatch(name) if isinstance(value, Tensor) else None
-            if match:
-                parts.setdefault(_layer(match["layer"]), {})[match["part"]] = value
+    for name, value in read_tensors(path, subfolder="lora", groups=(GROUP,), meta=meta).items():
+        if match := _NAME.fullmatch(name):
+            parts.setdefault(_layer(match["layer"]), {})[match["part"]] = value
     half = [name for name, pair in parts.items() if len(pair) != 2]
     if not parts or half:
-        what = f"only half of the LoRA of {some(half)}" if half else "no LoRA: no name ends in lora_A.weight"
+        what = f"only half of the LoRA of {half[0]}" if half else f"no LoRA: no {GROUP}, no name ends in lora_A.weight"
         raise CheckpointError(
             f"{path}: holds {what}. A LoRA has lora_A.weight and lora_B.weight for each layer that it changes; "
             "a whole model goes to --checkpoint_path."
@@ -95,22 +93,10 @@ def _read(path: Path, alpha: float | None, *, meta: bool) -> LoRA:
     ]
     if bent:
         raise CheckpointError(
-            f"{path}: the two halves of {some(bent)} have different ranks. The file is damaged; download it again."
+            f"{path}: the two halves of {bent[0]} have different ranks. The file is damaged; download it again."
         )
     pairs = {name: (pair["A"], pair["B"]) for name, pair in parts.items()}
     return LoRA(pairs, {name: 1.0 if alpha is None else alpha / down.shape[0] for name, (down, _) in pairs.items()})
-
-
-def _choose_group(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The generator's LoRA out of a training checkpoint, or the tensors themselves."""
-    groups = [name for name, value in content.items() if isinstance(value, Mapping)]
-    if GROUP in groups:
-        return content[GROUP]
-    if groups and not any(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(
-            f"{path}: holds {', '.join(groups)}, and no {GROUP}. Give the file with the generator's LoRA."
-        )
-    return content
 
 
 def _layer(name: str) -> str:
