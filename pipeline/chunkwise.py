@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.noise import NoiseSource
+from pipeline.noise import NoiseSource, draw
 from pipeline.sampler import FewStepSampler
 from pipeline.timeline import OnSwitch, PromptSwitch, PromptTrack
 from wan.geometry import ChunkSpan, VideoGeometry
@@ -89,18 +89,25 @@ class ChunkwisePipeline:
     def denoise(self, span: ChunkSpan, text: TextContext, noise: NoiseSource) -> Tensor:
         """Begin the chunk and run its denoising passes; memory is untouched. Returns x0 [B, F, C, h, w]."""
         self.cache.begin(span)
-        x = noise.initial(span)
-        for index, time in enumerate(self.sampler.times):
-            x0 = self.sampler.clean(x, self._forward(x, time, text), index)
-            if index + 1 < self.sampler.num_passes:
-                x = self.sampler.renoise(x0, noise.fresh(span, index + 1), index + 1)
-        return x0
+        return self._denoise(lambda index: draw(noise, span, index), text)
 
     @torch.inference_mode()
     def remember(self, span: ChunkSpan, latents: Tensor, text: TextContext) -> None:
         """The context pass: clean keys and values of the chunk that has begun become memory."""
-        self._forward(latents, self.sampler.context_time, text)
+        self._remember(latents, text)
+
+    def _denoise(self, noise: Callable[[int], Tensor], text: TextContext) -> Tensor:
+        """All denoising passes; `noise` of pass 0 is what it starts from, of a later one what is mixed in."""
+        x = noise(0)
+        for index, time in enumerate(self.sampler.times):
+            x0 = self.sampler.clean(x, self.model(x, self._times(x, time), text, self.cache), index)
+            if index + 1 < self.sampler.num_passes:
+                x = self.sampler.renoise(x0, noise(index + 1), index + 1)
+        return x0
+
+    def _remember(self, latents: Tensor, text: TextContext) -> None:
+        self.model.remember(latents, self._times(latents, self.sampler.context_time), text, self.cache)
         self.cache.commit()
 
-    def _forward(self, x: Tensor, time: float, text: TextContext) -> Tensor:
-        return self.model(x, torch.full(x.shape[:2], time, device=x.device), text, self.cache)
+    def _times(self, x: Tensor, time: float) -> Tensor:
+        return torch.full(x.shape[:2], time, device=x.device)

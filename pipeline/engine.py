@@ -26,7 +26,6 @@ from utils.timelines import Later
 from utils.video import fit_to, read_image, read_video
 from wan.checkpoint import load_transformer
 from wan.geometry import ChunkSpan
-from wan.kv_cache.cache import KVCache
 from wan.lora import read_lora
 from wan.model import CausalWanModel, randomize
 from wan.text_encoder import EmbeddingCache, TextEncoder, embed_prompts
@@ -72,7 +71,7 @@ class Engine:
         self._embeddings.prepare(texts)
         plan = self.plan
         with torch.device("meta"):
-            model = CausalWanModel(plan.architecture)
+            model = CausalWanModel(plan.architecture, plan.attention_backend)
         if plan.random_weights:
             model = model.to_empty(device=plan.device).to(plan.dtype)
             randomize(model, seed=0)
@@ -180,6 +179,7 @@ class Engine:
                 self._vae = WanVAE.random(plan.spec.vae, device=plan.device, dtype=plan.dtype, seed=0)
             else:
                 self._vae = WanVAE.load(plan.spec.vae, device=plan.device, dtype=plan.dtype)
+            plan.acceleration.accelerate_decoder(self._vae, plan.geometry.chunk_frames)
         return self._vae
 
     def _tiny_vae(self) -> TinyVAE:
@@ -192,9 +192,11 @@ class Engine:
         if self._pipeline is None or self._pipeline[0] != batch:
             self._pipeline = None  # free the old cache before the new one is allocated
             plan = self.plan
-            cache = KVCache(plan.cache_shape(batch), plan.geometry, plan.policy)
-            pipeline = plan.loop.pipeline(self._model, cache, encode=lambda pixels: self._wan_vae().encode(pixels))
-            self._pipeline = (batch, pipeline)
+            cache = plan.acceleration.cache(plan.cache_shape(batch), plan.geometry, plan.policy)
+            self._pipeline = (batch, plan.loop.pipeline(
+                self._model, cache, encode=lambda pixels: self._wan_vae().encode(pixels),
+                recorder=plan.acceleration.recorder,
+            ))
         return self._pipeline[1]
 
 

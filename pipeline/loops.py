@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.causvid import CausVidOverlapPipeline, Clips
 from pipeline.chunkwise import ChunkwisePipeline
+from pipeline.graphs import GraphedPipeline
 from pipeline.rolling_forcing import RollingForcingPipeline
 from pipeline.sampler import FewStepSampler
 from pipeline.timeline import OnSwitch
@@ -22,6 +23,7 @@ from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.cache import CacheShape, KVCache, LayerCache
 from wan.kv_cache.policy import KVPolicy
 from wan.model import CausalWanModel
+from wan.recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ class Loop(ABC):
             yield layer.plan.attend.shape[1] + look.span.frames
 
     @abstractmethod
-    def pipeline(self, model: CausalWanModel, cache: KVCache, encode: Encode) -> ChunkwisePipeline:
+    def pipeline(
+        self, model: CausalWanModel, cache: KVCache, encode: Encode, recorder: Recorder | None = None,
+    ) -> ChunkwisePipeline:
         """What runs it."""
 
 
@@ -121,7 +125,11 @@ class ChunkwiseLoop(Loop):
         for span in self.geometry.chunks(latent_frames):
             yield Look(span, remembered=span)
 
-    def pipeline(self, model: CausalWanModel, cache: KVCache, encode: Encode) -> ChunkwisePipeline:
+    def pipeline(
+        self, model: CausalWanModel, cache: KVCache, encode: Encode, recorder: Recorder | None = None,
+    ) -> ChunkwisePipeline:
+        if recorder is not None:
+            return GraphedPipeline(model, self.sampler, self.geometry, cache, recorder, on_switch=self.on_switch)
         return ChunkwisePipeline(model, self.sampler, self.geometry, cache, on_switch=self.on_switch)
 
 
@@ -146,7 +154,9 @@ class RollingForcingLoop(Loop):
             joint = ChunkSpan(inside[0].index, inside[0].start, sum(span.frames for span in inside))
             yield Look(joint, remembered=inside[0] if window >= levels - 1 else None, lookahead=True)
 
-    def pipeline(self, model: CausalWanModel, cache: KVCache, encode: Encode) -> ChunkwisePipeline:
+    def pipeline(
+        self, model: CausalWanModel, cache: KVCache, encode: Encode, recorder: Recorder | None = None,
+    ) -> ChunkwisePipeline:
         return RollingForcingPipeline(model, self.sampler, self.geometry, cache, on_switch=self.on_switch)
 
 
@@ -196,7 +206,9 @@ class CausVidOverlapLoop(Loop):
                     begins=number * self.clips.step_frames,
                 )
 
-    def pipeline(self, model: CausalWanModel, cache: KVCache, encode: Encode) -> ChunkwisePipeline:
+    def pipeline(
+        self, model: CausalWanModel, cache: KVCache, encode: Encode, recorder: Recorder | None = None,
+    ) -> ChunkwisePipeline:
         return CausVidOverlapPipeline(
             model, self.sampler, self.geometry, cache, on_switch=self.on_switch, clips=self.clips, encode=encode,
         )

@@ -9,18 +9,22 @@ B batch, L chunk tokens, H heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
+from wan.compiler import Compiler, plain
 from wan.geometry import ChunkSpan, VideoGeometry
-from wan.kv_cache.policy import CacheSizes, CacheView, KVPolicy, Plan, Votes
+from wan.kv_cache.policy import CacheView, KVPolicy, Plan, Votes
 from wan.kv_cache.store import KVStore
 from wan.kv_cache.votes import QueryVotes
 from wan.kv_cache.window import Window, WindowBuffer
-from wan.rope import Phase, rotate_space, space_phase, time_phase
+from wan.rope import AxisChannels, Turn, both_turns, space_phase, time_phase, turn, turn_of
+
+Tensors = tuple[Tensor, Tensor]  # keys and values of the same slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,32 @@ class CacheShape:
     dtype: torch.dtype
 
 
-@dataclass
+class _Turns:
+    """Rotations of a chunk's tokens; they repeat, so each is made once and keeps its address."""
+
+    def __init__(self, geometry: VideoGeometry, shape: CacheShape):
+        self._frame_tokens, self._shape = geometry.frame_tokens, shape
+        phase = space_phase(geometry.rows, geometry.columns, shape.head_dim, shape.dtype, shape.device)
+        self._frame = turn_of(phase, shape.head_dim, first=AxisChannels.of(shape.head_dim).time)
+        self._made: dict[tuple[int, int | None], Turn] = {}
+
+    def space(self, frames: int) -> Turn:
+        """Height and width of `frames` frames' tokens: [L, 1, D]."""
+        if (frames, None) not in self._made:
+            self._made[frames, None] = Turn(*(x.repeat(frames, 1, 1) for x in (self._frame.cos, self._frame.sin)))
+        return self._made[frames, None]
+
+    def window(self, frames: int, position: int) -> Turn:
+        """The same, and time, the first frame being at `position`."""
+        if (frames, position) not in self._made:
+            shape = self._shape
+            moments = torch.arange(position, position + frames, device=shape.device)
+            phase = time_phase(moments.repeat_interleave(self._frame_tokens), shape.head_dim, shape.dtype)
+            self._made[frames, position] = both_turns(turn_of(phase, shape.head_dim), self.space(frames))
+        return self._made[frames, position]
+
+
+@dataclass(frozen=True)
 class _Moment:
     """What all layers share during one chunk."""
 
@@ -44,30 +73,65 @@ class _Moment:
     chunk_index: Tensor  # [] int64 chunk.index, on the device
     seen_frames: int
     seeds: Tensor
-    space: Phase
     lookahead: bool
-    time: dict[int, Phase] = field(default_factory=dict)
 
-    def query_phase(self, query_position: int, frame_tokens: int, head_dim: int, dtype: torch.dtype) -> Phase:
-        """Temporal rotation of the chunk's tokens; layers that agree on the position share it."""
-        if query_position not in self.time:
-            frames = torch.arange(query_position, query_position + self.chunk.frames, device=self.seeds.device)
-            self.time[query_position] = time_phase(frames.repeat_interleave(frame_tokens), head_dim, dtype)
-        return self.time[query_position]
+
+@dataclass(frozen=True)
+class LayerState:
+    """What of a layer's memory lives on the host; device tensors are in buffers that stay where they are."""
+
+    length: int         # slots in use
+    known_frames: int   # remembered frames that vote
+    plan: Plan | None   # of the chunk in the making
+
+
+def stage(
+    query: Tensor, keys: Tensor, values: Tensor, space: Turn, slots: Tensors, voting_frames: int,
+) -> Tensor | None:
+    """Write a pass's keys, time-free, and values [B, L, H, D] to `slots`.
+
+    Returns: sums [B, voting_frames, H, D] of the query over each frame; None if no frame votes.
+    """
+    slots[0].copy_(turn(keys, space))
+    slots[1].copy_(values)
+    if not voting_frames:
+        return None
+    return turn(query, space).unflatten(1, (voting_frames, -1)).sum(dim=2, dtype=space.cos.dtype)
+
+
+def show(query: Tensor, keys: Tensor, values: Tensor, by: Turn, slots: Tensors) -> Tensor:
+    """Write the same in window time to a window's `slots`; returns the query in window time."""
+    slots[0].copy_(turn(keys, by))
+    slots[1].copy_(values)
+    return turn(query, by)
+
+
+def stage_and_show(
+    query: Tensor, keys: Tensor, values: Tensor, space: Turn, by: Turn, stored: Tensors, seen: Tensors,
+    voting_frames: int,
+) -> tuple[Tensor | None, Tensor]:
+    """Both at once: the sums, and the query in window time."""
+    return stage(query, keys, values, space, stored, voting_frames), show(query, keys, values, by, seen)
 
 
 class LayerCache:
     """One layer's memory. Attention calls `extend` and knows nothing else of the cache."""
 
-    def __init__(self, layer: int, shape: CacheShape, sizes: CacheSizes, geometry: VideoGeometry, policy: KVPolicy):
+    def __init__(
+        self, layer: int, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, turns: _Turns,
+        window: WindowBuffer | None, compiler: Compiler,
+    ):
+        sizes = policy.sizes(geometry)
         common = (shape.heads, shape.head_dim, shape.device, shape.dtype)
         self.store = KVStore(shape.batch, sizes.capacity_tokens, *common)
-        self.window = WindowBuffer(shape.batch, sizes.window_tokens, *common)
+        self._window_is_shared = window is not None
+        self.window = window or WindowBuffer(shape.batch, sizes.window_tokens, *common, compiler)
         past_voters = sizes.vote_frames - geometry.chunk_frames
-        self.votes = QueryVotes(shape.batch, past_voters, *common) if sizes.vote_frames else None
+        self.votes = QueryVotes(shape.batch, past_voters, *common, compiler) if sizes.vote_frames else None
         self.plan: Plan | None = None
         self._most_frames = sizes.capacity_tokens // geometry.frame_tokens + 1
-        self._layer, self._shape, self._frame_tokens, self._policy = layer, shape, geometry.frame_tokens, policy
+        self._layer, self._frame_tokens, self._policy, self._turns = layer, geometry.frame_tokens, policy, turns
+        self._stage, self._show, self._both = map(compiler, (stage, show, stage_and_show))
         self._moment: _Moment | None = None
 
     def begin(self, moment: _Moment) -> None:
@@ -82,27 +146,36 @@ class LayerCache:
         """
         if self._moment is None:
             raise RuntimeError("no chunk has begun: call KVCache.begin(chunk) before the model's forward.")
-        frames = (self._moment.chunk.frames, self._frame_tokens)
-        query, keys = (rotate_space(x.unflatten(1, frames), self._moment.space) for x in (query, keys))
-        if self.votes is not None:
-            self.votes.stage(query)
-        query, keys = query.flatten(1, 2), keys.flatten(1, 2)
-        if not self._moment.lookahead:  # what is only looked at needs no room
-            self.store.stage(keys, values)
-        if self.plan is None:
+        frames, new, planned = self._moment.chunk.frames, keys.shape[1], self.plan is not None
+        space, voting = self._turns.space(frames), frames if self.votes else 0
+        if self._moment.lookahead:  # what is only looked at needs no room: it is staged where the window comes next
+            stored = self.window.slots(self.window.tokens - new, new)
+        else:
+            stored = self.store.slots(new)
+        if not planned:
+            self._vote(self._stage(query, keys, values, space, stored, voting))
             self.plan = self._checked_plan()
+        if self._window_is_shared or not planned:
             self.window.load(self.store, self.plan)
-        phase = self._moment.query_phase(
-            self.plan.query_position, self._frame_tokens, self._shape.head_dim, self._shape.dtype
-        )
-        return self.window.extend(query, keys, values, phase)
+        past = self.plan.attend.shape[1]
+        by, seen = self._turns.window(frames, self.plan.query_position), self.window.slots(past, new)
+        if planned and not self._moment.lookahead:
+            sums, query = self._both(query, keys, values, space, by, stored, seen, voting)
+            self._vote(sums)
+        else:
+            query = self._show(query, keys, values, by, seen)
+        return self.window.seen(query, past + new)
+
+    def _vote(self, sums: Tensor | None) -> None:
+        if self.votes is not None:
+            self.votes.stage(sums)
 
     def view(self) -> CacheView:
         """What the policy may see now."""
         chunk, length = self._moment.chunk, self.store.length
         return CacheView(
             layer=self._layer, chunk_index=self._moment.chunk_index, start=self._moment.start,
-            chunk_frames=chunk.frames, seen_frames=min(self._moment.seen_frames, self._most_frames), length=length,
+            chunk_frames=chunk.frames, seen_frames=self.bounded(self._moment.seen_frames), length=length,
             frame_tokens=self._frame_tokens,
             seeds=self._moment.seeds, origin=self.store.origin[:, :length], uses=self.store.uses[:, :length],
             scorer=self._score, lookahead=self._moment.lookahead,
@@ -116,6 +189,24 @@ class LayerCache:
         )
         if self.votes is not None:
             self.votes.commit()
+
+    def bounded(self, seen_frames: int) -> int:
+        """How many frames were ever seen, as far as any decision may depend on it."""
+        return min(seen_frames, self._most_frames)
+
+    @property
+    def state(self) -> LayerState:
+        return LayerState(self.store.length, self.votes.known_frames if self.votes else 0, self.plan)
+
+    @state.setter
+    def state(self, state: LayerState) -> None:
+        """Set the host's part after the device's was brought about in another way, as a replayed graph does."""
+        self.store.length, self.plan = state.length, state.plan
+        if self.votes is not None:
+            self.votes.known_frames = state.known_frames
+
+    def end(self) -> None:
+        """No chunk is in the making any more."""
         self._moment, self.plan = None, None
 
     def forget_newest(self, tokens: int) -> None:
@@ -129,7 +220,7 @@ class LayerCache:
         self.store.reset()
         if self.votes is not None:
             self.votes.reset()
-        self._moment, self.plan = None, None
+        self.end()
 
     def copy_memory_of(self, other: LayerCache) -> None:
         """Take over the committed memory of `other`."""
@@ -153,21 +244,31 @@ class LayerCache:
 
 
 class KVCache:
-    """Memory of all layers for one batch of videos."""
+    """Memory of all layers for one batch of videos.
 
-    def __init__(self, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy):
-        sizes = policy.sizes(geometry)
-        self._layers = [LayerCache(i, shape, sizes, geometry, policy) for i in range(shape.layers)]
-        self._space = space_phase(geometry.rows, geometry.columns, shape.head_dim, shape.dtype, shape.device)
+    Args:
+        shared_window: one window for all layers, filled again at every pass, in place of one for each: less memory,
+            more time.
+    """
+
+    def __init__(
+        self, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, *, compiler: Compiler = plain,
+        shared_window: bool = False,
+    ):
+        common = (shape.heads, shape.head_dim, shape.device, shape.dtype)
+        window = None
+        if shared_window:
+            window = WindowBuffer(shape.batch, policy.sizes(geometry).window_tokens, *common, compiler)
+        turns = _Turns(geometry, shape)
+        self._layers = [LayerCache(i, shape, geometry, policy, turns, window, compiler) for i in range(shape.layers)]
         self._seeds = torch.zeros(shape.batch, device=shape.device, dtype=torch.int64)
         self._start = torch.zeros((), device=shape.device, dtype=torch.int64)
         self._chunk_index = torch.zeros_like(self._start)
         self._chunk: ChunkSpan | None = None
         self._lookahead = False
         self._policy, self._frame_tokens = policy, geometry.frame_tokens
-        self.window_frames = sizes.window_tokens // geometry.frame_tokens
+        self.window_frames = policy.sizes(geometry).window_tokens // geometry.frame_tokens
         self.seen_frames = 0
-
     def layer(self, index: int) -> LayerCache:
         return self._layers[index]
 
@@ -210,7 +311,7 @@ class KVCache:
         self._chunk_index.fill_(chunk.index)
         moment = _Moment(
             chunk=chunk, start=self._start, chunk_index=self._chunk_index, seen_frames=self.seen_frames,
-            seeds=self._seeds, space=self._space, lookahead=lookahead,
+            seeds=self._seeds, lookahead=lookahead,
         )
         for layer in self._layers:
             layer.begin(moment)
@@ -227,5 +328,29 @@ class KVCache:
             raise RuntimeError("commit needs a chunk that every layer has seen: begin(chunk), forward, commit().")
         for layer in self._layers:
             layer.commit()
+        self._end()
+
+    def shapes(self) -> tuple[Any, ...]:
+        """All host numbers that shapes and addresses of the chunk that has begun can depend on."""
+        return self._chunk.frames, *(
+            (layer.bounded(self.seen_frames), state.length, state.known_frames, state.plan is not None)
+            for layer, state in zip(self._layers, self.states, strict=True)
+        )
+
+    @property
+    def states(self) -> list[LayerState]:
+        return [layer.state for layer in self._layers]
+
+    def replayed(self, states: Sequence[LayerState], *, committed: bool) -> None:
+        """The device did again what once led to `states`: the host follows, from the same `shapes`."""
+        for layer, state in zip(self._layers, states, strict=True):
+            layer.state = state
+        if committed:
+            self._end()
+
+    def _end(self) -> None:
+        """The host's part of a commit: the chunk is over."""
         self.seen_frames += self._chunk.frames
         self._chunk = None
+        for layer in self._layers:
+            layer.end()

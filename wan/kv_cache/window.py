@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wan.compiler import Compiler, plain
 from wan.kv_cache.policy import Plan
 from wan.kv_cache.store import KVStore, take
-from wan.rope import Phase, rotate_time, time_phase
+from wan.rope import Turn, time_phase, turn, turn_of
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,15 @@ class Window:
 
 
 class WindowBuffer:
-    """Rotated keys and gathered values of one layer."""
+    """Rotated keys and gathered values; of one layer, or of the layer whose turn it is."""
 
     def __init__(
         self, batch: int, tokens: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype,
+        compiler: Compiler = plain,
     ):
         self._keys = torch.zeros(batch, tokens, heads, head_dim, device=device, dtype=dtype)
         self._values = torch.zeros_like(self._keys)
-        self._past = 0
+        self._gather = compiler(gather_turned, dynamic=True)
 
     @property
     def tokens(self) -> int:
@@ -42,14 +44,33 @@ class WindowBuffer:
 
     def load(self, store: KVStore, plan: Plan) -> None:
         """Gather what the plan attends to and rotate it to its window time; the store is only read."""
-        self._past = plan.attend.shape[1]
+        past = plan.attend.shape[1]
+        if not past:
+            return
         phase = time_phase(plan.position, self._keys.shape[-1], self._keys.dtype)
-        self._keys[:, :self._past] = rotate_time(take(store.keys, plan.attend), phase)
-        self._values[:, :self._past] = take(store.values, plan.attend)
+        self._gather(
+            store.keys, store.values, plan.attend, turn_of(phase, 2 * phase.cos.shape[-1]),
+            self._keys[:, :past], self._values[:, :past],
+        )
 
-    def extend(self, query: Tensor, keys: Tensor, values: Tensor, phase: Phase) -> Window:
-        """Put the chunk's time-free [B, L, H, D] behind the past, rotated by `phase`."""
-        stop = self._past + keys.shape[1]
-        self._keys[:, self._past:stop] = rotate_time(keys, phase)
-        self._values[:, self._past:stop] = values
-        return Window(query=rotate_time(query, phase), keys=self._keys[:, :stop], values=self._values[:, :stop])
+    def slots(self, past: int, new: int) -> tuple[Tensor, Tensor]:
+        """Where the chunk's `new` keys and values go: behind `past` attended tokens."""
+        return self._keys[:, past:past + new], self._values[:, past:past + new]
+
+    def seen(self, query: Tensor, tokens: int) -> Window:
+        """The first `tokens` of the window, for a query in window time."""
+        return Window(query=query, keys=self._keys[:, :tokens], values=self._values[:, :tokens])
+
+
+def gather_turned(
+    keys: Tensor, values: Tensor, slots: Tensor, by: Turn, window_keys: Tensor, window_values: Tensor,
+) -> None:
+    """Copy the rows [B, A] of a store into a window, the keys' first channels turned; one pass over memory if compiled.
+
+    Shapes: keys, values [B, N, H, D]; by [B, A, 1, time channels]; window_keys, window_values [B, A, H, D], written.
+    """
+    time = by.cos.shape[-1]
+    rows = take(keys, slots)
+    window_keys[..., :time] = turn(rows[..., :time], by)
+    window_keys[..., time:] = rows[..., time:]
+    window_values.copy_(take(values, slots))
