@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
+
+if __name__ == "__main__":  # the imports below take seconds: Ctrl-C ends them at once, without a trace
+    at_interrupt = signal.getsignal(signal.SIGINT)
+    if at_interrupt is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
@@ -28,7 +34,7 @@ from pipeline.build import (
 )
 from pipeline.decoder import NAMES as DECODERS
 from pipeline.engine import Engine
-from pipeline.render import Summary, make_jobs, pending_jobs, reason, refuse_other_settings, render
+from pipeline.render import Summary, check_number, make_jobs, pending_jobs, reason, refuse_other_settings, render
 from utils.config import load_config
 from utils.launch import Launch, read_launch, wait_for_others
 from utils.outputs import OutputFolder
@@ -140,6 +146,7 @@ def run(options: argparse.Namespace) -> int:
     length = video_length(plan, pixel_frames, given_frames=1 if options.i2v else 0)  # a source is one frame at least
     check_timelines(plan, items, length, given_frames=1 if options.i2v else 0)
     check_memory(plan, options.batch_size)
+    check_number(len(items), options.num_samples)
     if options.dry_run:
         print(describe(plan, length, options.batch_size))
         print(f"prompts   {len(items)} x {options.num_samples} samples -> {options.output_folder}")
@@ -184,4 +191,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, at_interrupt)
     sys.exit(main())

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -34,6 +34,9 @@ from wan.kv_cache.cache import CacheShape
 from wan.kv_cache.policy import KVPolicy, build_policy
 from wan.lora import check_lora
 from wan.model import CausalWanModel, WanConfig
+from wan.prompt_tokens import load_tokenizer
+from wan.text_encoder import check_text_encoder
+from wan.vae import check_vae
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +59,7 @@ class RunPlan:
     loop: Loop
     device: torch.device
     dtype: torch.dtype
-    use_ema: bool
+    use_ema: bool  # only where the checkpoint has something to choose from
     random_weights: bool  # seeded noise instead of files, for benchmarks
     tiny_decoder: TinyDecoder | None = None  # None: the VAE decodes
     acceleration: Acceleration = Acceleration.eager()
@@ -154,9 +157,8 @@ def plan_run(
         tiny_decoder=choose_decoder(spec, decoder, decoder_path, random_weights),
         acceleration=acceleration.resolved(device, dtype, architecture.head_dim),
     )
-    if not random_weights:
-        check_files(plan)
-    return plan
+    chosen = False if random_weights else check_files(plan, named=checkpoint is not None)
+    return dataclasses.replace(plan, use_ema=plan.use_ema and chosen)
 
 
 def choose_model(config: Config, checkpoint: Path | None, random_weights: bool) -> ModelSpec:
@@ -176,6 +178,8 @@ def choose_model(config: Config, checkpoint: Path | None, random_weights: bool) 
                 "no checkpoint at %s: using the embedded tiny model. The real one: %s", spec.checkpoint, spec.download
             )
             spec = embedded
+        elif checkpoint:
+            logger.info("--checkpoint_path without --set model=... is taken for the model %s", config.base_model)
     if checkpoint is None:
         return spec
     # What goes with the model's own checkpoint does not go with another.
@@ -219,23 +223,52 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_files(plan: RunPlan) -> None:
-    """Every file is there and the transformer's tensors fit; headers only, so that a wrong file costs seconds."""
-    spec = plan.spec
-    parts = {
-        "checkpoint": spec.checkpoint, "text encoder": spec.text_encoder, "tokenizer": spec.tokenizer, "VAE": spec.vae,
-        **({} if spec.lora is None else {"LoRA": spec.lora}),
-    }
-    for part, path in parts.items():
-        if not path.exists():
-            raise ConfigError(f"{part} {path} is not there. Get it with: {spec.download}")
-    if plan.tiny_decoder is not None:
-        plan.tiny_decoder.check(plan.architecture.out_dim)
+def check_files(plan: RunPlan, *, named: bool) -> bool:
+    """Every file is there and fits the model; headers only, so that a wrong file costs seconds.
+
+    Args:
+        named: the checkpoint was given with --checkpoint_path.
+    Returns: whether use_ema chooses anything in the checkpoint.
+    Raises:
+        ConfigError: a file is missing.
+        CheckpointError: a file is damaged, or belongs to another model.
+    """
+    spec, a = plan.spec, plan.architecture
     with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in CausalWanModel(plan.architecture).state_dict().items()}
-    check_transformer(spec.checkpoint, expected, use_ema=plan.use_ema)
+        expected = {name: tensor.shape for name, tensor in CausalWanModel(a).state_dict().items()}
+    with _advice(spec, "checkpoint", spec.checkpoint, other_model=named and plan.config.model == "auto"):
+        chosen = check_transformer(spec.checkpoint, expected, use_ema=plan.use_ema)
+    with _advice(spec, "text encoder", spec.text_encoder):
+        check_text_encoder(spec.text_encoder, a.text_dim)
+    with _advice(spec, "tokenizer", spec.tokenizer):
+        load_tokenizer(spec.tokenizer)
+    with _advice(spec, "VAE", spec.vae):
+        check_vae(
+            spec.vae, latent_channels=a.out_dim, temporal_stride=spec.temporal_stride,
+            spatial_stride=spec.spatial_stride,
+        )
     if spec.lora is not None:
-        check_lora(spec.lora, expected)
+        with _advice(spec, "LoRA", spec.lora):
+            check_lora(spec.lora, expected)
+    if plan.tiny_decoder is not None:
+        plan.tiny_decoder.check(a.out_dim)
+    return chosen
+
+
+@contextmanager
+def _advice(spec: ModelSpec, part: str, path: Path, *, other_model: bool = False) -> Iterator[None]:
+    """What a file's errors lack: how to get it, and that the weights may be another model's."""
+    if not path.exists():
+        raise ConfigError(f"{part} {path} is not there. Get it with: {spec.download}")
+    try:
+        yield
+    except CheckpointError as error:
+        gap = "\n" if "\n" in str(error) else " "
+        hint = f" For weights of the embedded model add --set model={EMBEDDED}." if other_model else ""
+        raise CheckpointError(
+            f"{error}{gap}It was read as the {part} of the model {spec.name}, whose own comes with: "
+            f"{spec.download}.{hint}"
+        ) from error
 
 
 def content_hash(path: Path) -> str:

@@ -11,7 +11,7 @@ import torch
 from evaluation.analysers import PROPERTIES, analyse, chance, curves, damage, judge, observe
 from evaluation.analysers.behind import LEVELS, colour_distance
 from evaluation.analysers.segment import _connected, grown, inner_edge
-from evaluation.analysers.selfcheck import DAMAGES, damage_clips, draw, held_out_clips, shares, shuffled
+from evaluation.analysers.selfcheck import DAMAGES, damage_clips, draw, held_out_clips, main, shares, shuffled
 from training.world import ObjectTruth, Truth, World, sample, to_frames
 from training.world.render import render
 from training.world.scene import WaveBatch
@@ -239,3 +239,11 @@ def test_a_window_outside_the_video_is_refused(subject):
     clip, frames = subject
     with pytest.raises(ValueError, match="no frame between"):
         analyse(frames[:40], clip.truth).between(55, 60)
+
+
+@pytest.mark.parametrize("flags", [["--clips", "0"], ["--clips", "1"], ["--threads", "0"]])
+def test_selfcheck_refuses_numbers_that_show_nothing(flags, capsys):
+    """No clips give no shares, and a single one cannot be shuffled."""
+    with pytest.raises(SystemExit) as stop:
+        main(flags)
+    assert stop.value.code == 2 and f"{' '.join(flags)} is too small" in capsys.readouterr().err
