@@ -22,18 +22,10 @@ import torch
 
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.acceleration import Acceleration
-from pipeline.build import (
-    RunPlan,
-    asked_pixel_frames,
-    check_memory,
-    check_timelines,
-    choose_device,
-    describe,
-    plan_run,
-    video_length,
-)
+from pipeline.build import RunPlan, check_memory, choose_device, describe, plan_run
 from pipeline.decoder import NAMES as DECODERS
 from pipeline.engine import Engine
+from pipeline.length import asked_pixel_frames, check_timelines, video_length
 from pipeline.render import Summary, check_number, make_jobs, pending_jobs, reason, refuse_other_settings, render
 from utils.config import load_config
 from utils.launch import Launch, read_launch, wait_for_others

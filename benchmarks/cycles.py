@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from pipeline.build import Length, RunPlan, asked_pixel_frames, preview_windows, video_length
+from pipeline.build import RunPlan, preview_windows
+from pipeline.length import asked_pixel_frames, video_length
+from pipeline.loops import Length
 from utils.config import ConfigError
 
 LEAST_CYCLES = 12   # fewer say little about spread

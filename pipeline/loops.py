@@ -38,6 +38,25 @@ class Look:
     begins: int = 0               # latent frame of the video that frame 0 of the span's count is
 
 
+@dataclass(frozen=True)
+class Length:
+    """How long a video becomes."""
+
+    pixel_frames: int   # what the file is cut to
+    asked_frames: int   # fewest latent frames that hold them
+    latent_frames: int  # whole chunks, given frames included
+
+    @property
+    def notice(self) -> str | None:
+        """One line if more is computed than was asked for."""
+        if self.latent_frames == self.asked_frames:
+            return None
+        return (
+            f"{self.asked_frames} latent frames are rounded up to {self.latent_frames}, whole chunks; "
+            f"the file is cut to {self.pixel_frames} pixel frames"
+        )
+
+
 Encode = Callable[[Tensor], Tensor]  # pixels [B, 1, 3, H, W] in [-1, 1] -> latents [B, 1, C, h, w]
 
 

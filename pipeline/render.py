@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from pipeline.build import Length, RunPlan, video_length
+from pipeline.build import RunPlan
 from pipeline.engine import Engine, VideoRequest
+from pipeline.length import video_length
+from pipeline.loops import Length
 from pipeline.noise import SampleSeed
 from utils.config import ConfigError
 from utils.files import BeingWrittenError

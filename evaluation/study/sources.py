@@ -13,8 +13,9 @@ import torch
 
 from evaluation.analysers import ChunkLayout
 from evaluation.study.settings import Study, config_path
-from pipeline.build import RunPlan, check_memory, plan_run, video_length
+from pipeline.build import RunPlan, check_memory, plan_run
 from pipeline.engine import Engine, VideoRequest
+from pipeline.length import video_length
 from pipeline.noise import SampleSeed
 from training.world import Clip, World, render, to_frames
 from utils.config import REPOSITORY, Config, ConfigError, load_config

@@ -6,8 +6,9 @@ import torch
 from conftest import ROOT
 
 from evaluation.analysers import Analysis, analyse
-from pipeline.build import plan_run, video_length
+from pipeline.build import plan_run
 from pipeline.engine import Engine, VideoRequest
+from pipeline.length import video_length
 from pipeline.noise import SampleSeed
 from training.world import parse_caption
 from utils.config import load_config
