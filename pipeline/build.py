@@ -19,11 +19,13 @@ import torch
 
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.decoder import TinyDecoder, choose_decoder
+from pipeline.packets import TrainedBranch, choose_branch
 from pipeline.sampler import FewStepSampler
 from utils.config import Config, ConfigError, ModelSpec, load_model_spec
 from utils.hashing import fingerprint, sha256_file
 from wan.checkpoint import CheckpointError, check_transformer, weight_files
 from wan.geometry import VideoGeometry
+from wan.kv_cache.archive import FIRST_PLACES
 from wan.kv_cache.cache import CacheShape, KVCache
 from wan.kv_cache.policy import KVPolicy, build_policy
 from wan.model import CausalWanModel, WanConfig
@@ -50,6 +52,7 @@ class RunPlan:
     use_ema: bool
     random_weights: bool  # seeded noise instead of files, for benchmarks
     tiny_decoder: TinyDecoder | None = None  # None: the VAE decodes
+    branch: TrainedBranch | None = None      # of a compressor that was trained
 
     @property
     def decoder_name(self) -> str:
@@ -67,12 +70,13 @@ class RunPlan:
     def weights(self) -> dict[str, str]:
         """Content hash of each part's files; large files are hashed once and remembered."""
         spec = self.spec
-        tiny = {} if self.tiny_decoder is None else {self.tiny_decoder.kind: self.tiny_decoder.path}
+        more = {} if self.tiny_decoder is None else {self.tiny_decoder.kind: self.tiny_decoder.path}
+        more |= {} if self.branch is None else {"compressor": self.branch.path}
         if self.random_weights:
-            return dict.fromkeys(["transformer", "text_encoder", "vae", *tiny], "random")
+            return dict.fromkeys(["transformer", "text_encoder", "vae", *more], "random")
         parts = {
             "transformer": spec.checkpoint, "text_encoder": spec.text_encoder, "tokenizer": spec.tokenizer,
-            "vae": spec.vae, **tiny,
+            "vae": spec.vae, **more,
         }
         return {part: content_hash(path) for part, path in parts.items()}
 
@@ -124,6 +128,7 @@ def plan_run(
         config=config, spec=spec, architecture=architecture, geometry=geometry, policy=policy, sampler=sampler,
         device=device, dtype=choose_dtype(config.dtype, device), use_ema=use_ema, random_weights=random_weights,
         tiny_decoder=choose_decoder(spec, decoder, decoder_path, random_weights),
+        branch=choose_branch(policy, geometry, architecture, spec),
     )
     if not random_weights:
         check_files(plan)
@@ -198,6 +203,8 @@ def check_files(plan: RunPlan) -> None:
             raise ConfigError(f"{part} {path} is not there. Get it with: {spec.download}")
     if plan.tiny_decoder is not None:
         plan.tiny_decoder.check(plan.architecture.out_dim)
+    if plan.branch is not None:
+        plan.branch.check()
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in CausalWanModel(plan.architecture).state_dict().items()}
     check_transformer(spec.checkpoint, expected, use_ema=plan.use_ema)
@@ -277,18 +284,26 @@ def video_length(plan: RunPlan, pixel_frames: int, *, given_frames: int) -> Leng
 
 # --- what a run will do -------------------------------------------------------------------------------
 
-def preview_windows(plan: RunPlan, length: Length) -> Iterator[int]:
-    """Frames that attention sees in each chunk, by running the real policy on a cache of one token a frame."""
-    g = plan.geometry
+def preview_windows(plan: RunPlan, length: Length) -> Iterator[float]:
+    """Frames' worth of tokens that attention sees in each chunk, by running the real policy on tiny frames.
+
+    A frame is one token, or as many as one compressed token stands for; window sizes are those of the real frames.
+    """
+    g, archive = plan.geometry, plan.policy.sizes(plan.geometry).archive
+    side = 1 if archive is None else archive.grid.space
     unit = dataclasses.replace(
-        g, height=g.spatial_stride * g.patch[0], width=g.spatial_stride * g.patch[1],
+        g, height=side * g.spatial_stride * g.patch[0], width=side * g.spatial_stride * g.patch[1],
     )
     shape = CacheShape(layers=1, heads=1, head_dim=12, batch=1, device=torch.device("cpu"), dtype=torch.float32)
     cache = KVCache(shape, unit, plan.policy)
     for span in unit.chunks(length.latent_frames):
         cache.begin(span)
-        token = torch.ones(1, span.frames, 1, 12)
-        yield cache.layer(0).extend(token, token, token).keys.shape[1]
+        token = torch.ones(1, span.frames * unit.frame_tokens, 1, 12)
+        cache.layer(0).extend(token, token, token)
+        seen = cache.layer(0).plan
+        frames = seen.attend.shape[1] // unit.frame_tokens + span.frames
+        packets = 0 if seen.packets is None else seen.packets.shape[1]
+        yield frames + packets * archive.grid.tokens / g.frame_tokens if packets else frames
         cache.commit()
 
 
@@ -299,10 +314,13 @@ def estimate_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
         parameters = sum(p.numel() for p in CausalWanModel(plan.architecture).parameters())
     sizes = plan.policy.sizes(plan.geometry)
     token = 2 * plan.architecture.dim * plan.architecture.num_layers * size * batch  # keys and values of all layers
-    return {
+    parts = {
         "transformer": parameters * size, "kv_store": sizes.capacity_tokens * token,
         "kv_window": sizes.window_tokens * token,
     }
+    if sizes.archive is not None and not (sizes.archive.offload and plan.device.type == "cuda"):
+        parts["kv_archive"] = (sizes.archive.packets or FIRST_PLACES) * sizes.archive.grid.tokens * token
+    return parts
 
 
 def file_bytes(plan: RunPlan) -> dict[str, int]:
@@ -341,7 +359,8 @@ def describe(plan: RunPlan, length: Length, batch: int) -> str:
     """The resolved plan in words, for --dry_run."""
     g, sizes = plan.geometry, plan.policy.sizes(plan.geometry)
     windows = list(islice(preview_windows(plan, length), PREVIEW_CHUNKS + 1))
-    shown = ", ".join(map(str, windows[:PREVIEW_CHUNKS])) + (", ..." if len(windows) > PREVIEW_CHUNKS else "")
+    shown = ", ".join(f"{frames:g}" for frames in windows[:PREVIEW_CHUNKS])
+    shown += ", ..." if len(windows) > PREVIEW_CHUNKS else ""
     times = ", ".join(f"{time:g}" for time in plan.sampler.times)
     parts = estimate_bytes(plan, batch) | file_bytes(plan)
     memory = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.noise import NoiseSource
+from pipeline.packets import Decode, Packer
 from pipeline.sampler import FewStepSampler
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.cache import KVCache
@@ -29,12 +30,15 @@ class Chunk:
 class ChunkwisePipeline:
     """Streams a batch of videos as latent chunks; memory does not grow with their length."""
 
-    def __init__(self, model: CausalWanModel, sampler: FewStepSampler, geometry: VideoGeometry, cache: KVCache):
-        self.model, self.sampler, self.geometry, self.cache = model, sampler, geometry, cache
+    def __init__(
+        self, model: CausalWanModel, sampler: FewStepSampler, geometry: VideoGeometry, cache: KVCache,
+        packer: Packer | None = None,
+    ):
+        self.model, self.sampler, self.geometry, self.cache, self.packer = model, sampler, geometry, cache, packer
 
     def __call__(
         self, embeddings: Tensor, num_frames: int, noise: NoiseSource, seeds: list[int],
-        initial_latent: Tensor | None = None,
+        initial_latent: Tensor | None = None, decode: Decode | None = None,
     ) -> Iterator[Chunk]:
         """Generate from an empty memory.
 
@@ -42,6 +46,7 @@ class ChunkwisePipeline:
         Args:
             num_frames: latent frames in all, the given ones included; whole chunks after the given ones.
             seeds: one per sample, for policies that choose at random.
+            decode: makes a chunk's pixels, for a policy that compresses them; None: the compressor decodes by itself.
         Yields: given chunks, then generated ones, in order.
         Raises:
             ValueError: lengths or shapes that do not fit the geometry or the model.
@@ -49,6 +54,8 @@ class ChunkwisePipeline:
         given_frames = 0 if initial_latent is None else initial_latent.shape[1]
         spans = list(self.geometry.chunks(num_frames, prefilled=given_frames))
         self.cache.reset(seeds)
+        if self.packer is not None:
+            self.packer.start(decode)
         with torch.inference_mode():
             text = self.model.embed_text(embeddings)
         for span in self.geometry.prefill_chunks(given_frames):
@@ -76,6 +83,8 @@ class ChunkwisePipeline:
     def remember(self, span: ChunkSpan, latents: Tensor, text: TextContext) -> None:
         """The context pass: clean keys and values of the chunk that has begun become memory."""
         self._forward(latents, self.sampler.context_time, text)
+        if self.packer is not None:
+            self.packer.remember(latents, text)
         self.cache.commit()
 
     def _forward(self, x: Tensor, time: float, text: TextContext) -> Tensor:

@@ -16,13 +16,16 @@ from torch import Tensor
 
 from pipeline.build import RunPlan
 from pipeline.chunkwise import Chunk, ChunkwisePipeline
+from pipeline.decoder import OnceDecoder
 from pipeline.noise import SampleSeed, SeededNoise
+from pipeline.packets import Packer
 from utils.files import user_cache_dir
 from utils.hashing import fingerprint
 from utils.profiling import StageClock
 from utils.prompts import IMAGE_SUFFIXES
 from utils.video import fit_to, read_image, read_video
 from wan.checkpoint import load_transformer
+from wan.compressor import HighResolutionBranch
 from wan.geometry import ChunkSpan
 from wan.kv_cache.cache import KVCache
 from wan.model import CausalWanModel, randomize
@@ -62,6 +65,7 @@ class Engine:
         self._pipeline: tuple[int, ChunkwisePipeline] | None = None
         self._vae: WanVAE | None = None
         self._decoder: WanVAE | TinyVAE | None = None
+        self._branch: HighResolutionBranch | None = None
 
     def prepare(self, texts: Sequence[str]) -> None:
         """Embed every prompt (the encoder leaves the device again), then load transformer and decoder."""
@@ -75,6 +79,8 @@ class Engine:
         else:
             load_transformer(model, plan.spec.checkpoint, use_ema=plan.use_ema, device=plan.device, dtype=plan.dtype)
         self._decoder = self._wan_vae() if plan.tiny_decoder is None else self._tiny_vae()
+        if plan.branch is not None:
+            self._branch = plan.branch.load(random=plan.random_weights, device=plan.device, dtype=plan.dtype)
         self._model = model.eval().requires_grad_(False)
 
     def source_latents(self, source: Path, pixel_frames: int) -> Tensor:
@@ -111,15 +117,18 @@ class Engine:
         embeddings = torch.stack([self._embeddings.get(request.text) for request in requests])
         g, seeds = self.plan.geometry, [request.seed for request in requests]
         noise = SeededNoise(seeds, (self.plan.architecture.in_dim, g.latent_height, g.latent_width), self.plan.device)
-        chunks = pipeline(embeddings, latent_frames, noise, [seed.key() for seed in seeds], initial_latent=initial)
-        decoder = self._decoder.stream()
+        decoder = OnceDecoder(self._decoder.stream(), clock)
+        chunks = pipeline(
+            embeddings, latent_frames, noise, [seed.key() for seed in seeds], initial_latent=initial,
+            decode=decoder.decode,
+        )
         while True:
             with clock.stage("dit"):
                 chunk: Chunk | None = next(chunks, None)
             if chunk is None:
                 return
+            pixels = decoder.decode(chunk.latents)
             with clock.stage("vae"):
-                pixels = decoder.decode(chunk.latents)
                 frames = to_uint8(pixels).cpu()
             if not chunk.latents.isfinite().all():  # the passes are over: the device may be asked now
                 raise FloatingPointError(
@@ -162,8 +171,18 @@ class Engine:
             self._pipeline = None  # free the old cache before the new one is allocated
             plan = self.plan
             cache = KVCache(plan.cache_shape(batch), plan.geometry, plan.policy)
-            self._pipeline = (batch, ChunkwisePipeline(self._model, plan.sampler, plan.geometry, cache))
+            packer = self._packer(cache)
+            self._pipeline = (batch, ChunkwisePipeline(self._model, plan.sampler, plan.geometry, cache, packer))
         return self._pipeline[1]
+
+    def _packer(self, cache: KVCache) -> Packer | None:
+        plan, compression = self.plan, self.plan.policy.compression
+        if compression is None or compression.compressor == "kv_pool":
+            return None  # the cache pools by itself
+        return Packer(
+            self._model, cache, plan.policy.sizes(plan.geometry).archive.grid, compression, plan.sampler.context_time,
+            vae=self._wan_vae() if compression.reads_pixels else None, branch=self._branch,
+        )
 
 
 class _Embeddings:

@@ -61,11 +61,13 @@ class _Attention(nn.Module):
 class SelfAttention(_Attention):
     """A chunk attends to its memory and to itself."""
 
+    def remember(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, L, H, D] of tokens [B, L, C]."""
+        return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
+
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """x [B, L, C] -> [B, L, C]."""
-        window = memory.extend(
-            self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
-        )
+        window = memory.extend(self.heads(self.norm_q(self.q(x))), *self.remember(x))
         return self.o(self.backend(window.query, window.keys, window.values).flatten(2))
 
 

@@ -177,14 +177,18 @@ class CausalWanModel(nn.Module):
         Shapes: x [B, F, C, h, w] noisy latents; t [B, F] timesteps in 0..1000, one per frame.
         Returns: flow [B, F, C, h, w] in the model's dtype.
         """
-        embedding = self.time_embedding(timestep_embedding(t, self.config.freq_dim, self.dtype))
-        modulation = self.time_projection(embedding).unflatten(-1, (6, -1))
-        hidden = self._patchify(x.to(self.dtype))
-        for index, block in enumerate(self.blocks):
-            hidden = block(hidden, modulation, (text.keys[index], text.values[index]), memory.layer(index))
+        hidden, embedding = self.encode(self.patchify(x.to(self.dtype)), t, text, memory)
         return self._unpatchify(self.head(hidden, embedding), x.shape[-2:])
 
-    def _patchify(self, x: Tensor) -> Tensor:
+    def encode(self, hidden: Tensor, t: Tensor, text: TextContext, memory: LayeredMemory) -> tuple[Tensor, Tensor]:
+        """The blocks alone: tokens [B, F, n, dim] at timesteps t [B, F] -> the same, and the time embedding."""
+        embedding = self.time_embedding(timestep_embedding(t, self.config.freq_dim, self.dtype))
+        modulation = self.time_projection(embedding).unflatten(-1, (6, -1))
+        for index, block in enumerate(self.blocks):
+            hidden = block(hidden, modulation, (text.keys[index], text.values[index]), memory.layer(index))
+        return hidden, embedding
+
+    def patchify(self, x: Tensor) -> Tensor:
         """[B, F, C, h, w] -> [B, F, frame_tokens, dim]; a matrix product does what the convolution would."""
         rows, columns = self.config.patch_size[1:]
         patches = rearrange(x, "b f c (h p) (w q) -> b f (h w) (c p q)", p=rows, q=columns)

@@ -56,6 +56,11 @@ class KVStore:
         self.keys[:, self.length:stop] = keys
         self.values[:, self.length:stop] = values
 
+    def staged(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """The keys and values [B, tokens, H, D] that the last pass staged."""
+        stop = self.length + tokens
+        return self.keys[:, self.length:stop], self.values[:, self.length:stop]
+
     def commit(self, *, retain: Tensor, chosen: Tensor | None, origin: Tensor) -> None:
         """Keep `retain`, count `chosen`, append the staged tokens.
 
