@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +24,21 @@ from wan.compressor import (
     random_branch,
 )
 from wan.geometry import PacketGrid, VideoGeometry
-from wan.kv_cache.cache import KVCache
+from wan.kv_cache.cache import PacketMemory
 from wan.kv_cache.policy import Compression, KVPolicy
 from wan.model import CausalWanModel, TextContext, WanConfig
 from wan.vae import WanVAE
+
+
+class PacketCache(Protocol):
+    """Memory that keeps packets: a KVCache, or a rollout's memory while training."""
+
+    @property
+    def archives(self) -> bool: ...
+
+    @property
+    def packets(self) -> PacketMemory: ...
+
 
 Decode = Callable[[Tensor], Tensor]  # latents [B, F, C, h, w] -> pixels [B, T, 3, H, W] in [-1, 1], as a stream
 
@@ -35,8 +47,8 @@ class Packer:
     """Writes packets. Frames of the chunk never see them, so its own memory is what it would be without."""
 
     def __init__(
-        self, model: CausalWanModel, cache: KVCache, grid: PacketGrid, compression: Compression, context_time: float,
-        *, vae: WanVAE | None = None, branch: HighResolutionBranch | None = None,
+        self, model: CausalWanModel, cache: PacketCache, grid: PacketGrid, compression: Compression,
+        context_time: float, *, vae: WanVAE | None = None, branch: HighResolutionBranch | None = None,
     ):
         self._model, self._cache, self._grid, self._compression = model, cache, grid, compression
         self._time, self._vae, self._branch = context_time, vae, branch
@@ -104,8 +116,8 @@ def choose_branch(
     path = REPOSITORY / Path(compression.weights).expanduser() if compression.weights else spec.compressor
     if path is None:
         raise ConfigError(
-            f"kv_cache.compressor=dual needs a trained compressor, and the model {spec.name} has none. Name a file with "
-            "kv_cache.compressor_weights, or set kv_cache.compressor to lr, latent_pool or kv_pool."
+            f"kv_cache.compressor=dual needs a trained compressor, and the model {spec.name} has none. Name a file "
+            "with kv_cache.compressor_weights, or set kv_cache.compressor to lr, latent_pool or kv_pool."
         )
     grid = policy.sizes(geometry).archive.grid
     space = grid.space * architecture.patch_size[1]
