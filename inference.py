@@ -15,6 +15,7 @@ from typing import NoReturn
 import torch
 
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
+from pipeline.acceleration import Acceleration
 from pipeline.build import (
     RunPlan,
     asked_pixel_frames,
@@ -31,6 +32,7 @@ from utils.config import load_config
 from utils.launch import Launch, read_launch, wait_for_others
 from utils.outputs import OutputFolder
 from utils.prompts import PromptItem, load_prompts, shard
+from wan.backends import NAMES as BACKENDS
 from wan.kv_cache.policy import build_policy, policy_fields
 
 logger = logging.getLogger("inference")
@@ -76,6 +78,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--Recent", type=int, dest="recent", help="newest latent frames kept by pruning, the chunk included")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key of the config")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--attention", choices=BACKENDS, default="auto", help="attention kernel (default: the fastest that is there)")
+    add("--eager", action="store_true", help="plain passes: nothing compiled, no CUDA graphs (default off a GPU)")
     add("--overwrite", action="store_true", help="redo finished videos (default: skip them)")
     add("--dry_run", action="store_true", help="print what would be done and stop")
     add("--random_weights", action="store_true", help="seeded random networks, for benchmarks")
@@ -108,6 +112,7 @@ def make_plan(options: argparse.Namespace, launch: Launch) -> RunPlan:
         config, checkpoint=options.checkpoint_path, use_ema=options.use_ema,
         device=choose_device(options.device, launch.local_rank), random_weights=options.random_weights,
         decoder=options.decoder, decoder_path=options.decoder_path,
+        acceleration=(Acceleration.eager if options.eager else Acceleration)(attention=options.attention),
     )
 
 

@@ -42,7 +42,8 @@ def _opener(vae: Streaming) -> OpenStream:
 
 
 def load_wan_vae(plan: RunPlan) -> OpenStream:
-    return _opener(WanVAE.random(plan.spec.vae, device=plan.device, dtype=plan.dtype, seed=0))
+    vae = WanVAE.random(plan.spec.vae, device=plan.device, dtype=plan.dtype, seed=0)
+    return _opener(plan.acceleration.accelerate_decoder(vae, plan.geometry.chunk_frames))
 
 
 def load_tiny_vae(plan: RunPlan) -> OpenStream:

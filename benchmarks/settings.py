@@ -6,18 +6,19 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
+from pipeline.acceleration import Acceleration
 from pipeline.build import EMBEDDED, REAL, RunPlan, dtype_name, plan_run
 from utils.config import REPOSITORY, ConfigError, load_config
-from wan.attention import AttentionBackend, sdpa
+from wan.backends import NAMES as ATTENTION
 from wan.kv_cache.policy import build_policy, policy_fields
 
-ATTENTION: dict[str, AttentionBackend] = {"sdpa": sdpa}
+SWITCH = {"auto": None, "on": True, "off": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,10 @@ class Setting:
     policy: str = "deep_forcing"      # a YAML of configs/, without its suffix
     model: str | None = None          # a YAML of configs/models/, or a path; None: the 1.3B on a GPU, else the tiny one
     dtype: str | None = None          # bfloat16 or float32; None: by device
-    attention: str = "sdpa"           # a key of ATTENTION
+    attention: str = "auto"           # one of ATTENTION
+    compile: str = "auto"             # a key of SWITCH: torch.compile; auto is on for a GPU
+    graphs: str = "auto"              # a key of SWITCH: CUDA graphs
+    decoder: str = "auto"             # a key of SWITCH: the Wan VAE's fast decoder
     resolution: str | None = None     # HEIGHTxWIDTH in pixels; None: the model's own
     batch: int = 1                    # videos made side by side
     overrides: tuple[str, ...] = ()   # key=value of the config, as in --set; the fields above win
@@ -39,6 +43,9 @@ class Setting:
     def __post_init__(self) -> None:
         if self.attention not in ATTENTION:
             raise ConfigError(f"attention={self.attention} is unknown. Known: {', '.join(ATTENTION)}.")
+        for name in ("compile", "graphs", "decoder"):
+            if getattr(self, name) not in SWITCH:
+                raise ConfigError(f"{name}={getattr(self, name)} is no switch. Use one of {', '.join(SWITCH)}.")
         if self.resolution is not None and not re.fullmatch(r"\d+x\d+", self.resolution):
             raise ConfigError(
                 f"resolution={self.resolution} is no size. Write HEIGHTxWIDTH in pixels, such as 480x832."
@@ -89,14 +96,21 @@ class Setting:
             REPOSITORY / "configs" / f"{self.policy}.yaml", policy_fields=policy_fields(), build_policy=build_policy,
             overrides=[default, *self.overrides, *flags],
         )
-        return plan_run(config, checkpoint=None, use_ema=False, device=device, random_weights=True)
+        return plan_run(
+            config, checkpoint=None, use_ema=False, device=device, random_weights=True,
+            acceleration=Acceleration(
+                attention=self.attention, compile=SWITCH[self.compile], graphs=SWITCH[self.graphs],
+                decoder=SWITCH[self.decoder],
+            ),
+        )
 
     def describe(self, plan: RunPlan) -> dict[str, Any]:
         """What was measured, as plain data."""
         g = plan.geometry
         return {
             "config": self.policy, "kv_cache": dict(plan.config.kv_cache), "model": plan.spec.name,
-            "weights": "random", "dtype": dtype_name(plan.dtype), "attention": self.attention, "batch": self.batch,
+            "weights": "random", "dtype": dtype_name(plan.dtype), "acceleration": asdict(plan.acceleration),
+            "batch": self.batch,
             "size": f"{g.width}x{g.height}", "fps": g.fps, "chunk_frames": g.chunk_frames,
             "passes": {"denoising": plan.sampler.num_passes, "context": 1},
         }

@@ -16,12 +16,11 @@ from torch import Tensor
 from benchmarks.clock import Clock
 from benchmarks.cycles import Schedule
 from benchmarks.decoders import COUNTED, FrameStream, OpenStream
-from benchmarks.settings import ATTENTION, Setting
+from benchmarks.settings import Setting
 from pipeline.build import RunPlan, check_memory
 from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.noise import SampleSeed, SeededNoise
 from wan.geometry import ChunkSpan
-from wan.kv_cache.cache import KVCache
 from wan.model import CausalWanModel, TextContext, randomize
 
 Stages = dict[str, float]  # milliseconds by name, in order; their sum is the chunk's time
@@ -44,11 +43,12 @@ def make_pipeline(plan: RunPlan, setting: Setting) -> ChunkwisePipeline:
     """
     check_memory(plan, setting.batch)
     with torch.device(plan.device):
-        model = CausalWanModel(plan.architecture, ATTENTION[setting.attention])
+        model = CausalWanModel(plan.architecture, plan.attention_backend)
     randomize(model, seed=0)
     model = model.to(plan.dtype).eval().requires_grad_(False)
-    cache = KVCache(plan.cache_shape(setting.batch), plan.geometry, plan.policy)
-    return ChunkwisePipeline(model, plan.sampler, plan.geometry, cache)
+    return plan.acceleration.pipeline(
+        model, plan.sampler, plan.geometry, plan.cache_shape(setting.batch), plan.policy,
+    )
 
 
 class Subject:

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
+from pipeline.acceleration import Acceleration
 from pipeline.decoder import TinyDecoder, choose_decoder
 from pipeline.packets import TrainedBranch, choose_branch
 from pipeline.sampler import FewStepSampler
 from utils.config import Config, ConfigError, ModelSpec, load_model_spec
 from utils.hashing import fingerprint, sha256_file
+from wan.backends import AttentionBackend
 from wan.checkpoint import CheckpointError, check_transformer, weight_files
 from wan.geometry import VideoGeometry
 from wan.kv_cache.archive import FIRST_PLACES
@@ -33,6 +35,7 @@ from wan.model import CausalWanModel, WanConfig
 logger = logging.getLogger(__name__)
 
 REAL, EMBEDDED = "wan2.1_t2v_1.3b", "tiny"
+AS_FAST_AS_POSSIBLE = Acceleration()
 PREVIEW_CHUNKS = 24
 MOST_PIXEL_FRAMES = 2**31 - 1
 
@@ -53,6 +56,7 @@ class RunPlan:
     random_weights: bool  # seeded noise instead of files, for benchmarks
     tiny_decoder: TinyDecoder | None = None  # None: the VAE decodes
     branch: TrainedBranch | None = None      # of a compressor that was trained
+    acceleration: Acceleration = Acceleration.eager()
 
     @property
     def decoder_name(self) -> str:
@@ -65,6 +69,10 @@ class RunPlan:
             layers=a.num_layers, heads=a.num_heads, head_dim=a.head_dim, batch=batch,
             device=self.device, dtype=self.dtype,
         )
+
+    @property
+    def attention_backend(self) -> AttentionBackend:
+        return self.acceleration.backend(self.device, self.dtype, self.architecture.head_dim)
 
     @cached_property
     def weights(self) -> dict[str, str]:
@@ -92,7 +100,7 @@ class RunPlan:
 
 def plan_run(
     config: Config, *, checkpoint: Path | None, use_ema: bool, device: torch.device, random_weights: bool,
-    decoder: str = "wan", decoder_path: Path | None = None,
+    decoder: str = "wan", decoder_path: Path | None = None, acceleration: Acceleration = AS_FAST_AS_POSSIBLE,
 ) -> RunPlan:
     """Decide and check everything that needs no weights.
 
@@ -101,6 +109,7 @@ def plan_run(
         device: from `choose_device`.
         decoder: one of pipeline.decoder.NAMES; `wan` is the VAE's own.
         decoder_path: weights of a tiny decoder that replace those that the model names.
+        acceleration: as asked for.
     Raises:
         ConfigError: a model or size that cannot be used, or files that are missing, with the command that gets them.
         wan.checkpoint.CheckpointError: a checkpoint that is damaged or belongs to another network.
@@ -124,11 +133,13 @@ def plan_run(
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    dtype = choose_dtype(config.dtype, device)
     plan = RunPlan(
         config=config, spec=spec, architecture=architecture, geometry=geometry, policy=policy, sampler=sampler,
-        device=device, dtype=choose_dtype(config.dtype, device), use_ema=use_ema, random_weights=random_weights,
+        device=device, dtype=dtype, use_ema=use_ema, random_weights=random_weights,
         tiny_decoder=choose_decoder(spec, decoder, decoder_path, random_weights),
         branch=choose_branch(policy, geometry, architecture, spec),
+        acceleration=acceleration.resolved(device, dtype, architecture.head_dim),
     )
     if not random_weights:
         check_files(plan)
@@ -373,6 +384,9 @@ def describe(plan: RunPlan, length: Length, batch: int) -> str:
         f"sampling  chunks of {g.chunk_frames}; timesteps {times}; context pass at {plan.sampler.context_time:g}",
         f"decoder   {plan.decoder_name}{'' if plan.tiny_decoder is None else ', approximate'}",
         f"policy    {plan.policy}",
+        f"speed     attention by {plan.acceleration.attention}, "
+        f"{'compiled' if plan.acceleration.compile else 'not compiled'}, "
+        f"{'CUDA graphs' if plan.acceleration.graphs else 'no CUDA graphs'}",
         f"window    {shown} frames, chunk by chunk; at most {sizes.window_tokens} tokens attended, "
         f"{sizes.capacity_tokens} stored",
         f"memory    {memory}; the VAE's work space comes on top",

@@ -4,13 +4,13 @@ Source: Self Forcing, arXiv:2506.08009, Algorithm 2; Deep Forcing changes the ca
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pipeline.noise import NoiseSource
+from pipeline.noise import NoiseSource, draw
 from pipeline.packets import Decode, Packer
 from pipeline.sampler import FewStepSampler
 from wan.geometry import ChunkSpan, VideoGeometry
@@ -30,11 +30,9 @@ class Chunk:
 class ChunkwisePipeline:
     """Streams a batch of videos as latent chunks; memory does not grow with their length."""
 
-    def __init__(
-        self, model: CausalWanModel, sampler: FewStepSampler, geometry: VideoGeometry, cache: KVCache,
-        packer: Packer | None = None,
-    ):
-        self.model, self.sampler, self.geometry, self.cache, self.packer = model, sampler, geometry, cache, packer
+    def __init__(self, model: CausalWanModel, sampler: FewStepSampler, geometry: VideoGeometry, cache: KVCache):
+        self.model, self.sampler, self.geometry, self.cache = model, sampler, geometry, cache
+        self.packer: Packer | None = None  # compresses chunks, for policies that keep packets
 
     def __call__(
         self, embeddings: Tensor, num_frames: int, noise: NoiseSource, seeds: list[int],
@@ -72,20 +70,33 @@ class ChunkwisePipeline:
     def denoise(self, span: ChunkSpan, text: TextContext, noise: NoiseSource) -> Tensor:
         """Begin the chunk and run its denoising passes; memory is untouched. Returns x0 [B, F, C, h, w]."""
         self.cache.begin(span)
-        x = noise.initial(span)
-        for index, time in enumerate(self.sampler.times):
-            x0 = self.sampler.clean(x, self._forward(x, time, text), index)
-            if index + 1 < self.sampler.num_passes:
-                x = self.sampler.renoise(x0, noise.fresh(span, index + 1), index + 1)
-        return x0
+        return self._denoise(lambda index: draw(noise, span, index), text)
 
     @torch.inference_mode()
     def remember(self, span: ChunkSpan, latents: Tensor, text: TextContext) -> None:
         """The context pass: clean keys and values of the chunk that has begun become memory."""
-        self._forward(latents, self.sampler.context_time, text)
-        if self.packer is not None:
-            self.packer.remember(latents, text)
+        if self.packer is None:
+            self._remember(latents, text)
+            return
+        self._see_clean(latents, text)
+        self.packer.remember(latents, text)
         self.cache.commit()
 
-    def _forward(self, x: Tensor, time: float, text: TextContext) -> Tensor:
-        return self.model(x, torch.full(x.shape[:2], time, device=x.device), text, self.cache)
+    def _denoise(self, noise: Callable[[int], Tensor], text: TextContext) -> Tensor:
+        """All denoising passes; `noise` of pass 0 is what it starts from, of a later one what is mixed in."""
+        x = noise(0)
+        for index, time in enumerate(self.sampler.times):
+            x0 = self.sampler.clean(x, self.model(x, self._times(x, time), text, self.cache), index)
+            if index + 1 < self.sampler.num_passes:
+                x = self.sampler.renoise(x0, noise(index + 1), index + 1)
+        return x0
+
+    def _remember(self, latents: Tensor, text: TextContext) -> None:
+        self._see_clean(latents, text)
+        self.cache.commit()
+
+    def _see_clean(self, latents: Tensor, text: TextContext) -> None:
+        self.model.remember(latents, self._times(latents, self.sampler.context_time), text, self.cache)
+
+    def _times(self, x: Tensor, time: float) -> Tensor:
+        return torch.full(x.shape[:2], time, device=x.device)

@@ -18,7 +18,7 @@ from pipeline.build import RunPlan
 from pipeline.chunkwise import Chunk, ChunkwisePipeline
 from pipeline.decoder import OnceDecoder
 from pipeline.noise import SampleSeed, SeededNoise
-from pipeline.packets import Packer
+from pipeline.packets import make_packer
 from utils.files import user_cache_dir
 from utils.hashing import fingerprint
 from utils.profiling import StageClock
@@ -27,7 +27,6 @@ from utils.video import fit_to, read_image, read_video
 from wan.checkpoint import load_transformer
 from wan.compressor import HighResolutionBranch
 from wan.geometry import ChunkSpan
-from wan.kv_cache.cache import KVCache
 from wan.model import CausalWanModel, randomize
 from wan.text_encoder import EmbeddingCache, TextEncoder, embed_prompts
 from wan.tiny_vae import TinyVAE
@@ -72,7 +71,7 @@ class Engine:
         self._embeddings.prepare(texts)
         plan = self.plan
         with torch.device("meta"):
-            model = CausalWanModel(plan.architecture)
+            model = CausalWanModel(plan.architecture, plan.attention_backend)
         if plan.random_weights:
             model = model.to_empty(device=plan.device).to(plan.dtype)
             randomize(model, seed=0)
@@ -158,6 +157,7 @@ class Engine:
                 self._vae = WanVAE.random(plan.spec.vae, device=plan.device, dtype=plan.dtype, seed=0)
             else:
                 self._vae = WanVAE.load(plan.spec.vae, device=plan.device, dtype=plan.dtype)
+            plan.acceleration.accelerate_decoder(self._vae, plan.geometry.chunk_frames)
         return self._vae
 
     def _tiny_vae(self) -> TinyVAE:
@@ -170,19 +170,15 @@ class Engine:
         if self._pipeline is None or self._pipeline[0] != batch:
             self._pipeline = None  # free the old cache before the new one is allocated
             plan = self.plan
-            cache = KVCache(plan.cache_shape(batch), plan.geometry, plan.policy)
-            packer = self._packer(cache)
-            self._pipeline = (batch, ChunkwisePipeline(self._model, plan.sampler, plan.geometry, cache, packer))
+            pipeline = plan.acceleration.pipeline(
+                self._model, plan.sampler, plan.geometry, plan.cache_shape(batch), plan.policy,
+            )
+            pipeline.packer = make_packer(
+                self._model, pipeline.cache, plan.geometry, plan.policy, plan.sampler.context_time, self._wan_vae,
+                self._branch,
+            )
+            self._pipeline = (batch, pipeline)
         return self._pipeline[1]
-
-    def _packer(self, cache: KVCache) -> Packer | None:
-        plan, compression = self.plan, self.plan.policy.compression
-        if compression is None or compression.compressor == "kv_pool":
-            return None  # the cache pools by itself
-        return Packer(
-            self._model, cache, plan.policy.sizes(plan.geometry).archive.grid, compression, plan.sampler.context_time,
-            vae=self._wan_vae() if compression.reads_pixels else None, branch=self._branch,
-        )
 
 
 class _Embeddings:

@@ -22,6 +22,11 @@ class NoiseSource(Protocol):
         """What is mixed in before pass `index` >= 1."""
 
 
+def draw(noise: NoiseSource, chunk: ChunkSpan, index: int) -> Tensor:
+    """What pass `index` needs: what it starts from, or what is mixed in before it."""
+    return noise.fresh(chunk, index) if index else noise.initial(chunk)
+
+
 @dataclass(frozen=True)
 class SampleSeed:
     """One video: the user's seed, and which of its samples."""

@@ -24,7 +24,7 @@ from wan.compressor import (
     random_branch,
 )
 from wan.geometry import PacketGrid, VideoGeometry
-from wan.kv_cache.cache import PacketMemory
+from wan.kv_cache.packets import PacketMemory
 from wan.kv_cache.policy import Compression, KVPolicy
 from wan.model import CausalWanModel, TextContext, WanConfig
 from wan.vae import WanVAE
@@ -78,10 +78,25 @@ class Packer:
         """Stage keys and values of `tokens` in every layer."""
         memory = self._cache.packets
         if self._compression.stream == "forward":
-            self._model.encode(tokens, torch.full(tokens.shape[:2], self._time, device=tokens.device), text, memory)
+            t = torch.full(tokens.shape[:2], self._time, device=tokens.device)
+            self._model.remember_tokens(tokens, t, text, memory)
             return
         for index, block in enumerate(self._model.blocks):
-            memory.layer(index).stage(*block.self_attn.remember(tokens.flatten(1, 2)))
+            memory.layer(index).stage(*block.self_attn.project(tokens.flatten(1, 2))[1:])
+
+
+def make_packer(
+    model: CausalWanModel, cache: PacketCache, geometry: VideoGeometry, policy: KVPolicy, context_time: float,
+    load_vae: Callable[[], WanVAE], branch: HighResolutionBranch | None,
+) -> Packer | None:
+    """What compresses the chunks that `cache` remembers; None if it keeps no packets, or pools them by itself."""
+    compression = policy.compression
+    if compression is None or compression.compressor == "kv_pool":
+        return None
+    return Packer(
+        model, cache, policy.sizes(geometry).archive.grid, compression, context_time,
+        vae=load_vae() if compression.reads_pixels else None, branch=branch,
+    )
 
 
 @dataclass(frozen=True)

@@ -71,13 +71,15 @@ class Tiny:
     model: CausalWanModel
     geometry: VideoGeometry
 
-    def cache(self, policy: KVPolicy, batch: int = 1) -> KVCache:
+    def cache_shape(self, batch: int = 1) -> CacheShape:
         config = self.model.config
-        shape = CacheShape(
+        return CacheShape(
             layers=config.num_layers, heads=config.num_heads, head_dim=config.head_dim, batch=batch,
             device=self.model.device, dtype=self.model.dtype,
         )
-        return KVCache(shape, self.geometry, policy)
+
+    def cache(self, policy: KVPolicy, batch: int = 1) -> KVCache:
+        return KVCache(self.cache_shape(batch), self.geometry, policy)
 
     def pipeline(self, policy: KVPolicy, batch: int = 1) -> ChunkwisePipeline:
         sampler = FewStepSampler([1000, 500], shift=5.0, warp=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import SMALL, make_tiny, policy_of
 from reference import rotate, token_grid
+from test_graphs import graphed
 from torch.testing import assert_close
 
 from pipeline.packets import Packer
@@ -82,12 +83,12 @@ def test_selection_equals_brute_force(chunk_frames: int, score_heads: str) -> No
     settings = PACK | {"sink_frames": chunk_frames, "recent_frames": chunk_frames, "score_heads": score_heads}
     heads = HEADS if score_heads == "all" else HEADS // 2
     compared = 0
-    for layer, view, plan, _, made in drive(settings, geometry, 8):
+    for _, view, plan, _, made in drive(settings, geometry, 8):
         mids = [c for c in range(1, len(made) - 2) if c >= len(made) - 1 - 5]  # five places, the oldest make room
         if plan.packets is None:
             assert not mids
             continue
-        scores = layer._affinity(1.0 if score_heads == "all" else 0.5)
+        scores = view.packets.affinity(1.0 if score_heads == "all" else 0.5)
         for sample in range(2):
             expected = {}
             for c in mids:
@@ -275,3 +276,16 @@ def test_packets_do_not_touch_the_chunk(stream: str) -> None:
         assert torch.equal(ours.store.keys[:, :ours.store.length], theirs.store.keys[:, :theirs.store.length])
         assert ours.archive.known == 2 and (ours.archive.keys[:, :3] - theirs.archive.keys[:, :3]).abs().max() > 0.01
     assert not torch.equal(tiny.run(policy, 30, pipeline=packed), tiny.run(policy, 30, pipeline=plain))
+
+
+def test_packets_beside_replayed_passes() -> None:
+    """What compresses runs between a replayed context pass and the commit: bit for bit as with plain passes."""
+    tiny, policy = make_tiny(height=64), policy_of(PACK | {"compressor": "latent_pool"})
+    pipelines = [graphed(tiny, policy, batch=1), tiny.pipeline(policy)]
+    for pipeline in pipelines:
+        grid = policy.sizes(tiny.geometry).archive.grid
+        pipeline.packer = Packer(tiny.model, pipeline.cache, grid, policy.compression, 0.0)
+    for video in range(2):
+        fast, eager = (tiny.run(policy, 36, text=video, pipeline=pipeline) for pipeline in pipelines)
+        assert torch.equal(fast, eager)
+    assert pipelines[0]._record.replayed > 4

@@ -148,7 +148,7 @@ def test_an_aborted_chunk_leaves_no_trace(policy: KVPolicy, tiny: Tiny) -> None:
     parts = []
     for span in tiny.geometry.chunks(FRAMES):
         rejected = pipeline.denoise(span, wrong, other)
-        pipeline._forward(rejected, 0.0, wrong)  # even its context pass was run, but not committed
+        pipeline.model.remember(rejected, torch.zeros(1, 3), wrong, pipeline.cache)  # not committed
         parts.append(pipeline.denoise(span, text, noise))
         pipeline.remember(span, parts[-1], text)
     assert torch.equal(torch.cat(parts, dim=1), straight)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from wan.geometry import ChunkSpan, PacketGrid, VideoGeometry
-from wan.kv_cache.cache import PacketLayer
+from wan.kv_cache.packets import PacketMemory
 from wan.kv_cache.window import Window
 from wan.rope import Phase, rotate_space, rotate_time, space_phase, time_phase
 
@@ -160,9 +160,9 @@ class PackedRollout:
         return self._made >= self._sink
 
     @property
-    def packets(self) -> PackedPackets:
+    def packets(self) -> PacketMemory:
         """The memory that the chunk's packet reads and is written to."""
-        return PackedPackets(self)
+        return PacketMemory(self)
 
     def commit(self) -> None:
         """What the last pass staged becomes memory."""
@@ -226,13 +226,3 @@ class PackedLayer:
 
 def _joined(parts: tuple[Tensor, ...]) -> Tensor:
     return torch.cat(parts, dim=1)
-
-
-class PackedPackets:
-    """A PackedRollout as a chunk's packet sees it."""
-
-    def __init__(self, memory: PackedRollout):
-        self._memory = memory
-
-    def layer(self, index: int) -> PacketLayer:
-        return PacketLayer(self._memory.layer(index))

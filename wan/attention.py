@@ -1,6 +1,5 @@
-"""Attention layers, and the kernels behind one protocol.
-
-Self-attention asks its memory for a window and attends to it densely; it knows neither RoPE nor policy.
+"""Attention layers. Self-attention asks its memory for a window and attends to it densely; it knows neither RoPE nor
+policy.
 
 B batch, L chunk tokens, S seen tokens, H heads, D head dim, C = H * D channels.
 """
@@ -8,23 +7,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from wan.backends import AttentionBackend
 from wan.kv_cache.window import Window
-
-# cuDNN is the fastest of torch's kernels on Hopper; each that refuses a shape or dtype leaves it to the next.
-_CUDA_KERNELS = [
-    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
-]
-
-
-class AttentionBackend(Protocol):
-    """Dense attention without a mask, scaled by 1 / sqrt(D)."""
-
-    def __call__(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """query [B, L, H, D], keys and values [B, S, H, D] -> [B, L, H, D]."""
 
 
 class Memory(Protocol):
@@ -32,15 +20,6 @@ class Memory(Protocol):
 
     def extend(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
         """Normalised [B, L, H, D] without RoPE -> what attention sees."""
-
-
-def sdpa(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """torch's scaled dot-product attention; works on every device and dtype."""
-    query, keys, values = (x.transpose(1, 2) for x in (query, keys, values))
-    if not query.is_cuda:
-        return F.scaled_dot_product_attention(query, keys, values).transpose(1, 2)
-    with sdpa_kernel(_CUDA_KERNELS, set_priority=True):
-        return F.scaled_dot_product_attention(query, keys, values).transpose(1, 2)
 
 
 class _Attention(nn.Module):
@@ -61,14 +40,31 @@ class _Attention(nn.Module):
 class SelfAttention(_Attention):
     """A chunk attends to its memory and to itself."""
 
-    def remember(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, L, H, D] of tokens [B, L, C]."""
-        return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
+    def __init__(self, dim: int, num_heads: int, eps: float, backend: AttentionBackend):
+        super().__init__(dim, num_heads, eps, backend)
+        self.register_buffer("joint_weight", None, persistent=False)  # [3 C, C], see `join`
+        self.register_buffer("joint_bias", None, persistent=False)
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        """x [B, L, C] -> [B, L, C]."""
-        window = memory.extend(self.heads(self.norm_q(self.q(x))), *self.remember(x))
-        return self.o(self.backend(window.query, window.keys, window.values).flatten(2))
+    @torch.no_grad()
+    def join(self) -> None:
+        """Make one matrix product of three: q, k and v become views of joint parameters and keep names and values.
+
+        For finished weights in their final dtype and place: what moves a module afterwards parts them again.
+        """
+        parts = (self.q, self.k, self.v)
+        for name in ("weight", "bias"):
+            joint = torch.cat([getattr(linear, name) for linear in parts])
+            for linear, own in zip(parts, joint.chunk(3), strict=True):
+                getattr(linear, name).data = own
+            self.register_buffer(f"joint_{name}", joint, persistent=False)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, C] -> query, keys and values [B, L, H, D], the first two normalised."""
+        if self.joint_weight is None:
+            query, keys, values = self.q(x), self.k(x), self.v(x)
+        else:
+            query, keys, values = F.linear(x, self.joint_weight, self.joint_bias).chunk(3, dim=-1)
+        return self.heads(self.norm_q(query)), self.heads(self.norm_k(keys)), self.heads(values)
 
 
 class CrossAttention(_Attention):
@@ -78,6 +74,6 @@ class CrossAttention(_Attention):
         """Embedded text [B, T, C] -> keys and values [B, T, H, D]; done once per prompt."""
         return self.heads(self.norm_k(self.k(context))), self.heads(self.v(context))
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """x [B, L, C] -> [B, L, C]."""
-        return self.o(self.backend(self.heads(self.norm_q(self.q(x))), keys, values).flatten(2))
+    def query(self, x: Tensor) -> Tensor:
+        """x [B, L, C] -> [B, L, H, D], normalised."""
+        return self.heads(self.norm_q(self.q(x)))

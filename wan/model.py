@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from wan.attention import AttentionBackend, CrossAttention, Memory, SelfAttention, sdpa
+from wan.attention import CrossAttention, Memory, SelfAttention
+from wan.backends import AttentionBackend, sdpa
+from wan.compiler import Compiler, plain
+from wan.kv_cache.window import Window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,11 @@ def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention and feed-forward, modulated per frame."""
+    """Self-attention, cross-attention and feed-forward, modulated per frame.
+
+    What lies between two attention kernels is one function, `_enter`, `_cross` and `_leave`, so that a compiler can
+    fuse it; all blocks share what it makes of them.
+    """
 
     def __init__(self, config: WanConfig, backend: AttentionBackend):
         super().__init__()
@@ -102,15 +109,41 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps, elementwise_affine=False)
         self.ffn = _mlp(dim, config.ffn_dim, dim)
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
+        self.compile_parts(plain)
+
+    def compile_parts(self, compiler: Compiler) -> None:
+        self._run_enter, self._run_cross, self._run_leave = map(compiler, (Block._enter, Block._cross, Block._leave))
 
     def forward(self, x: Tensor, modulation: Tensor, text: tuple[Tensor, Tensor], memory: Memory) -> Tensor:
         """x [B, F, frame_tokens, dim], modulation [B, F, 6, dim], text keys and values -> like x."""
-        frames = x.shape[1:3]
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).unsqueeze(2).unbind(3)
-        attended = self.self_attn(_modulate(self.norm1(x), shift1, scale1).flatten(1, 2), memory)
-        x = x + gate1 * attended.unflatten(1, frames)
-        x = x + self.cross_attn(self.norm3(x).flatten(1, 2), *text).unflatten(1, frames)
-        return x + gate2 * self.ffn(_modulate(self.norm2(x), shift2, scale2))
+        window = self.show(x, modulation, memory)
+        attended = self.self_attn.backend(window.query, window.keys, window.values)
+        x, query = self._run_cross(self, x, attended, modulation)
+        return self._run_leave(self, x, self.cross_attn.backend(query, *text), modulation)
+
+    def show(self, x: Tensor, modulation: Tensor, memory: Memory) -> Window:
+        """Hand this layer's query, keys and values to its memory."""
+        return memory.extend(*self._run_enter(self, x, modulation))
+
+    def _enter(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shift, scale = self._modulation(modulation)[:2]
+        return self.self_attn.project(_modulate(self.norm1(x), shift, scale).flatten(1, 2))
+
+    def _cross(self, x: Tensor, attended: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        """What self-attention found [B, L, H, D] joins x; the query to the text [B, L, H, D]."""
+        gate = self._modulation(modulation)[2]
+        x = x + gate * self.self_attn.o(attended.flatten(2)).unflatten(1, x.shape[1:3])
+        return x, self.cross_attn.query(self.norm3(x).flatten(1, 2))
+
+    def _leave(self, x: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
+        """What cross-attention found [B, L, H, D] joins x, and the feed-forward."""
+        shift, scale, gate = self._modulation(modulation)[3:]
+        x = x + self.cross_attn.o(attended.flatten(2)).unflatten(1, x.shape[1:3])
+        return x + gate * self.ffn(_modulate(self.norm2(x), shift, scale))
+
+    def _modulation(self, modulation: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of self-attention, then of the feed-forward; each [B, F, 1, dim]."""
+        return (self.modulation + modulation).unsqueeze(2).unbind(3)
 
 
 class Head(nn.Module):
@@ -171,22 +204,47 @@ class CausalWanModel(nn.Module):
         keys, values = zip(*(block.cross_attn.project(context) for block in self.blocks), strict=True)
         return TextContext(keys, values)
 
+    def accelerate(self, compiler: Compiler) -> None:
+        """Let `compiler` run the blocks, and make one matrix product of q, k and v if that is not `plain`.
+
+        For loaded weights in their final place.
+        """
+        for block in self.blocks:
+            if compiler is not plain:
+                block.self_attn.join()
+            block.compile_parts(compiler)
+
     def forward(self, x: Tensor, t: Tensor, text: TextContext, memory: LayeredMemory) -> Tensor:
         """One pass over a chunk.
 
         Shapes: x [B, F, C, h, w] noisy latents; t [B, F] timesteps in 0..1000, one per frame.
         Returns: flow [B, F, C, h, w] in the model's dtype.
         """
-        hidden, embedding = self.encode(self.patchify(x.to(self.dtype)), t, text, memory)
+        embedding, modulation = self._embed_time(t)
+        hidden = self._run(self.blocks, self.patchify(x.to(self.dtype)), modulation, text, memory)
         return self._unpatchify(self.head(hidden, embedding), x.shape[-2:])
 
-    def encode(self, hidden: Tensor, t: Tensor, text: TextContext, memory: LayeredMemory) -> tuple[Tensor, Tensor]:
-        """The blocks alone: tokens [B, F, n, dim] at timesteps t [B, F] -> the same, and the time embedding."""
+    def remember(self, x: Tensor, t: Tensor, text: TextContext, memory: LayeredMemory) -> None:
+        """One pass for the sake of memory: as `forward`, up to the last layer's keys and values."""
+        self.remember_tokens(self.patchify(x.to(self.dtype)), t, text, memory)
+
+    def remember_tokens(self, hidden: Tensor, t: Tensor, text: TextContext, memory: LayeredMemory) -> None:
+        """The same for tokens [B, F, n, dim] as `patchify` makes them; n may be any number."""
+        modulation = self._embed_time(t)[1]
+        hidden = self._run(self.blocks[:-1], hidden, modulation, text, memory)
+        self.blocks[-1].show(hidden, modulation, memory.layer(len(self.blocks) - 1))
+
+    def _embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Timesteps [B, F] -> embedding [B, F, dim] and the blocks' modulation [B, F, 6, dim]."""
         embedding = self.time_embedding(timestep_embedding(t, self.config.freq_dim, self.dtype))
-        modulation = self.time_projection(embedding).unflatten(-1, (6, -1))
-        for index, block in enumerate(self.blocks):
+        return embedding, self.time_projection(embedding).unflatten(-1, (6, -1))
+
+    def _run(
+        self, blocks: nn.ModuleList, hidden: Tensor, modulation: Tensor, text: TextContext, memory: LayeredMemory,
+    ) -> Tensor:
+        for index, block in enumerate(blocks):
             hidden = block(hidden, modulation, (text.keys[index], text.values[index]), memory.layer(index))
-        return hidden, embedding
+        return hidden
 
     def patchify(self, x: Tensor) -> Tensor:
         """[B, F, C, h, w] -> [B, F, frame_tokens, dim]; a matrix product does what the convolution would."""

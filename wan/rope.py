@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 THETA = 10_000.0
@@ -40,11 +41,6 @@ class Phase:
 
     cos: Tensor
     sin: Tensor
-
-    @property
-    def inverse(self) -> Phase:
-        """The rotation that undoes this one."""
-        return Phase(self.cos, -self.sin)
 
 
 def phase_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,6 +88,42 @@ def _turn(x: Tensor, phase: Phase) -> Tensor:
     return torch.stack(
         [real * phase.cos - imaginary * phase.sin, real * phase.sin + imaginary * phase.cos], dim=-1
     ).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A rotation of all channels of a head, in a form that compilers fuse: x * cos + (x, pairs swapped) * sin.
+
+    `cos`, `sin`: [..., L, 1, D] as in `Phase`; 1 and 0 for channels that stay.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    @property
+    def inverse(self) -> Turn:
+        """The rotation that undoes this one."""
+        return Turn(self.cos, -self.sin)
+
+
+def turn_of(phase: Phase, channels: int, first: int = 0) -> Turn:
+    """`phase` applied to the channels from `first` on, of `channels` in all; the others stay."""
+    behind = channels - first - 2 * phase.cos.shape[-1]
+    cos = torch.stack([phase.cos, phase.cos], dim=-1).flatten(-2)
+    sin = torch.stack([-phase.sin, phase.sin], dim=-1).flatten(-2)
+    return Turn(F.pad(cos, (first, behind), value=1.0), F.pad(sin, (first, behind)))
+
+
+def both_turns(time: Turn, space: Turn) -> Turn:
+    """Time and space at once: no channel is turned by both, so cosines multiply and sines add."""
+    return Turn(time.cos * space.cos, time.sin + space.sin)
+
+
+def turn(x: Tensor, by: Turn) -> Tensor:
+    """What `rotate_time` and `rotate_space` give, bit for bit: same shape and dtype as `x` [..., L, H, D]."""
+    wide = x.to(by.cos.dtype)
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (wide * by.cos + swapped * by.sin).to(x.dtype)
 
 
 def rotate_time(x: Tensor, phase: Phase) -> Tensor:

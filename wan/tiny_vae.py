@@ -102,7 +102,14 @@ class TinyVAE:
         """Start decoding a video. Any number of streams can share a decoder without touching each other."""
         return StreamDecoder(self)
 
-    def decode_frame(self, latent: Tensor, past: Past) -> Tensor:
+    @property
+    def part_frames(self) -> int:
+        return 1
+
+    def new_past(self) -> Past:
+        return {}
+
+    def decode_part(self, latent: Tensor, past: Past) -> Tensor:
         """[B, C, 1, h, w] normalised -> pixels [B, 3, 1 or 4, H, W] in [-1, 1]; `past` is advanced.
 
         The first latent frame makes four images as the others do, but stands for one pixel frame: the last.

@@ -19,11 +19,16 @@ from torch import Tensor
 
 from wan.checkpoint import CheckpointError, load_strictly, read_tensors
 from wan.names import strip_wrappers, vae_to_diffusers
+from wan.recorder import Recorder
+from wan.stacking import load_kernels
+from wan.vae_decoder import FastDecoder, StreamPast, can_decode
 from wan.vae_passes import Past, VaePasses
 
 
 class WanVAE:
     """Encoder and decoder with their latent normalisation."""
+
+    part_frames = 1  # latent frames that are decoded in one call
 
     def __init__(self, model: AutoencoderKLWan) -> None:
         self._model = model.eval().requires_grad_(False)
@@ -39,6 +44,7 @@ class WanVAE:
         self._mean = torch.tensor(config.latents_mean, device=self.device).view(shape)
         self._std = torch.tensor(config.latents_std, device=self.device).view(shape)
         self._passes = VaePasses(self._model)
+        self._fast: FastDecoder | None = None
 
     @classmethod
     def load(
@@ -172,29 +178,51 @@ class WanVAE:
                 f"Crop or resize to {max(unit, height - height % unit)}x{max(unit, width - width % unit)}."
             )
 
-    def decode_frame(self, latent: Tensor, past: Past) -> Tensor:
-        """[B, C, 1, h, w] normalised -> pixels [B, 3, 1 or s, H, W]; `past` is advanced."""
-        z = latent.to(self.device, torch.float32) * self._std + self._mean
-        return self._passes.decode(z.to(self.dtype), past).float().clamp(-1, 1)
+    def accelerate(self, recorder: Recorder | None, *, part_frames: int) -> None:
+        """Decode `part_frames` latents a call, by fused kernels, and replay what `recorder` records.
+
+        Equal to the plain passes up to rounding. A decoder of another design than Wan 2.1's stays as it is.
+        """
+        if can_decode(self._model):
+            self._fast = FastDecoder(self._model, load_kernels(self.device), recorder)
+            self.part_frames = part_frames
+
+    def new_past(self) -> Past | StreamPast:
+        return {} if self._fast is None else StreamPast()
+
+    def decode_part(self, latents: Tensor, past: Past | StreamPast) -> Tensor:
+        """[B, C, F, h, w] normalised -> pixels [B, 3, T, H, W]; `past` is advanced."""
+        z = (latents.to(self.device, torch.float32) * self._std + self._mean).to(self.dtype)
+        if self._fast is None:
+            return self._passes.decode(z, past).float().clamp(-1, 1)
+        return self._fast(z, past).permute(0, 4, 1, 2, 3).float().clamp(-1, 1)
 
 
-class FrameDecoder(Protocol):
-    """What makes pixels of one latent frame after the other; all that it remembers is in `past`, empty at first."""
+class PartDecoder(Protocol):
+    """What makes pixels of a few latent frames at a time."""
+
+    part_frames: int  # latent frames a call, at most
 
     @property
     def latent_channels(self) -> int:
         """C."""
 
-    def decode_frame(self, latent: Tensor, past: Past) -> Tensor:
-        """[B, C, 1, h, w] normalised -> pixels [B, 3, 1 or s, H, W] in [-1, 1]; `past` is advanced."""
+    def new_past(self) -> Any:
+        """What a stream remembers, before its first frame."""
+
+    def decode_part(self, latents: Tensor, past: Any) -> Tensor:
+        """[B, C, F, h, w] normalised -> pixels [B, 3, T, H, W] in [-1, 1]; `past` is advanced."""
 
 
 class StreamDecoder:
-    """Decodes one video chunk by chunk; any split of the latents gives the same pixels, bit for bit."""
+    """Decodes one video chunk by chunk; any split of the latents gives the same pixels.
 
-    def __init__(self, decoder: FrameDecoder) -> None:
+    Bit for bit if the decoder takes one latent frame at a time, else up to rounding.
+    """
+
+    def __init__(self, decoder: PartDecoder) -> None:
         self._decoder = decoder
-        self._past: Past = {}
+        self._past = decoder.new_past()
         self._shape: torch.Size | None = None  # of one latent frame with its batch, once known
         self._broken = False
 
@@ -228,8 +256,8 @@ class StreamDecoder:
             )
         pixels = []
         self._broken = True
-        for frame in latents.unbind(1):
-            pixels.append(self._decoder.decode_frame(frame.unsqueeze(2), self._past))
+        for part in latents.transpose(1, 2).split(self._decoder.part_frames, dim=2):
+            pixels.append(self._decoder.decode_part(part, self._past))
             self._shape = shape
         self._broken = False
         return torch.cat(pixels, dim=2).transpose(1, 2)

@@ -11,12 +11,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wan.geometry import PacketGrid
-from wan.kv_cache.policy import ArchiveSizes
-from wan.rope import phase_dtype
+from wan.geometry import ChunkSpan, PacketGrid
+from wan.kv_cache.policy import ArchiveSizes, PacketView, Plan
+from wan.kv_cache.votes import QueryVotes
+from wan.rope import AxisChannels, Turn, both_turns, phase_dtype, space_phase, time_phase, turn, turn_of
 
 EMPTY = torch.iinfo(torch.int64).max  # the start of a packet that is not there
 FIRST_PLACES = 64                     # of an archive without limit; doubled whenever they are taken
+
+
+class PacketRotation:
+    """Where the tokens of a packet sit; the same for every layer and chunk."""
+
+    def __init__(self, grid: PacketGrid, head_dim: int, device: torch.device, dtype: torch.dtype):
+        self.grid, self._head_dim, self._dtype = grid, head_dim, dtype
+        phase = space_phase(grid.rows, grid.columns, head_dim, dtype, device, covers=grid.space)
+        frame = turn_of(phase, head_dim, first=AxisChannels.of(head_dim).time)
+        self.space = Turn(*(x.repeat(grid.frames, 1, 1) for x in (frame.cos, frame.sin)))
+        self.centres = torch.tensor(grid.centres, device=device, dtype=torch.float64)  # [T], see PacketView
+        self._made: dict[int, Turn] = {}
+
+    def window(self, position: int) -> Turn:
+        """Height and width, and time, the chunk's first frame being at `position`."""
+        if position not in self._made:
+            moments = (position + self.centres).repeat_interleave(self.grid.rows * self.grid.columns)
+            phase = time_phase(moments, self._head_dim, self._dtype)
+            self._made[position] = both_turns(turn_of(phase, self._head_dim), self.space)
+        return self._made[position]
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Means [B, P, H, D] over what each packet token covers of a chunk [B, F, rows, columns, H, D]."""
+        covers, grid = self.grid.space, self.grid
+        x = x[:, :, :grid.rows * covers, :grid.columns * covers]
+        x = x.unflatten(3, (grid.columns, covers)).unflatten(2, (grid.rows, covers)).mean(dim=(3, 5))
+        return torch.stack([part.mean(dim=1) for part in x.split(grid.time, dim=1)], dim=1).flatten(1, 3)
 
 
 class Archive:
@@ -30,9 +58,10 @@ class Archive:
     is_staged: bool
 
     def __init__(
-        self, batch: int, sizes: ArchiveSizes, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype,
+        self, batch: int, sizes: ArchiveSizes, rotation: PacketRotation, heads: int, head_dim: int,
+        device: torch.device, dtype: torch.dtype,
     ):
-        self.grid: PacketGrid = sizes.grid
+        self.grid, self.rotation = sizes.grid, rotation
         self._sizes, self._offload = sizes, sizes.offload and device.type == "cuda"
         places, grid = sizes.packets or FIRST_PLACES, sizes.grid
         self._staged = torch.zeros(2, batch, grid.tokens, heads, head_dim, device=device, dtype=dtype)
@@ -58,23 +87,35 @@ class Archive:
         """Forget everything; places that were added stay."""
         self._count.zero_()
         self.start.fill_(EMPTY)
-        self._written, self.known, self.is_staged = 0, 0, False
+        self.known, self.is_staged = 0, False
 
     def copy_from(self, other: Archive) -> None:
         """Take over another archive's packets."""
-        while self.places < other.places:
-            self._grow()
+        self.make_room(other.places)
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values), (self.sums, other.sums)):
             mine[:, :other.places].copy_(theirs)
         self.start[:other.places].copy_(other.start)
         self._count.copy_(other._count)
-        self._written, self.known, self.is_staged = other._written, other.known, False
+        self.known, self.is_staged = other.known, False
+
+    def make_room(self, packets: int) -> None:
+        """Let there be places for so many packets, unless their number is limited. Between chunks: addresses change."""
+        while not self._sizes.packets and self.places < packets:
+            self.keys, self.values = self._doubled(self.keys), self._doubled(self.values)
+            self.sums = torch.cat([self.sums, torch.zeros_like(self.sums)], dim=1)
+            self.start = torch.cat([self.start, torch.full_like(self.start, EMPTY)])
 
     def stage(self, keys: Tensor, values: Tensor) -> None:
-        """Take the chunk's packet, keys and values [B, P, H, D]; a later call overwrites an earlier one."""
-        self._staged[0].copy_(keys)
+        """Take the chunk's packet, keys without RoPE and values [B, P, H, D], in place of any before."""
+        self._staged[0].copy_(turn(keys, self.rotation.space))
         self._staged[1].copy_(values)
         self.is_staged = True
+
+    def pool(self, keys: Tensor, values: Tensor, rows: int, space: Turn) -> None:
+        """Stage the means of a whole chunk's keys, height and width turned by `space`, and values [B, L, H, D]."""
+        wide, in_rows = space.cos.dtype, (self.grid.chunk_frames, rows, -1)
+        free = turn(keys.to(wide), space.inverse)
+        self.stage(*(self.rotation.pool(x.unflatten(1, in_rows)) for x in (free, values.to(wide))))
 
     def drop(self) -> None:
         """What is staged belongs to a chunk that is made again."""
@@ -82,22 +123,41 @@ class Archive:
 
     def commit(self, start: Tensor) -> None:
         """Turn what is staged into memory. `start` []: the chunk's first latent frame."""
-        if not self._sizes.packets and self._written == self.places:
-            self._grow()
         place = (self._count % self.places).view(1)
         sums = self._staged[0].unflatten(1, (self.grid.frames, -1)).sum(dim=2, dtype=self.sums.dtype)
         for column, packet in zip((self.keys, self.values, self.sums), (*self._staged, sums), strict=True):
             column.index_copy_(1, place, packet.unsqueeze(1))
         self.start.index_copy_(0, place, start.view(1))
         self._count += 1
-        self._written, self.is_staged = min(self._written + 1, self.places), False
-        self.known = min(self.known + 1, self._sizes.counted)
+        self.known, self.is_staged = min(self.known + 1, self._sizes.counted), False
 
-    def _grow(self) -> None:
-        """Twice the places."""
-        self.keys, self.values = self._doubled(self.keys), self._doubled(self.values)
-        self.sums = torch.cat([self.sums, torch.zeros_like(self.sums)], dim=1)
-        self.start = torch.cat([self.start, torch.full_like(self.start, EMPTY)])
+    def view(self, chunk: ChunkSpan, start: Tensor, votes: QueryVotes) -> PacketView:
+        """What a policy may see while `chunk`, which begins with latent frame `start` [], asks with `votes`."""
+        return PacketView(
+            self.known, self.start, self.rotation.centres, chunk.frames == self.grid.chunk_frames,
+            lambda share: self.affinity(votes, start, share),
+        )
+
+    def affinity(self, votes: QueryVotes, start: Tensor, share: float) -> Tensor:
+        """Query-key products [B, M] of the chunk's queries and each packet's keys, summed over both, mean over heads.
+
+        The double sum factorises: keys of one packet frame share a temporal phase, as queries of a frame do, so
+        their sums are all it needs. `share` of the heads count, the first ones.
+        Source: PackForcing, arXiv:2603.25730, appendix G; without its sampling of queries.
+        """
+        begin = (torch.minimum(self.start, start) - start).unsqueeze(1) + self.rotation.centres
+        scores = votes.score(
+            self.sums.flatten(1, 2), begin.flatten().unsqueeze(0), torch.zeros_like(start), "denoising",
+            max(1, int(self.sums.shape[3] * share)),
+        )
+        return scores.unflatten(1, (self.places, -1)).sum(dim=2)
+
+    def tokens_of(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Slots [B, K P] in the flattened archive of the packets that `plan` shows, and their window time."""
+        tokens = self.grid.tokens
+        slots = plan.packets.unsqueeze(2) * tokens + torch.arange(tokens, device=plan.packets.device)
+        position = plan.packet_position.flatten(1, 2).repeat_interleave(tokens // self.grid.frames, dim=1)
+        return slots.flatten(1, 2), position
 
     def _doubled(self, old: Tensor) -> Tensor:
         new = self._places((old.shape[0], 2 * old.shape[1], *old.shape[2:]))

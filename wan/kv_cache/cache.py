@@ -9,19 +9,24 @@ B batch, L chunk tokens, H heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
-from wan.geometry import ChunkSpan, PacketGrid, VideoGeometry
-from wan.kv_cache.archive import Archive
-from wan.kv_cache.policy import CacheSizes, CacheView, KVPolicy, PacketView, Plan, Votes
+from wan.compiler import Compiler, plain
+from wan.geometry import ChunkSpan, VideoGeometry
+from wan.kv_cache.archive import Archive, PacketRotation
+from wan.kv_cache.packets import PacketMemory
+from wan.kv_cache.policy import CacheView, KVPolicy, Plan, Votes
 from wan.kv_cache.store import KVStore
 from wan.kv_cache.votes import QueryVotes
 from wan.kv_cache.window import Window, WindowBuffer
-from wan.rope import Phase, rotate_space, space_phase, time_phase
+from wan.rope import AxisChannels, Turn, both_turns, space_phase, time_phase, turn, turn_of
+
+Tensors = tuple[Tensor, Tensor]  # keys and values of the same slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,32 @@ class CacheShape:
     dtype: torch.dtype
 
 
-@dataclass
+class _Turns:
+    """Rotations of a chunk's tokens; they repeat, so each is made once and keeps its address."""
+
+    def __init__(self, geometry: VideoGeometry, shape: CacheShape):
+        self._frame_tokens, self._shape = geometry.frame_tokens, shape
+        phase = space_phase(geometry.rows, geometry.columns, shape.head_dim, shape.dtype, shape.device)
+        self._frame = turn_of(phase, shape.head_dim, first=AxisChannels.of(shape.head_dim).time)
+        self._made: dict[tuple[int, int | None], Turn] = {}
+
+    def space(self, frames: int) -> Turn:
+        """Height and width of `frames` frames' tokens: [L, 1, D]."""
+        if (frames, None) not in self._made:
+            self._made[frames, None] = Turn(*(x.repeat(frames, 1, 1) for x in (self._frame.cos, self._frame.sin)))
+        return self._made[frames, None]
+
+    def window(self, frames: int, position: int) -> Turn:
+        """The same, and time, the first frame being at `position`."""
+        if (frames, position) not in self._made:
+            shape = self._shape
+            moments = torch.arange(position, position + frames, device=shape.device)
+            phase = time_phase(moments.repeat_interleave(self._frame_tokens), shape.head_dim, shape.dtype)
+            self._made[frames, position] = both_turns(turn_of(phase, shape.head_dim), self.space(frames))
+        return self._made[frames, position]
+
+
+@dataclass(frozen=True)
 class _Moment:
     """What all layers share during one chunk."""
 
@@ -45,61 +75,67 @@ class _Moment:
     chunk_index: Tensor  # [] int64 chunk.index, on the device
     seen_frames: int
     seeds: Tensor
-    space: Phase
-    packet: _PacketRotation | None
-    time: dict[int, Phase] = field(default_factory=dict)
-
-    def query_phase(self, query_position: int, frame_tokens: int, head_dim: int, dtype: torch.dtype) -> Phase:
-        """Temporal rotation of the chunk's tokens; layers that agree on the position share it."""
-        if query_position not in self.time:
-            frames = torch.arange(query_position, query_position + self.chunk.frames, device=self.seeds.device)
-            self.time[query_position] = time_phase(frames.repeat_interleave(frame_tokens), head_dim, dtype)
-        return self.time[query_position]
 
 
 @dataclass(frozen=True)
-class _PacketRotation:
-    """Where the tokens of a packet sit; the same for every layer and chunk."""
+class LayerState:
+    """What of a layer's memory lives on the host; device tensors are in buffers that stay where they are."""
 
-    grid: PacketGrid
-    space: Phase
-    centres: Tensor  # [T] float64, in latent frames from the chunk's first
+    length: int         # slots in use
+    known_frames: int   # remembered frames that vote
+    known_packets: int  # compressed chunks, as far as they are counted
+    plan: Plan | None   # of the chunk in the making
 
-    @classmethod
-    def of(cls, grid: PacketGrid, shape: CacheShape) -> _PacketRotation:
-        space = space_phase(grid.rows, grid.columns, shape.head_dim, shape.dtype, shape.device, covers=grid.space)
-        return cls(grid, space, torch.tensor(grid.centres, device=shape.device, dtype=torch.float64))
 
-    @property
-    def frame_tokens(self) -> int:
-        return self.grid.rows * self.grid.columns
+def stage(
+    query: Tensor, keys: Tensor, values: Tensor, space: Turn, slots: Tensors, voting_frames: int,
+) -> Tensor | None:
+    """Write a pass's keys, time-free, and values [B, L, H, D] to `slots`.
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """Height and width RoPE of a packet's [B, P, H, D]."""
-        return rotate_space(x.unflatten(1, (self.grid.frames, self.frame_tokens)), self.space).flatten(1, 2)
+    Returns: sums [B, voting_frames, H, D] of the query over each frame; None if no frame votes.
+    """
+    slots[0].copy_(turn(keys, space))
+    slots[1].copy_(values)
+    if not voting_frames:
+        return None
+    return turn(query, space).unflatten(1, (voting_frames, -1)).sum(dim=2, dtype=space.cos.dtype)
 
-    def pool(self, x: Tensor) -> Tensor:
-        """Means [B, P, H, D] over what each packet token covers of a chunk [B, F, rows, columns, H, D]."""
-        covers, grid = self.grid.space, self.grid
-        x = x[:, :, :grid.rows * covers, :grid.columns * covers]
-        x = x.unflatten(3, (grid.columns, covers)).unflatten(2, (grid.rows, covers)).mean(dim=(3, 5))
-        return torch.stack([part.mean(dim=1) for part in x.split(grid.time, dim=1)], dim=1).flatten(1, 3)
+
+def show(query: Tensor, keys: Tensor, values: Tensor, by: Turn, slots: Tensors) -> Tensor:
+    """Write the same in window time to a window's `slots`; returns the query in window time."""
+    slots[0].copy_(turn(keys, by))
+    slots[1].copy_(values)
+    return turn(query, by)
+
+
+def stage_and_show(
+    query: Tensor, keys: Tensor, values: Tensor, space: Turn, by: Turn, stored: Tensors, seen: Tensors,
+    voting_frames: int,
+) -> tuple[Tensor | None, Tensor]:
+    """Both at once: the sums, and the query in window time."""
+    return stage(query, keys, values, space, stored, voting_frames), show(query, keys, values, by, seen)
 
 
 class LayerCache:
     """One layer's memory. Attention calls `extend` and knows nothing else of the cache."""
 
-    def __init__(self, layer: int, shape: CacheShape, sizes: CacheSizes, geometry: VideoGeometry, policy: KVPolicy):
+    def __init__(
+        self, layer: int, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, turns: _Turns,
+        packets: PacketRotation | None, window: WindowBuffer | None, compiler: Compiler,
+    ):
+        sizes = policy.sizes(geometry)
         common = (shape.heads, shape.head_dim, shape.device, shape.dtype)
         self.store = KVStore(shape.batch, sizes.capacity_tokens, *common)
-        self.window = WindowBuffer(shape.batch, sizes.window_tokens, *common)
+        self._window_is_shared = window is not None
+        self.window = window or WindowBuffer(shape.batch, sizes.window_tokens, *common, compiler)
         past_voters = sizes.vote_frames - geometry.chunk_frames
-        self.votes = QueryVotes(shape.batch, past_voters, *common) if sizes.vote_frames else None
-        self.archive = Archive(shape.batch, sizes.archive, *common) if sizes.archive else None
+        self.votes = QueryVotes(shape.batch, past_voters, *common, compiler) if sizes.vote_frames else None
+        self.archive = Archive(shape.batch, sizes.archive, packets, *common) if sizes.archive else None
         self.plan: Plan | None = None
-        self._rows = geometry.rows
+        self._rows, self._packet_tokens = geometry.rows, sizes.archive.grid.tokens if sizes.archive else 0
         self._most_frames = sizes.capacity_tokens // geometry.frame_tokens + 1
-        self._layer, self._shape, self._frame_tokens, self._policy = layer, shape, geometry.frame_tokens, policy
+        self._layer, self._frame_tokens, self._policy, self._turns = layer, geometry.frame_tokens, policy, turns
+        self._stage, self._show, self._both = map(compiler, (stage, show, stage_and_show))
         self._moment: _Moment | None = None
 
     def begin(self, moment: _Moment) -> None:
@@ -116,51 +152,56 @@ class LayerCache:
         """
         if self._moment is None:
             raise RuntimeError("no chunk has begun: call KVCache.begin(chunk) before the model's forward.")
-        frames = (self._moment.chunk.frames, self._frame_tokens)
-        query, keys = (rotate_space(x.unflatten(1, frames), self._moment.space) for x in (query, keys))
-        if self.votes is not None:
-            self.votes.stage(query)
-        query, keys = query.flatten(1, 2), keys.flatten(1, 2)
-        self.store.stage(keys, values)
-        if self.plan is None:
+        frames, new, planned = self._moment.chunk.frames, keys.shape[1], self.plan is not None
+        space, stored, voting = self._turns.space(frames), self.store.slots(new), frames if self.votes else 0
+        if not planned:
+            self._vote(self._stage(query, keys, values, space, stored, voting))
             self.plan = self._checked_plan()
+        if self._window_is_shared or not planned:
             self.window.load(self.store, self.plan, self.archive)
-        phase = self._moment.query_phase(
-            self.plan.query_position, self._frame_tokens, self._shape.head_dim, self._shape.dtype
-        )
-        return self.window.extend(query, keys, values, phase)
+        past = self.past_tokens
+        by, seen = self._turns.window(frames, self.plan.query_position), self.window.slots(past, new)
+        if planned:
+            sums, query = self._both(query, keys, values, space, by, stored, seen, voting)
+            self._vote(sums)
+        else:
+            query = self._show(query, keys, values, by, seen)
+        return self.window.seen(query, past + new)
 
     def extend_packet(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
         """Stage the chunk's packet, and show attention what the chunk remembered and, behind it, the packet itself.
 
         Shapes: query, keys, values [B, P, H, D], normalised, without RoPE. After the chunk's last pass.
         """
-        packet = self._moment.packet
-        query, keys = packet.rotate(query), packet.rotate(keys)
         self.archive.stage(keys, values)
-        position = (self.plan.query_position + packet.centres).repeat_interleave(packet.frame_tokens)
-        return self.window.extend(query, keys, values, time_phase(position, self._shape.head_dim, self._shape.dtype))
+        if self._window_is_shared:
+            self.window.load(self.store, self.plan, self.archive)
+        past, new = self.past_tokens, keys.shape[1]
+        by = self.archive.rotation.window(self.plan.query_position)
+        return self.window.seen(self._show(query, keys, values, by, self.window.slots(past, new)), past + new)
 
     def stage_packet(self, keys: Tensor, values: Tensor) -> None:
-        """Stage the chunk's packet; as in `extend_packet`, but nothing is attended to."""
-        self.archive.stage(self._moment.packet.rotate(keys), values)
+        """Stage the chunk's packet alone."""
+        self.archive.stage(keys, values)
+
+    @property
+    def past_tokens(self) -> int:
+        """Remembered tokens, packets included, that the chunk in the making sees."""
+        return self.plan.past_tokens(self._packet_tokens)
+
+    def _vote(self, sums: Tensor | None) -> None:
+        if self.votes is not None:
+            self.votes.stage(sums)
 
     def view(self) -> CacheView:
         """What the policy may see now."""
         chunk, length = self._moment.chunk, self.store.length
         return CacheView(
             layer=self._layer, chunk_index=self._moment.chunk_index, start=self._moment.start,
-            chunk_frames=chunk.frames, seen_frames=min(self._moment.seen_frames, self._most_frames), length=length,
+            chunk_frames=chunk.frames, seen_frames=self.bounded(self._moment.seen_frames), length=length,
             frame_tokens=self._frame_tokens,
             seeds=self._moment.seeds, origin=self.store.origin[:, :length], uses=self.store.uses[:, :length],
-            scorer=self._score, packets=None if self.archive is None else self._packet_view(),
-        )
-
-    def _packet_view(self) -> PacketView:
-        packet, archive = self._moment.packet, self.archive
-        return PacketView(
-            archive.known, archive.start, packet.centres, self._moment.chunk.frames == packet.grid.chunk_frames,
-            self._affinity,
+            scorer=self._score, packets=self.archive and self.archive.view(chunk, self._moment.start, self.votes),
         )
 
     def commit(self) -> None:
@@ -168,13 +209,37 @@ class LayerCache:
         born = self._moment.start + torch.arange(self._moment.chunk.frames, device=self.store.origin.device)
         if self.plan.archive:
             if not self.archive.is_staged:
-                self._pool_packet()
+                space = self._turns.space(self._moment.chunk.frames)
+                self.archive.pool(*self.store.slots(len(space.cos)), self._rows, space)
             self.archive.commit(self._moment.start)
         self.store.commit(
             retain=self.plan.retain, chosen=self.plan.chosen, origin=born.repeat_interleave(self._frame_tokens)
         )
         if self.votes is not None:
             self.votes.commit()
+
+    def bounded(self, seen_frames: int) -> int:
+        """How many frames were ever seen, as far as any decision may depend on it."""
+        return min(seen_frames, self._most_frames)
+
+    @property
+    def state(self) -> LayerState:
+        return LayerState(
+            self.store.length, self.votes.known_frames if self.votes else 0,
+            self.archive.known if self.archive else 0, self.plan,
+        )
+
+    @state.setter
+    def state(self, state: LayerState) -> None:
+        """Set the host's part after the device's was brought about in another way, as a replayed graph does."""
+        self.store.length, self.plan = state.length, state.plan
+        if self.votes is not None:
+            self.votes.known_frames = state.known_frames
+        if self.archive is not None:
+            self.archive.known = state.known_packets
+
+    def end(self) -> None:
+        """No chunk is in the making any more."""
         self._moment, self.plan = None, None
 
     def reset(self) -> None:
@@ -184,7 +249,7 @@ class LayerCache:
             self.archive.reset()
         if self.votes is not None:
             self.votes.reset()
-        self._moment, self.plan = None, None
+        self.end()
 
     def copy_memory_of(self, other: LayerCache) -> None:
         """Take over the committed memory of `other`."""
@@ -198,37 +263,9 @@ class LayerCache:
     def _score(self, lo: int, hi: int, votes: Votes) -> Tensor:
         return self.votes.score(self.store.keys[:, lo:hi], self.store.origin[:, lo:hi], self._moment.start, votes)
 
-    def _affinity(self, share: float) -> Tensor:
-        """Query-key products [B, M] of the chunk's queries and each packet's keys, summed over both.
-
-        The double sum factorises: keys of one packet frame share a temporal phase, as queries of a frame do, so
-        their sums are all it needs.
-        Source: PackForcing, arXiv:2603.25730, appendix G; without its sampling of queries.
-        """
-        archive, centres = self.archive, self._moment.packet.centres
-        there = archive.start.where(archive.start < self._moment.start, self._moment.start)
-        origin = (there - self._moment.start).unsqueeze(1) + centres
-        scores = self.votes.score(
-            archive.sums.flatten(1, 2), origin.flatten().unsqueeze(0), torch.zeros_like(self._moment.start),
-            "denoising", max(1, int(self._shape.heads * share)),
-        )
-        return scores.unflatten(1, (archive.places, -1)).sum(dim=2)
-
-    def _pool_packet(self) -> None:
-        """Stage the means of the chunk's own keys and values, at the centres of what they cover."""
-        chunk, packet = self._moment.chunk, self._moment.packet
-        keys, values = self.store.staged(chunk.frames * self._frame_tokens)
-        in_frames, wide = (chunk.frames, self._frame_tokens), self._moment.space.cos.dtype
-        free = rotate_space(keys.to(wide).unflatten(1, in_frames), self._moment.space.inverse)
-        keys, values = (
-            packet.pool(x.unflatten(2, (self._rows, -1))) for x in (free, values.to(wide).unflatten(1, in_frames))
-        )
-        self.archive.stage(packet.rotate(keys), values)
-
     def _checked_plan(self) -> Plan:
         plan = self._policy.plan(self.view())
-        shown = 0 if plan.packets is None else plan.packets.shape[1] * self.archive.grid.tokens
-        attended = plan.attend.shape[1] + shown + self._moment.chunk.frames * self._frame_tokens
+        attended = plan.past_tokens(self._packet_tokens) + self._moment.chunk.frames * self._frame_tokens
         if attended > self.window.tokens or plan.attend.shape != plan.position.shape:
             raise ValueError(
                 f"{type(self._policy).__name__} plans {attended} tokens (positions for {plan.position.shape[1]} of the "
@@ -238,13 +275,28 @@ class LayerCache:
 
 
 class KVCache:
-    """Memory of all layers for one batch of videos."""
+    """Memory of all layers for one batch of videos.
 
-    def __init__(self, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy):
-        sizes = policy.sizes(geometry)
-        self._layers = [LayerCache(i, shape, sizes, geometry, policy) for i in range(shape.layers)]
-        self._space = space_phase(geometry.rows, geometry.columns, shape.head_dim, shape.dtype, shape.device)
-        self._packet = _PacketRotation.of(sizes.archive.grid, shape) if sizes.archive else None
+    Args:
+        shared_window: one window for all layers, filled again at every pass, in place of one for each: less memory,
+            more time.
+    """
+
+    def __init__(
+        self, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, *, compiler: Compiler = plain,
+        shared_window: bool = False,
+    ):
+        common = (shape.heads, shape.head_dim, shape.device, shape.dtype)
+        window, packets, sizes = None, None, policy.sizes(geometry)
+        if shared_window:
+            window = WindowBuffer(shape.batch, sizes.window_tokens, *common, compiler)
+        if sizes.archive is not None:
+            packets = PacketRotation(sizes.archive.grid, shape.head_dim, shape.device, shape.dtype)
+        turns = _Turns(geometry, shape)
+        self._layers = [
+            LayerCache(i, shape, geometry, policy, turns, packets, window, compiler) for i in range(shape.layers)
+        ]
+        self._chunk_frames = geometry.chunk_frames
         self._seeds = torch.zeros(shape.batch, device=shape.device, dtype=torch.int64)
         self._start = torch.zeros((), device=shape.device, dtype=torch.int64)
         self._chunk_index = torch.zeros_like(self._start)
@@ -265,16 +317,17 @@ class KVCache:
         return PacketMemory(self)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of keys and values of all layers: what the chunk in the making attends to, its copies, the archive.
+        """Bytes of keys and values of all layers.
 
-        `attended`: sink, packets and recent frames where they are stored; `window`: the rotated copies, with room for
-        the chunk itself; `archive`: all packets that there is room for, seen or not.
+        `attended`: what the chunk in the making sees of the past, where it is stored; `window`: the rotated copies,
+        with room for the chunk itself; `archive`: all packets that there is room for, seen or not.
         """
         store = self._layers[0].store
         token = store.keys[:, :1].nbytes + store.values[:, :1].nbytes
+        windows = {id(layer.window): layer.window.nbytes for layer in self._layers}  # they may share one
         return {
-            "attended": token * sum(layer.window.past for layer in self._layers),
-            "window": sum(layer.window.nbytes for layer in self._layers),
+            "attended": token * sum(layer.past_tokens for layer in self._layers),
+            "window": sum(windows.values()),
             "archive": sum(layer.archive.nbytes for layer in self._layers if layer.archive is not None),
         }
 
@@ -301,9 +354,11 @@ class KVCache:
         self._chunk_index.fill_(chunk.index)
         moment = _Moment(
             chunk=chunk, start=self._start, chunk_index=self._chunk_index, seen_frames=self.seen_frames,
-            seeds=self._seeds, space=self._space, packet=self._packet,
+            seeds=self._seeds,
         )
         for layer in self._layers:
+            if layer.archive is not None:
+                layer.archive.make_room(self.seen_frames // self._chunk_frames + 1)
             layer.begin(moment)
 
     def commit(self) -> None:
@@ -316,28 +371,30 @@ class KVCache:
             raise RuntimeError("commit needs a chunk that every layer has seen: begin(chunk), forward, commit().")
         for layer in self._layers:
             layer.commit()
+        self._end()
+
+    def shapes(self) -> tuple[Any, ...]:
+        """All host numbers that shapes and addresses of the chunk that has begun can depend on."""
+        return self._chunk.frames, *(
+            (layer.bounded(self.seen_frames), state.length, state.known_frames, state.known_packets,
+             layer.archive and layer.archive.places, state.plan is not None)
+            for layer, state in zip(self._layers, self.states, strict=True)
+        )
+
+    @property
+    def states(self) -> list[LayerState]:
+        return [layer.state for layer in self._layers]
+
+    def replayed(self, states: Sequence[LayerState], *, committed: bool) -> None:
+        """The device did again what once led to `states`: the host follows, from the same `shapes`."""
+        for layer, state in zip(self._layers, states, strict=True):
+            layer.state = state
+        if committed:
+            self._end()
+
+    def _end(self) -> None:
+        """The host's part of a commit: the chunk is over."""
         self.seen_frames += self._chunk.frames
         self._chunk = None
-
-
-@dataclass(frozen=True)
-class PacketMemory:
-    """A KVCache as a chunk's packet sees it, layer by layer."""
-
-    cache: KVCache
-
-    def layer(self, index: int) -> PacketLayer:
-        return PacketLayer(self.cache.layer(index))
-
-
-@dataclass(frozen=True)
-class PacketLayer:
-    """One layer of it."""
-
-    cache: LayerCache
-
-    def extend(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
-        return self.cache.extend_packet(query, keys, values)
-
-    def stage(self, keys: Tensor, values: Tensor) -> None:
-        self.cache.stage_packet(keys, values)
+        for layer in self._layers:
+            layer.end()

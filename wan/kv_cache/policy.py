@@ -131,6 +131,10 @@ class Plan:
     packet_position: Tensor | None = None  # [B, K, T] window time of each of their frames, in latent frames
     archive: bool = False                  # the chunk's packet goes to the archive
 
+    def past_tokens(self, packet_tokens: int) -> int:
+        """Tokens that the chunk sees besides its own, if a packet is `packet_tokens`."""
+        return self.attend.shape[1] + (0 if self.packets is None else self.packets.shape[1] * packet_tokens)
+
     @classmethod
     def of(
         cls, view: CacheView, *, sink: Tensor, tail: Tensor, positions: Positions,

@@ -50,16 +50,14 @@ class KVStore:
         for mine, theirs in zip(self._columns(), other._columns(), strict=True):
             mine[:, :self.length].copy_(theirs[:, :self.length])
 
+    def slots(self, new: int) -> tuple[Tensor, Tensor]:
+        """Where the chunk's `new` keys and values [B, L, H, D] are staged: beyond `length`."""
+        return self.keys[:, self.length:self.length + new], self.values[:, self.length:self.length + new]
+
     def stage(self, keys: Tensor, values: Tensor) -> None:
         """Write the chunk's [B, L, H, D] beyond `length`; a later call overwrites an earlier one."""
-        stop = self.length + keys.shape[1]
-        self.keys[:, self.length:stop] = keys
-        self.values[:, self.length:stop] = values
-
-    def staged(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """The keys and values [B, tokens, H, D] that the last pass staged."""
-        stop = self.length + tokens
-        return self.keys[:, self.length:stop], self.values[:, self.length:stop]
+        for slots, new in zip(self.slots(keys.shape[1]), (keys, values), strict=True):
+            slots.copy_(new)
 
     def commit(self, *, retain: Tensor, chosen: Tensor | None, origin: Tensor) -> None:
         """Keep `retain`, count `chosen`, append the staged tokens.

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wan.compiler import Compiler, plain
 from wan.kv_cache.policy import Votes
-from wan.rope import phase_dtype, rotate_time, time_phase
+from wan.rope import Turn, phase_dtype, rotate_time, time_phase, turn, turn_of
 
 
 class QueryVotes:
@@ -23,29 +24,31 @@ class QueryVotes:
 
     def __init__(
         self, batch: int, past_frames: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype,
+        compiler: Compiler = plain,
     ):
         self._past = torch.zeros(batch, past_frames, heads, head_dim, device=device, dtype=phase_dtype(dtype))
         self._current = self._past[:, :0]
-        self._known_frames = 0
+        self.known_frames = 0  # remembered frames that vote; a host int that decides shapes
+        self._participation = compiler(participation, dynamic=True)
 
     def reset(self) -> None:
         """Forget every vote."""
-        self._known_frames = 0
+        self.known_frames = 0
         self._current = self._past[:, :0]
 
     def copy_from(self, other: QueryVotes) -> None:
         """Take over another layer's remembered votes."""
         self._past.copy_(other._past)
-        self._known_frames = other._known_frames
+        self.known_frames = other.known_frames
 
-    def stage(self, query: Tensor) -> None:
-        """Take the sums of the chunk's queries [B, F, frame_tokens, H, D], height and width rotated."""
-        self._current = query.sum(dim=2, dtype=self._past.dtype)
+    def stage(self, sums: Tensor) -> None:
+        """Take the sums [B, F, H, D] of the chunk's queries, height and width rotated."""
+        self._current = sums
 
     def commit(self) -> None:
         """Remember the staged sums; the oldest make room."""
         new_frames = self._current.shape[1]
-        self._known_frames = min(self._past.shape[1], self._known_frames + new_frames)
+        self.known_frames = min(self._past.shape[1], self.known_frames + new_frames)
         self._past.copy_(torch.cat([self._past, self._current], dim=1)[:, new_frames:])
 
     def score(self, keys: Tensor, origin: Tensor, start: Tensor, votes: Votes, heads: int | None = None) -> Tensor:
@@ -56,12 +59,20 @@ class QueryVotes:
         Returns: [B, N] in the sums' dtype. Positions are true frame indices, counted from `start`.
         Source: Deep Forcing, arXiv:2512.05081, section 3.2; scores as in the authors' code (raw, no softmax).
         """
-        past = self._past[:, self._past.shape[1] - self._known_frames:]
+        past = self._past[:, self._past.shape[1] - self.known_frames:]
         sums = {"past": past, "denoising": self._current, "both": torch.cat([past, self._current], dim=1)}[votes]
         first = 0 if votes == "denoising" else -past.shape[1]
         frame = torch.arange(first, first + sums.shape[1], device=keys.device)
         sums, keys = sums[..., :heads, :], keys[..., :heads, :]
         heads, head_dim = keys.shape[-2:]
         query = rotate_time(sums, time_phase(frame, head_dim, sums.dtype)).sum(dim=1)
-        turned = rotate_time(keys.to(sums.dtype), time_phase(origin - start, head_dim, sums.dtype))
-        return torch.einsum("bnhd,bhd->bn", turned, query) / (head_dim**0.5 * heads)
+        phase = time_phase(origin - start, head_dim, sums.dtype)
+        return self._participation(keys, turn_of(phase, 2 * phase.cos.shape[-1]), query) / (head_dim**0.5 * heads)
+
+
+def participation(keys: Tensor, by: Turn, query: Tensor) -> Tensor:
+    """Products of keys [B, N, H, D], their first channels turned, with one query [B, H, D], summed over H and D."""
+    time, keys, query = by.cos.shape[-1], keys.to(query.dtype), query.unsqueeze(1)
+    moving = turn(keys[..., :time], by) * query[..., :time]
+    still = keys[..., time:] * query[..., time:]
+    return moving.sum(dim=(-2, -1)) + still.sum(dim=(-2, -1))

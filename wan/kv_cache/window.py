@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wan.compiler import Compiler, plain
 from wan.kv_cache.archive import Archive
 from wan.kv_cache.policy import Plan
 from wan.kv_cache.store import KVStore, take
-from wan.rope import Phase, rotate_time, time_phase
+from wan.rope import Turn, time_phase, turn, turn_of
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,15 @@ class Window:
 
 
 class WindowBuffer:
-    """Rotated keys and gathered values of one layer."""
-
-    past: int  # tokens shown that are not the chunk's own
+    """Rotated keys and gathered values; of one layer, or of the layer whose turn it is."""
 
     def __init__(
         self, batch: int, tokens: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype,
+        compiler: Compiler = plain,
     ):
         self._keys = torch.zeros(batch, tokens, heads, head_dim, device=device, dtype=dtype)
         self._values = torch.zeros_like(self._keys)
-        self.past = 0
+        self._gather = compiler(gather_turned, dynamic=True)
 
     @property
     def nbytes(self) -> int:
@@ -52,26 +52,38 @@ class WindowBuffer:
 
         Packets follow the store's tokens; attention does not mind the order.
         """
-        self.past = 0
-        self._append(take(store.keys, plan.attend), take(store.values, plan.attend), plan.position)
+        past = plan.attend.shape[1]
+        if past:
+            self._load(store.keys, store.values, plan.attend, plan.position, begin=0)
         if plan.packets is not None:
-            tokens = archive.grid.tokens // archive.grid.frames
-            self._append(
-                take(archive.keys, plan.packets).flatten(1, 2), take(archive.values, plan.packets).flatten(1, 2),
-                plan.packet_position.flatten(1, 2).repeat_interleave(tokens, dim=1),
-            )
+            slots, position = archive.tokens_of(plan)
+            self._load(archive.keys.flatten(1, 2), archive.values.flatten(1, 2), slots, position, begin=past)
 
-    def _append(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
-        stop = self.past + keys.shape[1]
-        self._keys[:, self.past:stop] = rotate_time(
-            keys, time_phase(position, self._keys.shape[-1], self._keys.dtype)
+    def _load(self, keys: Tensor, values: Tensor, slots: Tensor, position: Tensor, begin: int) -> None:
+        phase, stop = time_phase(position, self._keys.shape[-1], self._keys.dtype), begin + slots.shape[1]
+        self._gather(
+            keys, values, slots, turn_of(phase, 2 * phase.cos.shape[-1]), self._keys[:, begin:stop],
+            self._values[:, begin:stop],
         )
-        self._values[:, self.past:stop] = values
-        self.past = stop
 
-    def extend(self, query: Tensor, keys: Tensor, values: Tensor, phase: Phase) -> Window:
-        """Put the chunk's time-free [B, L, H, D] behind the past, rotated by `phase`."""
-        stop = self.past + keys.shape[1]
-        self._keys[:, self.past:stop] = rotate_time(keys, phase)
-        self._values[:, self.past:stop] = values
-        return Window(query=rotate_time(query, phase), keys=self._keys[:, :stop], values=self._values[:, :stop])
+    def slots(self, past: int, new: int) -> tuple[Tensor, Tensor]:
+        """Where the chunk's `new` keys and values go: behind `past` attended tokens."""
+        return self._keys[:, past:past + new], self._values[:, past:past + new]
+
+    def seen(self, query: Tensor, tokens: int) -> Window:
+        """The first `tokens` of the window, for a query in window time."""
+        return Window(query=query, keys=self._keys[:, :tokens], values=self._values[:, :tokens])
+
+
+def gather_turned(
+    keys: Tensor, values: Tensor, slots: Tensor, by: Turn, window_keys: Tensor, window_values: Tensor,
+) -> None:
+    """Copy the rows [B, A] of a store into a window, the keys' first channels turned; one pass over memory if compiled.
+
+    Shapes: keys, values [B, N, H, D]; by [B, A, 1, time channels]; window_keys, window_values [B, A, H, D], written.
+    """
+    time = by.cos.shape[-1]
+    rows = take(keys, slots)
+    window_keys[..., :time] = turn(rows[..., :time], by)
+    window_keys[..., time:] = rows[..., time:]
+    window_values.copy_(take(values, slots))

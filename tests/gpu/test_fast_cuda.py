@@ -1,0 +1,144 @@
+"""On a GPU: what makes it fast computes the same. Skipped without one."""
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import EVERY_POLICY, make_tiny, policy_of
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+from torch.testing import assert_close
+
+from pipeline.chunkwise import ChunkwisePipeline
+from pipeline.graphs import GraphedPipeline
+from pipeline.noise import SampleSeed
+from wan import stacking
+from wan.backends import installed, load_backend, sdpa
+from wan.compiler import Compiler, inductor, plain
+from wan.kv_cache.cache import KVCache
+from wan.recorder import CudaRecorder
+from wan.vae import WanVAE
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+FRAMES = 30
+CUDA = torch.device("cuda")
+
+
+def pair(name: str, compiler: Compiler, dtype: torch.dtype = torch.bfloat16):
+    """A pipeline that replays and one that does not, of the same kernels, and what both run on."""
+    tiny = make_tiny(dtype=dtype)
+    tiny.model.to(CUDA).accelerate(compiler)
+    caches = [
+        KVCache(tiny.cache_shape(1), tiny.geometry, policy_of(EVERY_POLICY[name]), compiler=compiler) for _ in range(2)
+    ]
+    common = tiny.pipeline(policy_of(EVERY_POLICY[name]))
+    parts = (common.model, common.sampler, common.geometry)
+    return tiny, GraphedPipeline(*parts, caches[0], CudaRecorder()), ChunkwisePipeline(*parts, caches[1])
+
+
+@pytest.mark.parametrize("name", EVERY_POLICY)
+def test_graphs_equal_eager_bit_for_bit(name: str) -> None:
+    """Three videos: filling, first and second sight of a graph, and replays of all."""
+    tiny, fast, eager = pair(name, plain)
+    policy = policy_of(EVERY_POLICY[name])
+    for seed in range(3):
+        ours, theirs = (
+            tiny.run(policy, FRAMES, seeds=(SampleSeed(seed),), text=seed, pipeline=pipeline)
+            for pipeline in (fast, eager)
+        )
+        assert torch.equal(ours, theirs)
+
+
+def test_replays_do_not_wait_for_the_device() -> None:
+    """Sync debug mode "error" over a whole video of replays."""
+    tiny, fast, _ = pair("deep_forcing", plain)
+    policy, text, noise = policy_of(EVERY_POLICY["deep_forcing"]), fast.model.embed_text(tiny.text()), tiny.noise()
+    for _ in range(2):
+        tiny.run(policy, FRAMES, pipeline=fast)
+    fast.cache.reset([0])
+    for span in tiny.geometry.chunks(FRAMES):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            latents = fast.denoise(span, text, noise)
+            fast.remember(span, latents, text)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert latents.isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted(installed()))
+def test_attention_kernels_agree(name: str) -> None:
+    """bf16 at the large model's head size, short and long windows; 2e-2: values are about 1, rounded to 8 bits."""
+    generator = torch.Generator(CUDA).manual_seed(0)
+    try:
+        backend = load_backend(name, CUDA, torch.bfloat16, 128)[1]
+    except ImportError as error:
+        pytest.skip(f"{name}: {error}")
+    for keys_tokens in (300, 9000):
+        query, keys, values = (
+            torch.randn(1, n, 3, 128, device=CUDA, dtype=torch.bfloat16, generator=generator)
+            for n in (300, keys_tokens, keys_tokens)
+        )
+        expected = sdpa(query.float(), keys.float(), values.float())
+        assert_close(backend(query, keys, values).float(), expected, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("channels", [20, 96, 384])
+@pytest.mark.parametrize("full", [False, True])
+def test_stacking_kernels_equal_their_plain_twins(channels: int, full: bool) -> None:
+    """float32, so that only the order of sums differs."""
+    triton = stacking.load_kernels(CUDA)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=CUDA, generator=generator)
+
+    generator = torch.Generator(CUDA).manual_seed(channels)
+    size = (2, 3, 6, 10)
+    value = stacking.Sum(random(*size, channels))
+    if full:
+        value = stacking.Sum(value.x, random(channels), random(*size, channels))
+    gamma = random(channels) if full else None
+    pasts = [random(2, 2, 6, 10, channels)]
+    pasts.append(pasts[0].clone())
+    for ours, theirs in zip(triton.stack(value, gamma, pasts[0]), stacking.stack(value, gamma, pasts[1]), strict=True):
+        assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert_close(*pasts, rtol=0, atol=1e-5)
+    for times in (1, 2):
+        assert_close(triton.spread(value, times), stacking.spread(value, times), rtol=0, atol=1e-6)
+
+
+def test_fast_decoder_equals_plain_passes_and_its_graphs_itself() -> None:
+    """bf16: within three times the plain passes' own distance from float32; graphs bit for bit."""
+    torch.manual_seed(0)
+    model = AutoencoderKLWan(base_dim=32, num_res_blocks=1).to(CUDA)
+    exact, slow, fast, graphs = (WanVAE(AutoencoderKLWan.from_config(model.config).to(CUDA)) for _ in range(4))
+    for vae in (exact, slow, fast, graphs):
+        vae._model.load_state_dict(model.state_dict())
+        vae._model.to(torch.float32 if vae is exact else torch.bfloat16)
+    fast.accelerate(None, part_frames=3)
+    graphs.accelerate(CudaRecorder(), part_frames=3)
+    for seed in range(3):
+        latents = torch.randn(1, 12, 16, 8, 12, generator=torch.Generator().manual_seed(seed)).to(CUDA)
+        made = []
+        for vae in (exact, slow, fast, graphs):
+            stream = vae.stream()
+            made.append(torch.cat([stream.decode(part) for part in latents.split(3, dim=1)], dim=1))
+        assert torch.equal(made[2], made[3])
+        error, own = ((x - made[0]).norm() / made[0].norm() for x in (made[2], made[1]))
+        assert error < 3 * own + 1e-3, (error.item(), own.item())
+
+
+def test_compiled_graphs_equal_compiled_eager_bit_for_bit() -> None:
+    """The same with what torch.compile makes."""
+    tiny, fast, eager = pair("deep_forcing", inductor)
+    policy = policy_of(EVERY_POLICY["deep_forcing"])
+    for _ in range(3):
+        assert torch.equal(*(tiny.run(policy, FRAMES, pipeline=pipeline) for pipeline in (fast, eager)))
+
+
+def test_compiled_passes_equal_plain_ones() -> None:
+    """float32; 1e-4: sums are ordered differently, and a rollout of ten chunks carries it on."""
+    policy = policy_of(EVERY_POLICY["deep_forcing"])
+    tiny, fast, _ = pair("deep_forcing", inductor, torch.float32)
+    other = make_tiny()
+    other.model.to(CUDA)
+    assert_close(tiny.run(policy, FRAMES, pipeline=fast), other.run(policy, FRAMES), rtol=0, atol=1e-4)

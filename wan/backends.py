@@ -1,0 +1,121 @@
+"""Kernels of dense attention behind one protocol, and which of them suits a device.
+
+B batch, L query tokens, S seen tokens, H heads, D head dim.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+SPLIT_KEYS = 8192  # from here on, halving the keys fills a Hopper GPU's last wave of tiles and costs less than it gains
+# Each that refuses a shape or dtype leaves it to the next.
+_CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
+]
+
+
+class AttentionBackend(Protocol):
+    """Dense attention without a mask, scaled by 1 / sqrt(D)."""
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """query [B, L, H, D], keys and values [B, S, H, D] -> [B, L, H, D]."""
+
+
+def sdpa(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """torch's scaled dot-product attention, by the kernel it prefers; works on every device and dtype."""
+    query, keys, values = (x.transpose(1, 2) for x in (query, keys, values))
+    return F.scaled_dot_product_attention(query, keys, values).transpose(1, 2)
+
+
+def cudnn(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The same, by cuDNN where it can: the fastest of torch's kernels on Hopper."""
+    with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
+        return sdpa(query, keys, values)
+
+
+def _load_fa3() -> AttentionBackend:
+    name = "fa3_fwd_interface" if find_spec("fa3_fwd_interface") else "flash_attn_interface"
+    kernel = import_module(name).flash_attn_func
+
+    def fa3(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return kernel(query, keys, values, num_splits=2 if keys.shape[1] >= SPLIT_KEYS else 1)
+
+    return fa3
+
+
+def _load_fa4() -> AttentionBackend:
+    kernel = import_module("flash_attn.cute").flash_attn_func
+
+    def fa4(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return kernel(query, keys, values)[0]  # beside it: the log of the softmax's sums
+
+    return fa4
+
+
+_LOADERS: dict[str, Callable[[], AttentionBackend]] = {
+    "fa3": _load_fa3, "fa4": _load_fa4, "flash": lambda: import_module("flash_attn").flash_attn_func,
+    "cudnn": lambda: cudnn, "sdpa": lambda: sdpa,
+}
+_PACKAGES = {  # modules, one of which must be there -> what installs them
+    "fa3": (("fa3_fwd_interface", "flash_attn_interface"), "pip install fa3-fwd"),
+    "fa4": (("flash_attn.cute",), "pip install flash-attn-4"),
+    "flash": (("flash_attn",), "pip install flash-attn"),
+}
+NAMES = ("auto", *_LOADERS)
+
+
+def installed() -> frozenset[str]:
+    """Backends whose packages are there."""
+    return frozenset(name for name in _LOADERS if _is_there(name))
+
+
+def pick(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int, there: Collection[str]) -> str:
+    """The fastest of the backends that are `there`. Pure.
+
+    Args: capability: of the CUDA device; None for any other device.
+    """
+    if capability is None:
+        return "sdpa"
+    if dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256:
+        own = {9: "fa3", 10: "fa4"}.get(capability[0])
+        if own in there:
+            return own
+        if capability[0] == 8 and "flash" in there:
+            return "flash"
+    return "cudnn" if capability[0] >= 9 else "sdpa"
+
+
+def load_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, AttentionBackend]:
+    """The backend that `name` means, and its name: for `auto` the fastest that is there.
+
+    Raises:
+        ValueError: an unknown name, or one whose package, device or dtype is missing.
+    """
+    if name not in NAMES:
+        raise ValueError(f"attention={name} is unknown. Known: {', '.join(NAMES)}.")
+    if name == "auto":
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        name = pick(capability, dtype, head_dim, installed())
+    elif name in _PACKAGES:
+        if not _is_there(name):
+            raise ValueError(f"attention={name} is not installed. Get it with: {_PACKAGES[name][1]}, or choose auto.")
+        if device.type != "cuda" or dtype != torch.bfloat16:
+            raise ValueError(f"attention={name} needs a GPU and bfloat16, not {device.type} and {dtype}. Choose auto.")
+    return name, _LOADERS[name]()
+
+
+def _is_there(name: str) -> bool:
+    if name not in _PACKAGES:
+        return True
+    for module in _PACKAGES[name][0]:
+        package, _, _ = module.partition(".")
+        if find_spec(package) and find_spec(module):
+            return True
+    return False

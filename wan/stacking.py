@@ -1,0 +1,89 @@
+"""What stands between two causal convolutions of the VAE, as one pass over memory: add, normalise, activate, stack.
+
+A causal convolution over three frames is a 2-D one over each frame stacked with the two before it. The plain twin
+says what is computed; the Triton kernel reads every value once and writes its three copies.
+
+B clips, T frames, H, W size, C channels; frames are channels-last.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PAST = 2  # frames before the first that a convolution over three sees
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A value that is still to be added up: x + bias + shortcut. x and shortcut [B, T, H, W, C], bias [C]."""
+
+    x: Tensor
+    bias: Tensor | None = None
+    shortcut: Tensor | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        return self.bias is None and self.shortcut is None
+
+    def settled(self) -> Tensor:
+        """The value, rounded once."""
+        if self.is_settled:
+            return self.x
+        x = _wide(self.x)
+        for more in (self.bias, self.shortcut):
+            x = x if more is None else x + more
+        return x.to(self.x.dtype)
+
+
+def stack(value: Sum, gamma: Tensor | None, past: Tensor) -> tuple[Tensor, Tensor]:
+    """Each frame, normalised and activated, behind the two before it.
+
+    Args:
+        gamma: [C], scale of an RMS norm over channels that SiLU follows; None: neither.
+        past: [B, PAST, H, W, C], the frames before the first; overwritten by the last ones of this call.
+    Returns: the stacks [B, T, H, W, 3 C], oldest first, and the settled value [B, T, H, W, C].
+    """
+    settled = value.settled()
+    x = settled
+    if gamma is not None:
+        x = F.silu(F.normalize(_wide(x), dim=-1) * x.shape[-1] ** 0.5 * gamma).to(x.dtype)
+    video = torch.cat([past, x], dim=1)
+    past.copy_(video[:, -PAST:])
+    frames = x.shape[1]
+    return torch.cat([video[:, tap:tap + frames] for tap in range(PAST + 1)], dim=-1), settled
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def spread(value: Sum, times: int) -> Tensor:
+    """The value, each pixel twice in height and in width; C = times * c channels become `times` frames in a row.
+
+    Returns: [B, T * times, 2 H, 2 W, c].
+    """
+    x = value.settled()
+    clips, frames, height, width, channels = x.shape
+    x = x.view(clips, frames, height, 1, width, 1, times, channels // times).permute(0, 1, 6, 2, 3, 4, 5, 7)
+    x = x.expand(-1, -1, -1, -1, 2, -1, 2, -1)
+    return x.reshape(clips, frames * times, 2 * height, 2 * width, channels // times)
+
+
+class StackingKernels(Protocol):
+    """This module, or its Triton twin."""
+
+    stack: Callable[[Sum, Tensor | None, Tensor], tuple[Tensor, Tensor]]
+    spread: Callable[[Sum, int], Tensor]
+
+
+def load_kernels(device: torch.device) -> StackingKernels:
+    """The fastest for a device."""
+    on_gpu = device.type == "cuda" and find_spec("triton") is not None
+    return import_module("wan.stacking_triton" if on_gpu else "wan.stacking")

@@ -1,0 +1,164 @@
+"""The Wan VAE's decoder for speed: several latents a call, fixed addresses, few passes over memory.
+
+It computes what `VaePasses.decode` does, with diffusers' weights. Every causal convolution is a 2-D one over stacked
+frames, and all that stands between two of them (bias, shortcut, norm, SiLU, stacking) is one kernel. Once time has
+its full rate, frames go through the rest in parts of one latent frame's worth, so that work space stays small.
+
+B clips, F latent frames, T pixel frames, C channels; activations are [B, T, H, W, C], contiguous.
+"""
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanResidualBlock, WanUpBlock
+from torch import Tensor, nn
+
+from wan.recorder import Recorder, Replays
+from wan.stacking import PAST, StackingKernels, Sum
+
+
+def can_decode(model: AutoencoderKLWan) -> bool:
+    """Whether this is a decoder of Wan 2.1's design, the one that is made fast."""
+    return all(isinstance(block, WanUpBlock) for block in model.decoder.up_blocks) and not model.config.patch_size
+
+
+@dataclass(eq=False)
+class StreamPast:
+    """Where one video stands; its frames are in the decoder's buffers while it is the one being decoded."""
+
+    begun: bool = False
+    saved: dict[nn.Module, Tensor] = field(default_factory=dict)  # while another video is
+
+
+class FastDecoder:
+    """Decodes raw latents, one stream at a time fastest; streams may take turns."""
+
+    def __init__(self, model: AutoencoderKLWan, kernels: StackingKernels, recorder: Recorder | None):
+        self._decoder, self._kernels = model.decoder, kernels
+        self._weights = {
+            module: _stacked_weight(module) for module in [model.post_quant_conv, *self._decoder.modules()]
+            if isinstance(module, nn.Conv2d | nn.Conv3d)
+        }
+        self._quant = model.post_quant_conv
+        rates = [_doubles_time(block) for block in self._decoder.up_blocks]
+        self._whole = max((i + 1 for i, doubles in enumerate(rates) if doubles), default=0)  # levels before parts begin
+        self._part_frames = 2 ** sum(rates)
+        self._past: dict[nn.Module, Tensor] = {}
+        self._owner: weakref.ref[StreamPast] | None = None
+        self._size: tuple[int, ...] | None = None
+        self._replays = Replays(recorder)
+
+    def __call__(self, latents: Tensor, past: StreamPast) -> Tensor:
+        """The next raw latents [B, C, F, h, w] of a stream, in the model's dtype -> pixels [B, T, H, W, 3]."""
+        self._activate(past, (len(latents), *latents.shape[3:]))
+        first, past.begun = not past.begun, True
+        return self._replays((first, latents.shape), lambda x: self._decode(x, first=first), latents)
+
+    def _activate(self, past: StreamPast, size: tuple[int, ...]) -> None:
+        """Put the buffers into the state of this stream, of so many clips, rows and columns."""
+        owner = self._owner() if self._owner else None
+        if owner is past:
+            return
+        if owner is not None and owner.begun:
+            owner.saved = {module: buffer.clone() for module, buffer in self._past.items()}
+        if size != self._size:  # other buffers, so that what was recorded with these is void
+            self._size = size
+            self._past.clear()
+            self._replays.clear()
+        for buffer in self._past.values():
+            buffer.zero_()
+        for module, saved in past.saved.items():
+            self._past.setdefault(module, torch.empty_like(saved)).copy_(saved)
+        past.saved, self._owner = {}, weakref.ref(past)
+
+    def _decode(self, latents: Tensor, *, first: bool) -> Tensor:
+        """Raw latents [B, C, F, h, w] in the model's dtype -> pixels [B, T, H, W, 3], not clamped.
+
+        `first`: these begin the video, whose first latent frame is one pixel frame.
+        """
+        x = latents.permute(0, 2, 3, 4, 1).contiguous()
+        x = self._conv(self._quant, x, bias=True)
+        x = Sum(*self._causal(self._decoder.conv_in, Sum(x)))
+        middle = self._decoder.mid_block
+        x = self._residual(middle.resnets[0], x)
+        for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
+            x = self._residual(resnet, Sum(self._attend(attention, x.settled())))
+        for block in self._decoder.up_blocks[:self._whole]:
+            x = self._up(block, x, first)
+        parts = x.settled().split(self._part_frames, dim=1)
+        return torch.cat([self._finish(Sum(part.contiguous()), first) for part in parts], dim=1)
+
+    def _finish(self, x: Sum, first: bool) -> Tensor:
+        """All levels at the full frame rate."""
+        for block in self._decoder.up_blocks[self._whole:]:
+            x = self._up(block, x, first)
+        out, bias = self._causal(self._decoder.conv_out, x, self._decoder.norm_out.gamma.flatten())
+        return out + bias
+
+    def _up(self, block: WanUpBlock, x: Sum, first: bool) -> Sum:
+        for resnet in block.resnets:
+            x = self._residual(resnet, x)
+        return self._upsample(block.upsamplers[0], x, first) if block.upsamplers else x
+
+    def _residual(self, block: WanResidualBlock, x: Sum) -> Sum:
+        """The shortcut and the last bias are added by whatever comes next."""
+        h, bias, settled = self._causal_of(block.conv1, x, block.norm1.gamma.flatten())
+        if not isinstance(block.conv_shortcut, nn.Identity):
+            settled = self._conv(block.conv_shortcut, settled, bias=True)
+        out, out_bias = self._causal(block.conv2, Sum(h, bias), block.norm2.gamma.flatten())
+        return Sum(out, out_bias, settled)
+
+    def _attend(self, attention: nn.Module, x: Tensor) -> Tensor:
+        """Attention inside each frame, by diffusers' own module."""
+        images = x.flatten(0, 1).permute(0, 3, 1, 2).unsqueeze(2)
+        return attention(images).squeeze(2).permute(0, 2, 3, 1).reshape(x.shape)
+
+    def _upsample(self, layer: WanResample, x: Sum, first: bool) -> Sum:
+        """Twice the height and width, and of "upsample3d" the frames, but for a video's very first one."""
+        conv = layer.resample[1]
+        if layer.mode != "upsample3d":
+            return Sum(self._conv(conv, self._kernels.spread(x, 1)), conv.bias)
+        frames = []
+        if first:
+            x = x.settled()
+            frames.append(self._kernels.spread(Sum(x[:, :1].contiguous()), 1))
+            x = Sum(x[:, 1:].contiguous())
+        if x.x.shape[1]:
+            frames.append(self._kernels.spread(Sum(*self._causal(layer.time_conv, x)), 2))
+        return Sum(self._conv(conv, frames[0] if len(frames) == 1 else torch.cat(frames, dim=1)), conv.bias)
+
+    def _causal(self, conv: nn.Conv3d, x: Sum, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._causal_of(conv, x, gamma)[:2]
+
+    def _causal_of(self, conv: nn.Conv3d, x: Sum, gamma: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Result without its bias, the bias, and what x settled to."""
+        stacked, settled = self._kernels.stack(x, gamma, self._past_of(conv, x.x))
+        return self._conv(conv, stacked), conv.bias, settled
+
+    def _past_of(self, conv: nn.Conv3d, x: Tensor) -> Tensor:
+        if conv not in self._past:
+            self._past[conv] = x.new_zeros(x.shape[0], PAST, *x.shape[2:])
+        return self._past[conv]
+
+    def _conv(self, conv: nn.Module, x: Tensor, *, bias: bool = False) -> Tensor:
+        """A 2-D convolution of every frame [B, T, H, W, C]."""
+        weight = self._weights[conv]
+        images = x.flatten(0, 1).permute(0, 3, 1, 2)  # channels-last in memory
+        out = F.conv2d(images, weight, conv.bias if bias else None, padding=weight.shape[-1] // 2)
+        return out.permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2])
+
+
+def _doubles_time(block: WanUpBlock) -> bool:
+    return bool(block.upsamplers) and block.upsamplers[0].mode == "upsample3d"
+
+
+def _stacked_weight(conv: nn.Conv2d | nn.Conv3d) -> Tensor:
+    """Weights of the 2-D convolution over stacked frames, oldest first, channels-last."""
+    weight = conv.weight.detach()
+    if weight.ndim == 5:
+        weight = weight.transpose(1, 2).flatten(1, 2)
+    return weight.contiguous(memory_format=torch.channels_last)
