@@ -9,7 +9,7 @@ B batch, L chunk tokens, H heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ class _Moment:
     chunk_index: Tensor  # [] int64 chunk.index, on the device
     seen_frames: int
     seeds: Tensor
+    turns: dict[int, Turn] = field(default_factory=dict)  # see WindowBuffer.load
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,9 @@ class LayerCache:
         if not planned:
             self._vote(self._stage(query, keys, values, space, stored, voting))
             self.plan = self._checked_plan()
-        if self._window_is_shared or not planned:
-            self.window.load(self.store, self.plan, self.archive)
+        if self._window_is_shared or not planned:  # filled in every pass, it must not lean on what another one made
+            made = None if self._window_is_shared else self._moment.turns
+            self.window.load(self.store, self.plan, self.archive, made)
         past = self.past_tokens
         by, seen = self._turns.window(frames, self.plan.query_position), self.window.slots(past, new)
         if planned:
@@ -169,10 +171,7 @@ class LayerCache:
         return self.window.seen(query, past + new)
 
     def extend_packet(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
-        """Stage the chunk's packet, and show attention what the chunk remembered and, behind it, the packet itself.
-
-        Shapes: query, keys, values [B, P, H, D], normalised, without RoPE. After the chunk's last pass.
-        """
+        """Stage the chunk's packet [B, P, H, D] and show it behind what the chunk remembers, after the last pass."""
         self.archive.stage(keys, values)
         if self._window_is_shared:
             self.window.load(self.store, self.plan, self.archive)
@@ -181,7 +180,6 @@ class LayerCache:
         return self.window.seen(self._show(query, keys, values, by, self.window.slots(past, new)), past + new)
 
     def stage_packet(self, keys: Tensor, values: Tensor) -> None:
-        """Stage the chunk's packet alone."""
         self.archive.stage(keys, values)
 
     @property
@@ -309,7 +307,7 @@ class KVCache:
     @property
     def archives(self) -> bool:
         """Whether the chunk in the making leaves a packet; known after its first pass."""
-        return all(layer.plan is not None and layer.plan.archive for layer in self._layers)
+        return self._layers[0].plan is not None and self._layers[0].plan.archive
 
     @property
     def packets(self) -> PacketMemory:
@@ -326,7 +324,7 @@ class KVCache:
         token = store.keys[:, :1].nbytes + store.values[:, :1].nbytes
         windows = {id(layer.window): layer.window.nbytes for layer in self._layers}  # they may share one
         return {
-            "attended": token * sum(layer.past_tokens for layer in self._layers),
+            "attended": token * sum(layer.past_tokens for layer in self._layers if layer.plan is not None),
             "window": sum(windows.values()),
             "archive": sum(layer.archive.nbytes for layer in self._layers if layer.archive is not None),
         }

@@ -130,6 +130,7 @@ class Plan:
     packets: Tensor | None = None          # [B, K] places of the archive that this chunk sees, besides `attend`
     packet_position: Tensor | None = None  # [B, K, T] window time of each of their frames, in latent frames
     archive: bool = False                  # the chunk's packet goes to the archive
+    same_times: bool = False               # positions, though not tokens, are those of every layer
 
     def past_tokens(self, packet_tokens: int) -> int:
         """Tokens that the chunk sees besides its own, if a packet is `packet_tokens`."""

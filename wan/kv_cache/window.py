@@ -47,24 +47,30 @@ class WindowBuffer:
         """The most tokens that attention can see."""
         return self._keys.shape[1]
 
-    def load(self, store: KVStore, plan: Plan, archive: Archive | None = None) -> None:
+    def load(
+        self, store: KVStore, plan: Plan, archive: Archive | None = None, turns: dict[int, Turn] | None = None,
+    ) -> None:
         """Gather what the plan attends to and rotate it to its window time; store and archive are only read.
 
         Packets follow the store's tokens; attention does not mind the order.
+        Args: turns: rotations that layers of this chunk have made; used and added to where they share their times.
         """
+        turns = turns if turns is not None and plan.same_times else {}
         past = plan.attend.shape[1]
         if past:
-            self._load(store.keys, store.values, plan.attend, plan.position, begin=0)
+            self._load(store.keys, store.values, plan.attend, plan.position, 0, turns)
         if plan.packets is not None:
             slots, position = archive.tokens_of(plan)
-            self._load(archive.keys.flatten(1, 2), archive.values.flatten(1, 2), slots, position, begin=past)
+            self._load(archive.keys.flatten(1, 2), archive.values.flatten(1, 2), slots, position, past, turns)
 
-    def _load(self, keys: Tensor, values: Tensor, slots: Tensor, position: Tensor, begin: int) -> None:
-        phase, stop = time_phase(position, self._keys.shape[-1], self._keys.dtype), begin + slots.shape[1]
-        self._gather(
-            keys, values, slots, turn_of(phase, 2 * phase.cos.shape[-1]), self._keys[:, begin:stop],
-            self._values[:, begin:stop],
-        )
+    def _load(
+        self, keys: Tensor, values: Tensor, slots: Tensor, position: Tensor, begin: int, turns: dict[int, Turn],
+    ) -> None:
+        stop = begin + slots.shape[1]
+        if begin not in turns:
+            phase = time_phase(position, self._keys.shape[-1], self._keys.dtype)
+            turns[begin] = turn_of(phase, 2 * phase.cos.shape[-1])
+        self._gather(keys, values, slots, turns[begin], self._keys[:, begin:stop], self._values[:, begin:stop])
 
     def slots(self, past: int, new: int) -> tuple[Tensor, Tensor]:
         """Where the chunk's `new` keys and values go: behind `past` attended tokens."""
