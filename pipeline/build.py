@@ -21,12 +21,14 @@ import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.acceleration import Acceleration
 from pipeline.decoder import TinyDecoder, choose_decoder
 from pipeline.loops import Length, Loop, make_loop
+from pipeline.packets import TrainedBranch, choose_branch
 from pipeline.sampler import FewStepSampler
 from utils.config import Config, ConfigError, ModelSpec, load_model_spec
 from utils.hashing import fingerprint, sha256_file
 from wan.backends import AttentionBackend
 from wan.checkpoint import CheckpointError, check_transformer, weight_files
 from wan.geometry import VideoGeometry
+from wan.kv_cache.archive import FIRST_PLACES
 from wan.kv_cache.cache import CacheShape
 from wan.kv_cache.policy import KVPolicy, build_policy
 from wan.lora import check_lora
@@ -58,6 +60,7 @@ class RunPlan:
     use_ema: bool  # only where the checkpoint has something to choose from
     random_weights: bool  # seeded noise instead of files, for benchmarks
     tiny_decoder: TinyDecoder | None = None  # None: the VAE decodes
+    branch: TrainedBranch | None = None      # of a compressor that was trained
     acceleration: Acceleration = Acceleration.eager()
 
     @property
@@ -80,12 +83,13 @@ class RunPlan:
     def weights(self) -> dict[str, str]:
         """Content hash of each part's files; large files are hashed once and remembered."""
         spec = self.spec
-        tiny = {} if self.tiny_decoder is None else {self.tiny_decoder.kind: self.tiny_decoder.path}
+        more = {} if self.tiny_decoder is None else {self.tiny_decoder.kind: self.tiny_decoder.path}
+        more |= {} if self.branch is None else {"compressor": self.branch.path}
         if self.random_weights:
-            return dict.fromkeys(["transformer", "text_encoder", "vae", *tiny], "random")
+            return dict.fromkeys(["transformer", "text_encoder", "vae", *more], "random")
         parts = {
             "transformer": spec.checkpoint, "text_encoder": spec.text_encoder, "tokenizer": spec.tokenizer,
-            "vae": spec.vae, **tiny, **({} if spec.lora is None else {"lora": spec.lora}),
+            "vae": spec.vae, **more, **({} if spec.lora is None else {"lora": spec.lora}),
         }
         return {part: content_hash(path) for part, path in parts.items()}
 
@@ -151,6 +155,7 @@ def plan_run(
         config=config, spec=spec, architecture=architecture, geometry=geometry, policy=policy, sampler=sampler,
         loop=loop, device=device, dtype=dtype, use_ema=use_ema or spec.use_ema, random_weights=random_weights,
         tiny_decoder=choose_decoder(spec, decoder, decoder_path, random_weights),
+        branch=choose_branch(policy, geometry, architecture, spec),
         acceleration=acceleration.resolved(device, dtype, architecture.head_dim),
     )
     chosen = False if random_weights else check_files(plan, named=checkpoint is not None)
@@ -248,6 +253,8 @@ def check_files(plan: RunPlan, *, named: bool) -> bool:
             check_lora(spec.lora, expected)
     if plan.tiny_decoder is not None:
         plan.tiny_decoder.check(a.out_dim)
+    if plan.branch is not None:
+        plan.branch.check()
     return chosen
 
 
@@ -277,7 +284,7 @@ def content_hash(path: Path) -> str:
 
 # --- what a run will do -------------------------------------------------------------------------------
 
-def preview_windows(plan: RunPlan, length: Length) -> Iterator[int]:
+def preview_windows(plan: RunPlan, length: Length) -> Iterator[float]:
     """Frames that attention sees in each chunk, by running the real policy on a cache of one token a frame."""
     yield from plan.loop.windows(length.latent_frames)
 
@@ -289,10 +296,13 @@ def estimate_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
         parameters = sum(p.numel() for p in CausalWanModel(plan.architecture).parameters())
     sizes = plan.policy.sizes(plan.geometry)
     token = 2 * plan.architecture.dim * plan.architecture.num_layers * size * batch  # keys and values of all layers
-    return {
+    parts = {
         "transformer": parameters * size, "kv_store": sizes.capacity_tokens * token,
         "kv_window": sizes.window_tokens * token,
     }
+    if sizes.archive is not None and not (sizes.archive.offload and plan.device.type == "cuda"):
+        parts["kv_archive"] = (sizes.archive.packets or FIRST_PLACES) * sizes.archive.grid.tokens * token
+    return parts
 
 
 def file_bytes(plan: RunPlan) -> dict[str, int]:
@@ -331,7 +341,8 @@ def describe(plan: RunPlan, length: Length, batch: int) -> str:
     """The resolved plan in words, for --dry_run."""
     g, sizes = plan.geometry, plan.policy.sizes(plan.geometry)
     windows = list(islice(preview_windows(plan, length), PREVIEW_CHUNKS + 1))
-    shown = ", ".join(map(str, windows[:PREVIEW_CHUNKS])) + (", ..." if len(windows) > PREVIEW_CHUNKS else "")
+    shown = ", ".join(f"{frames:g}" for frames in windows[:PREVIEW_CHUNKS])
+    shown += ", ..." if len(windows) > PREVIEW_CHUNKS else ""
     times = ", ".join(f"{time:g}" for time in plan.sampler.times)
     parts = estimate_bytes(plan, batch) | file_bytes(plan)
     memory = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())

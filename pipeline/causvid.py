@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.chunkwise import Chunk, ChunkwisePipeline, Splice
 from pipeline.noise import NoiseSource
+from pipeline.packets import Decode
 from pipeline.sampler import FewStepSampler
 from pipeline.timeline import OnSwitch, PromptSwitch
 from wan.geometry import ChunkSpan, VideoGeometry
@@ -98,6 +99,7 @@ class CausVidOverlapPipeline(ChunkwisePipeline):
     def __call__(
         self, embeddings: Tensor, num_frames: int, noise: NoiseSource, seeds: list[int],
         initial_latent: Tensor | None = None, switches: Sequence[PromptSwitch] = (),
+        decode: Decode | None = None,
     ) -> Iterator[Chunk]:
         """As ChunkwisePipeline, without given frames; each chunk says how its pixels are shown.
 

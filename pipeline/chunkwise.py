@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.noise import NoiseSource, draw
+from pipeline.packets import Decode, Packer
 from pipeline.sampler import FewStepSampler
 from pipeline.timeline import OnSwitch, PromptSwitch, PromptTrack
 from wan.geometry import ChunkSpan, VideoGeometry
@@ -46,10 +47,12 @@ class ChunkwisePipeline:
     ):
         self.model, self.sampler, self.geometry, self.cache = model, sampler, geometry, cache
         self.on_switch = on_switch
+        self.packer: Packer | None = None  # compresses chunks, for policies that keep packets
 
     def __call__(
         self, embeddings: Tensor, num_frames: int, noise: NoiseSource, seeds: list[int],
         initial_latent: Tensor | None = None, switches: Sequence[PromptSwitch] = (),
+        decode: Decode | None = None,
     ) -> Iterator[Chunk]:
         """Generate from an empty memory.
 
@@ -58,6 +61,7 @@ class ChunkwisePipeline:
             num_frames: latent frames in all, the given ones included; whole chunks after the given ones.
             seeds: one per sample, for policies that choose at random.
             switches: later prompts, in order; `on_switch` says what becomes of the memory.
+            decode: makes a chunk's pixels, for a policy that compresses them; None: the compressor decodes by itself.
         Yields: given chunks, then generated ones, in order.
         Raises:
             ValueError: lengths or shapes that do not fit the geometry or the model.
@@ -65,6 +69,8 @@ class ChunkwisePipeline:
         given_frames = 0 if initial_latent is None else initial_latent.shape[1]
         spans = list(self.geometry.chunks(num_frames, prefilled=given_frames))
         self.cache.reset(seeds)
+        if self.packer is not None:
+            self.packer.start(decode)
         track = self.prompt_track(embeddings, switches)
         for span in self.geometry.prefill_chunks(given_frames):
             latents = initial_latent[:, span.start:span.stop].to(self.model.device)
@@ -94,7 +100,12 @@ class ChunkwisePipeline:
     @torch.inference_mode()
     def remember(self, span: ChunkSpan, latents: Tensor, text: TextContext) -> None:
         """The context pass: clean keys and values of the chunk that has begun become memory."""
-        self._remember(latents, text)
+        if self.packer is None:
+            self._remember(latents, text)
+            return
+        self._see_clean(latents, text)
+        self.packer.remember(latents, text)
+        self.cache.commit()
 
     def _denoise(self, noise: Callable[[int], Tensor], text: TextContext) -> Tensor:
         """All denoising passes; `noise` of pass 0 is what it starts from, of a later one what is mixed in."""
@@ -106,8 +117,11 @@ class ChunkwisePipeline:
         return x0
 
     def _remember(self, latents: Tensor, text: TextContext) -> None:
-        self.model.remember(latents, self._times(latents, self.sampler.context_time), text, self.cache)
+        self._see_clean(latents, text)
         self.cache.commit()
+
+    def _see_clean(self, latents: Tensor, text: TextContext) -> None:
+        self.model.remember(latents, self._times(latents, self.sampler.context_time), text, self.cache)
 
     def _times(self, x: Tensor, time: float) -> Tensor:
         return torch.full(x.shape[:2], time, device=x.device)

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from pipeline.build import RunPlan
 from pipeline.chunkwise import Chunk, ChunkwisePipeline, Splice
+from pipeline.decoder import OnceDecoder
 from pipeline.noise import SampleSeed, SeededNoise
+from pipeline.packets import make_packer
 from pipeline.timeline import PromptSwitch, switch_frames
 from utils.files import user_cache_dir
 from utils.hashing import fingerprint
@@ -25,6 +27,7 @@ from utils.prompts import IMAGE_SUFFIXES
 from utils.timelines import Later
 from utils.video import fit_to, read_image, read_video
 from wan.checkpoint import load_transformer
+from wan.compressor import HighResolutionBranch
 from wan.geometry import ChunkSpan
 from wan.lora import read_lora
 from wan.model import CausalWanModel, randomize
@@ -66,6 +69,7 @@ class Engine:
         self._pipeline: tuple[int, ChunkwisePipeline] | None = None
         self._vae: WanVAE | None = None
         self._decoder: WanVAE | TinyVAE | None = None
+        self._branch: HighResolutionBranch | None = None
 
     def prepare(self, texts: Sequence[str]) -> None:
         """Embed every prompt (the encoder leaves the device again), then load transformer and decoder."""
@@ -84,6 +88,8 @@ class Engine:
                 change=None if lora is None else lora.merged,
             )
         self._decoder = self._wan_vae() if plan.tiny_decoder is None else self._tiny_vae()
+        if plan.branch is not None:
+            self._branch = plan.branch.load(random=plan.random_weights, device=plan.device, dtype=plan.dtype)
         self._model = model.eval().requires_grad_(False)
 
     def source_latents(self, source: Path, pixel_frames: int) -> Tensor:
@@ -121,21 +127,22 @@ class Engine:
         embeddings = torch.stack([self._embeddings.get(request.text) for request in requests])
         g, seeds = self.plan.geometry, [request.seed for request in requests]
         noise = SeededNoise(seeds, (self.plan.architecture.in_dim, g.latent_height, g.latent_width), self.plan.device)
+        decoder = OnceDecoder(self._decoder.stream(), clock)
         chunks = pipeline(
             embeddings, latent_frames, noise, [seed.key() for seed in seeds], initial_latent=initial,
             switches=self._switches(requests, latent_frames, 0 if initial is None else initial.shape[1]),
+            decode=lambda latents: decoder.decode(latents),
         )
-        decoder = self._decoder.stream()
         while True:
             with clock.stage("dit"):
                 chunk: Chunk | None = next(chunks, None)
             if chunk is None:
                 return
+            splice = chunk.splice or Splice()
+            if splice.restarts:
+                decoder = OnceDecoder(self._decoder.stream(), clock)
+            pixels = decoder.decode(chunk.latents)
             with clock.stage("vae"):
-                splice = chunk.splice or Splice()
-                if splice.restarts:
-                    decoder = self._decoder.stream()
-                pixels = decoder.decode(chunk.latents)
                 if splice.watch is not None:
                     splice.watch(pixels)
                 frames = to_uint8(pixels[:, :splice.shown_frames]).cpu()
@@ -194,10 +201,14 @@ class Engine:
             self._pipeline = None  # free the old cache before the new one is allocated
             plan = self.plan
             cache = plan.acceleration.cache(plan.cache_shape(batch), plan.geometry, plan.policy)
-            self._pipeline = (batch, plan.loop.pipeline(
+            pipeline = plan.loop.pipeline(
                 self._model, cache, encode=lambda pixels: self._wan_vae().encode(pixels),
                 recorder=plan.acceleration.recorder,
-            ))
+            )
+            pipeline.packer = make_packer(
+                self._model, cache, plan.geometry, plan.policy, plan.sampler.context_time, self._wan_vae, self._branch,
+            )
+            self._pipeline = (batch, pipeline)
         return self._pipeline[1]
 
 

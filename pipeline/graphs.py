@@ -62,8 +62,13 @@ class GraphedPipeline(ChunkwisePipeline):
 
     @torch.inference_mode()
     def remember(self, span: ChunkSpan, latents: Tensor, text: TextContext) -> None:
-        text, latents = self._settled_text(text), self._place("clean", latents).copy_(latents)
-        self._run(("remember", *self.cache.shapes()), lambda: self._remember(latents, text), committed=True)
+        given, text, clean = latents, self._settled_text(text), self._place("clean", latents).copy_(latents)
+        if self.packer is None:
+            self._run(("remember", *self.cache.shapes()), lambda: self._remember(clean, text), committed=True)
+            return
+        self._run(("see clean", *self.cache.shapes()), lambda: self._see_clean(clean, text), committed=False)
+        self.packer.remember(given, text)  # decodes and encodes: what it remembers is not the cache's
+        self.cache.commit()
 
     def _run(self, key: Hashable, passes: Callable[[], None], *, committed: bool) -> None:
         """Do what `passes` does, in the fastest way that is known for `key`."""

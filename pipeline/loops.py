@@ -125,10 +125,14 @@ class Loop(ABC):
                     run(look.remembered)
                 cache.commit()
 
-    def windows(self, latent_frames: int) -> Iterator[int]:
-        """Frames that attention sees of each span that is denoised."""
-        for look, layer in self.walk(latent_frames):
-            yield layer.plan.attend.shape[1] + look.span.frames
+    def windows(self, latent_frames: int) -> Iterator[float]:
+        """Frames' worth of tokens that attention sees of each span that is denoised."""
+        archive = self.policy.sizes(self.geometry).archive
+        side = 1 if archive is None else archive.grid.space
+        for look, layer in self.walk(latent_frames, side=side):
+            frames = layer.plan.attend.shape[1] // side**2 + look.span.frames
+            packets = 0 if layer.plan.packets is None else layer.plan.packets.shape[1]
+            yield frames + packets * archive.grid.tokens / self.geometry.frame_tokens if packets else frames
 
     @abstractmethod
     def pipeline(

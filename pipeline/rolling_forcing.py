@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.chunkwise import Chunk, ChunkwisePipeline
 from pipeline.noise import NoiseSource
+from pipeline.packets import Decode
 from pipeline.timeline import PromptSwitch
 from wan.geometry import ChunkSpan
 from wan.model import TextContext
@@ -25,6 +26,7 @@ class RollingForcingPipeline(ChunkwisePipeline):
     def __call__(
         self, embeddings: Tensor, num_frames: int, noise: NoiseSource, seeds: list[int],
         initial_latent: Tensor | None = None, switches: Sequence[PromptSwitch] = (),
+        decode: Decode | None = None,
     ) -> Iterator[Chunk]:
         """As ChunkwisePipeline. The window reads the prompt of its newest chunk.
 

@@ -44,6 +44,18 @@ EVERY_POLICY = {
         "policy": "participative", "window_frames": 12, "sink_frames": 4, "budget_frames": 9, "recent_frames": 4,
         "positions": "contiguous", "selection": "random",
     },
+    "packforcing": {
+        "policy": "packforcing", "sink_frames": 3, "recent_frames": 3, "top_chunks": 2, "archive_chunks": 4,
+        "space_reduction": 2, "compressor": "kv_pool",
+    },
+    "packforcing_newest": {
+        "policy": "packforcing", "sink_frames": 4, "recent_frames": 6, "top_chunks": 2, "archive_chunks": 5,
+        "space_reduction": 1, "compressor": "kv_pool", "selection": "newest", "positions": "original",
+    },
+    "packforcing_squeezed": {
+        "policy": "packforcing", "sink_frames": 3, "recent_frames": 3, "top_chunks": 3, "archive_chunks": 0,
+        "space_reduction": 2, "compressor": "kv_pool", "mid_span": "squeeze", "squeeze_frames": 12, "offload": True,
+    },
 }
 
 

@@ -58,7 +58,8 @@ def test_the_shapes_of_a_stream_repeat(policy: KVPolicy) -> None:
     if policy.max_frames is not None:
         return
     numbers = [
-        (view.length, plan.attend.shape[1], plan.retain.shape[1], plan.query_position, view.seen_frames)
+        (view.length, plan.attend.shape[1], plan.retain.shape[1], plan.query_position, view.seen_frames,
+         view.packets and view.packets.known, plan.packets is not None and plan.packets.shape[1])
         for _, view, plan, _ in walk(policy, chunks=60)
     ]
     assert set(numbers[20:40]) == set(numbers[40:])

@@ -103,6 +103,7 @@ class ModelSpec:
     vae: Path = setting(PATH)
     taehv: Path | None = setting(PATH.or_null("none was made for its latents"), None)     # decoder in the VAE's place
     lighttae: Path | None = setting(PATH.or_null("none was made for its latents"), None)  # the same, another training
+    compressor: Path | None = setting(PATH.or_null("none was trained for it"), None)      # of PackForcing, HR branch
     prompts: Path = setting(PATH)                            # shown when no prompt is given
     understands: str | None = setting(TEXT.or_null("anything"), None)  # what prompts may speak of, told if they do not
     download: str = setting(TEXT)                # the command that fetches what is missing

@@ -9,7 +9,7 @@ B batch, L chunk tokens, H heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from wan.compiler import Compiler, plain
 from wan.geometry import ChunkSpan, VideoGeometry
+from wan.kv_cache.archive import Archive, PacketRotation
+from wan.kv_cache.packets import PacketMemory
 from wan.kv_cache.policy import CacheView, KVPolicy, Plan, Votes
 from wan.kv_cache.store import KVStore
 from wan.kv_cache.votes import QueryVotes
@@ -74,6 +76,7 @@ class _Moment:
     seen_frames: int
     seeds: Tensor
     lookahead: bool
+    turns: dict[int, Turn] = field(default_factory=dict)  # see WindowBuffer.load
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class LayerState:
 
     length: int         # slots in use
     known_frames: int   # remembered frames that vote
+    known_packets: int  # compressed chunks, as far as they are counted
     plan: Plan | None   # of the chunk in the making
 
 
@@ -119,7 +123,7 @@ class LayerCache:
 
     def __init__(
         self, layer: int, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, turns: _Turns,
-        window: WindowBuffer | None, compiler: Compiler,
+        packets: PacketRotation | None, window: WindowBuffer | None, compiler: Compiler,
     ):
         sizes = policy.sizes(geometry)
         common = (shape.heads, shape.head_dim, shape.device, shape.dtype)
@@ -128,7 +132,9 @@ class LayerCache:
         self.window = window or WindowBuffer(shape.batch, sizes.window_tokens, *common, compiler)
         past_voters = sizes.vote_frames - geometry.chunk_frames
         self.votes = QueryVotes(shape.batch, past_voters, *common, compiler) if sizes.vote_frames else None
+        self.archive = Archive(shape.batch, sizes.archive, packets, *common) if sizes.archive else None
         self.plan: Plan | None = None
+        self._rows, self._packet_tokens = geometry.rows, sizes.archive.grid.tokens if sizes.archive else 0
         self._most_frames = sizes.capacity_tokens // geometry.frame_tokens + 1
         self._layer, self._frame_tokens, self._policy, self._turns = layer, geometry.frame_tokens, policy, turns
         self._stage, self._show, self._both = map(compiler, (stage, show, stage_and_show))
@@ -137,6 +143,8 @@ class LayerCache:
     def begin(self, moment: _Moment) -> None:
         """Start a chunk, or start it again."""
         self._moment, self.plan = moment, None
+        if self.archive is not None:
+            self.archive.drop()
 
     def extend(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
         """Show attention the remembered tokens and, behind them, this pass's own.
@@ -155,9 +163,10 @@ class LayerCache:
         if not planned:
             self._vote(self._stage(query, keys, values, space, stored, voting))
             self.plan = self._checked_plan()
-        if self._window_is_shared or not planned:
-            self.window.load(self.store, self.plan)
-        past = self.plan.attend.shape[1]
+        if self._window_is_shared or not planned:  # filled in every pass, it must not lean on what another one made
+            made = None if self._window_is_shared else self._moment.turns
+            self.window.load(self.store, self.plan, self.archive, made)
+        past = self.past_tokens
         by, seen = self._turns.window(frames, self.plan.query_position), self.window.slots(past, new)
         if planned and not self._moment.lookahead:
             sums, query = self._both(query, keys, values, space, by, stored, seen, voting)
@@ -165,6 +174,23 @@ class LayerCache:
         else:
             query = self._show(query, keys, values, by, seen)
         return self.window.seen(query, past + new)
+
+    def extend_packet(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
+        """Stage the chunk's packet [B, P, H, D] and show it behind what the chunk remembers, after the last pass."""
+        self.archive.stage(keys, values)
+        if self._window_is_shared:
+            self.window.load(self.store, self.plan, self.archive)
+        past, new = self.past_tokens, keys.shape[1]
+        by = self.archive.rotation.window(self.plan.query_position)
+        return self.window.seen(self._show(query, keys, values, by, self.window.slots(past, new)), past + new)
+
+    def stage_packet(self, keys: Tensor, values: Tensor) -> None:
+        self.archive.stage(keys, values)
+
+    @property
+    def past_tokens(self) -> int:
+        """Remembered tokens, packets included, that the chunk in the making sees."""
+        return self.plan.past_tokens(self._packet_tokens)
 
     def _vote(self, sums: Tensor | None) -> None:
         if self.votes is not None:
@@ -178,12 +204,18 @@ class LayerCache:
             chunk_frames=chunk.frames, seen_frames=self.bounded(self._moment.seen_frames), length=length,
             frame_tokens=self._frame_tokens,
             seeds=self._moment.seeds, origin=self.store.origin[:, :length], uses=self.store.uses[:, :length],
-            scorer=self._score, lookahead=self._moment.lookahead,
+            scorer=self._score, packets=self.archive and self.archive.view(chunk, self._moment.start, self.votes),
+            lookahead=self._moment.lookahead,
         )
 
     def commit(self) -> None:
         """Turn what the last pass staged into memory."""
         born = self._moment.start + torch.arange(self._moment.chunk.frames, device=self.store.origin.device)
+        if self.plan.archive:
+            if not self.archive.is_staged:
+                space = self._turns.space(self._moment.chunk.frames)
+                self.archive.pool(*self.store.slots(len(space.cos)), self._rows, space)
+            self.archive.commit(self._moment.start)
         self.store.commit(
             retain=self.plan.retain, chosen=self.plan.chosen, origin=born.repeat_interleave(self._frame_tokens)
         )
@@ -196,7 +228,10 @@ class LayerCache:
 
     @property
     def state(self) -> LayerState:
-        return LayerState(self.store.length, self.votes.known_frames if self.votes else 0, self.plan)
+        return LayerState(
+            self.store.length, self.votes.known_frames if self.votes else 0,
+            self.archive.known if self.archive else 0, self.plan,
+        )
 
     @state.setter
     def state(self, state: LayerState) -> None:
@@ -204,6 +239,8 @@ class LayerCache:
         self.store.length, self.plan = state.length, state.plan
         if self.votes is not None:
             self.votes.known_frames = state.known_frames
+        if self.archive is not None:
+            self.archive.known = state.known_packets
 
     def end(self) -> None:
         """No chunk is in the making any more."""
@@ -218,6 +255,8 @@ class LayerCache:
     def reset(self) -> None:
         """Forget everything."""
         self.store.reset()
+        if self.archive is not None:
+            self.archive.reset()
         if self.votes is not None:
             self.votes.reset()
         self.end()
@@ -226,6 +265,8 @@ class LayerCache:
         """Take over the committed memory of `other`."""
         self.reset()
         self.store.copy_from(other.store)
+        if self.archive is not None:
+            self.archive.copy_from(other.archive)
         if self.votes is not None:
             self.votes.copy_from(other.votes)
 
@@ -234,7 +275,7 @@ class LayerCache:
 
     def _checked_plan(self) -> Plan:
         plan = self._policy.plan(self.view())
-        attended = plan.attend.shape[1] + self._moment.chunk.frames * self._frame_tokens
+        attended = plan.past_tokens(self._packet_tokens) + self._moment.chunk.frames * self._frame_tokens
         if attended > self.window.tokens or plan.attend.shape != plan.position.shape:
             raise ValueError(
                 f"{type(self._policy).__name__} plans {attended} tokens (positions for {plan.position.shape[1]} of the "
@@ -256,11 +297,16 @@ class KVCache:
         shared_window: bool = False,
     ):
         common = (shape.heads, shape.head_dim, shape.device, shape.dtype)
-        window = None
+        window, packets, sizes = None, None, policy.sizes(geometry)
         if shared_window:
-            window = WindowBuffer(shape.batch, policy.sizes(geometry).window_tokens, *common, compiler)
+            window = WindowBuffer(shape.batch, sizes.window_tokens, *common, compiler)
+        if sizes.archive is not None:
+            packets = PacketRotation(sizes.archive.grid, shape.head_dim, shape.device, shape.dtype)
         turns = _Turns(geometry, shape)
-        self._layers = [LayerCache(i, shape, geometry, policy, turns, window, compiler) for i in range(shape.layers)]
+        self._layers = [
+            LayerCache(i, shape, geometry, policy, turns, packets, window, compiler) for i in range(shape.layers)
+        ]
+        self._chunk_frames = geometry.chunk_frames
         self._seeds = torch.zeros(shape.batch, device=shape.device, dtype=torch.int64)
         self._start = torch.zeros((), device=shape.device, dtype=torch.int64)
         self._chunk_index = torch.zeros_like(self._start)
@@ -269,8 +315,34 @@ class KVCache:
         self._policy, self._frame_tokens = policy, geometry.frame_tokens
         self.window_frames = policy.sizes(geometry).window_tokens // geometry.frame_tokens
         self.seen_frames = 0
+
     def layer(self, index: int) -> LayerCache:
         return self._layers[index]
+
+    @property
+    def archives(self) -> bool:
+        """Whether the chunk in the making leaves a packet; known after its first pass."""
+        return self._layers[0].plan is not None and self._layers[0].plan.archive
+
+    @property
+    def packets(self) -> PacketMemory:
+        """The memory that the chunk's packet reads and is written to."""
+        return PacketMemory(self)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of keys and values of all layers.
+
+        `attended`: what the chunk in the making sees of the past, where it is stored; `window`: the rotated copies,
+        with room for the chunk itself; `archive`: all packets that there is room for, seen or not.
+        """
+        store = self._layers[0].store
+        token = store.keys[:, :1].nbytes + store.values[:, :1].nbytes
+        windows = {id(layer.window): layer.window.nbytes for layer in self._layers}  # they may share one
+        return {
+            "attended": token * sum(layer.past_tokens for layer in self._layers if layer.plan is not None),
+            "window": sum(windows.values()),
+            "archive": sum(layer.archive.nbytes for layer in self._layers if layer.archive is not None),
+        }
 
     def reset(self, seeds: Sequence[int]) -> None:
         """Forget everything; what follows equals a fresh process. `seeds`: one int per sample."""
@@ -314,6 +386,8 @@ class KVCache:
             seeds=self._seeds, lookahead=lookahead,
         )
         for layer in self._layers:
+            if layer.archive is not None:
+                layer.archive.make_room(self.seen_frames // self._chunk_frames + 1)
             layer.begin(moment)
 
     def commit(self) -> None:
@@ -333,7 +407,8 @@ class KVCache:
     def shapes(self) -> tuple[Any, ...]:
         """All host numbers that shapes and addresses of the chunk that has begun can depend on."""
         return self._chunk.frames, *(
-            (layer.bounded(self.seen_frames), state.length, state.known_frames, state.plan is not None)
+            (layer.bounded(self.seen_frames), state.length, state.known_frames, state.known_packets,
+             layer.archive and layer.archive.places, state.plan is not None)
             for layer, state in zip(self._layers, self.states, strict=True)
         )
 
