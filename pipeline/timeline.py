@@ -64,7 +64,7 @@ class PromptTrack:
         """The clean latents [B, F, C, h, w] of `span` have become memory."""
         if self._left and self._on_switch in ("recache", "reset_sink"):
             known = latents if self._newest is None else torch.cat([self._newest, latents], dim=1)
-            self._newest, self._stop = known[:, -self._cache.window_frames:], span.stop
+            self._newest, self._stop = known[:, -self._cache.most_frames:], span.stop
 
     def restart(self) -> None:
         """The memory was emptied, and frames are counted from 0 again."""

@@ -125,7 +125,8 @@ def test_what_is_remembered_after_a_switch(policy: KVPolicy, tiny: Tiny, on_swit
         newest = torch.arange(seen - tail, seen, dtype=torch.int32).repeat_interleave(tokens)
         assert torch.equal(origin[edge:], newest)  # the tail is whole frames, in order, up to the newest
         if on_switch == "reset_sink":
-            window = min(seen, policy.sizes(tiny.geometry).window_tokens // tokens)
+            sizes = policy.sizes(tiny.geometry)
+            window = min(seen, min(sizes.window_tokens, sizes.capacity_tokens - 3 * tokens) // tokens)
             assert torch.equal(new_origin, torch.arange(seen - window, seen).int().repeat_interleave(tokens))
             continue
         kept = edge if on_switch == "flush_recent" else len(origin)

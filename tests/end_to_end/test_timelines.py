@@ -29,7 +29,8 @@ def frames(cli: CommandLine, out: str) -> np.ndarray:
 def test_every_method_follows_a_timeline(cli: CommandLine, path: Path) -> None:
     """Shown is the first prompt up to the moment, and the later one, recorded, afterwards; again: finished."""
     length = 21 if path.stem in ("full", "base") else 27
-    command = ["--config_path", path, "--num_output_frames", length, "--set", "on_switch=recache"]
+    sets = ["--set", "on_switch=recache", "height=64", "width=64"]  # room for every method's tokens
+    command = ["--config_path", path, "--num_output_frames", length, *sets]
     assert cli("--data_path", timeline(cli, (0, PROMPTS[0]), (3, PROMPTS[1])), *command) == 0
     assert cli("--prompt", PROMPTS[0], *command, out="one") == 0
     assert is_whole(cli.folder / "videos", 1)

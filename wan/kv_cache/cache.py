@@ -313,7 +313,9 @@ class KVCache:
         self._chunk: ChunkSpan | None = None
         self._lookahead = False
         self._policy, self._frame_tokens = policy, geometry.frame_tokens
-        self.window_frames = policy.sizes(geometry).window_tokens // geometry.frame_tokens
+        sizes = policy.sizes(geometry)
+        room_tokens = sizes.capacity_tokens - geometry.chunk_frames * geometry.frame_tokens  # beside the next chunk
+        self.most_frames = min(sizes.window_tokens, room_tokens) // geometry.frame_tokens  # that one pass may remember
         self.seen_frames = 0
 
     def layer(self, index: int) -> LayerCache:
