@@ -3,6 +3,7 @@
     python -m utils.download                      all weights that inference needs, 17.6 GB
     python -m utils.download --only dit vae       some of them (dit, text, vae; base is the plain Wan model)
     python -m utils.download --only taehv         the tiny decoder of `--decoder taehv`, 23 MB
+    python -m utils.download --only longlive      another method's checkpoint (utils/download_sources.py lists them)
     python -m utils.download --prompts            MovieGenVideoBench.txt and its extended version
     python -m utils.download --dry_run            what would be fetched, from where, how large
 
@@ -12,7 +13,8 @@ final name there is never half a file. Run the same command again to go on after
 
 Where the pins come from: the two hub revisions, TAEHV's commit, sizes and SHA-256 below agree across several
 independent public projects that recorded them; every download from the hub is also compared with what the hub
-itself states for that revision. The prompt files are pinned by commit only; their first download fixes the hash.
+itself states for that revision. The prompt files are pinned by commit only, other methods' checkpoints not at all;
+their first download fixes the hash.
 """
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.download_sources import DownloadError, FileInfo, GitHub, HuggingFaceHub, Source
+from utils.download_sources import METHOD_FILES, DownloadError, FileInfo, GitHub, HuggingFaceHub, Source
 from utils.files import move_into_place, write_atomically
 from utils.hashing import sha256_file
 
@@ -39,10 +41,11 @@ REVISIONS = {
     SELF_FORCING: "2f8b779212da279d212c22a509b66ad6552f350e",
     PROMPT_REPO: "33593df3e81fa3ec10239271dd2c100facac6de1",
     TAEHV: "093b918971d59001a0bad6dfd6e0409b5e1752cf",
+    **{repo: "main" for _, repo, _, _ in METHOD_FILES},
 }
 LOCK = ".download_lock.json"
 STAGING = ".download"
-GROUPS = ("dit", "text", "vae", "base", "taehv")
+GROUPS = ("dit", "text", "vae", "base", "taehv", *dict.fromkeys(group for group, *_ in METHOD_FILES))
 DEFAULT_GROUPS = ("dit", "text", "vae")
 ATTEMPTS = 2  # a corrupt file is fetched once more before giving up
 NOTHING_LOST = "Nothing is lost: run the same command again, it goes on where it stopped"
@@ -116,6 +119,7 @@ FILES = (
         "wan_models/taew2_1.pth",
         FileInfo(22678901, "d26151e76cdc2c9424bef988de874b33d9a53f30ef3060cd556c429c469c797e"),
     ),
+    *(RemoteFile(group, repo, path, target) for group, repo, path, target in METHOD_FILES),
     RemoteFile(
         "prompts", PROMPT_REPO, "prompts/MovieGenVideoBench.txt", "prompts/MovieGenVideoBench.txt"
     ),
