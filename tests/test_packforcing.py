@@ -182,6 +182,16 @@ def test_an_odd_first_chunk_leaves_no_packet() -> None:
     assert sorted(s for s in archive.start.tolist() if s < 100) == [7, 10, 13, 16, 19]
 
 
+def test_without_packets_it_is_a_sink_without_a_gap() -> None:
+    """No packet shown is Deep Sink with contiguous positions, within float32 rounding: angles of other origins."""
+    tiny = make_tiny()
+    packless = tiny.run(policy_of(PACK | {"sink_frames": 6, "top_chunks": 0}), 30)
+    sink = tiny.run(policy_of(
+        {"policy": "sink", "window_frames": 12, "sink_frames": 6, "positions": "contiguous"},
+    ), 30)
+    assert_close(packless, sink, rtol=0, atol=1e-4)
+
+
 # --- sizes ----------------------------------------------------------------------------------------------
 
 def paper() -> tuple[dict, VideoGeometry]:
