@@ -243,6 +243,16 @@ def test_an_archive_without_limit_grows_and_shows_the_same() -> None:
     assert (places[0], places[-1]) == (FIRST_PLACES, 2 * FIRST_PLACES)
 
 
+def test_places_that_were_added_serve_the_next_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An archive that grew while a video was made is reset with the rest."""
+    monkeypatch.setattr("wan.kv_cache.archive.FIRST_PLACES", 2)
+    tiny, policy = make_tiny(), policy_of(PACK | {"archive_chunks": 0})
+    used = tiny.pipeline(policy)
+    tiny.run(policy, 30, text=1, pipeline=used)
+    assert used.cache.layer(0).archive.places == 16
+    assert torch.equal(tiny.run(policy, 30, text=2, pipeline=used), tiny.run(policy, 30, text=2))
+
+
 @pytest.mark.parametrize("span, step", [("block", 3.0), ("tokens", 2.0), ("squeeze", 1.5)])
 def test_packets_take_the_time_they_are_given(span: str, step: float) -> None:
     """Window time from one packet to the next, and none is later than the recent frames or earlier than the sink."""

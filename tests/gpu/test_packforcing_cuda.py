@@ -9,7 +9,6 @@ from compressor_stage import network
 from conftest import make_tiny, policy_of
 from test_packforcing import PACK
 from torch.testing import assert_close
-from weights import TRANSFORMER, make_vae
 
 from pipeline.graphs import GraphedPipeline
 from pipeline.packets import Packer
@@ -20,6 +19,7 @@ from training.teacher import TeacherForcedFlow
 from wan.kv_cache.archive import host_memory
 from wan.recorder import CudaRecorder
 from wan.vae import WanVAE
+from weights import TRANSFORMER, make_vae
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")
