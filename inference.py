@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
 
+if __name__ == "__main__":  # the imports below take seconds: Ctrl-C ends them at once, without a trace
+    at_interrupt = signal.getsignal(signal.SIGINT)
+    if at_interrupt is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
-from pipeline.acceleration import Acceleration
-from pipeline.build import (
-    RunPlan,
-    asked_pixel_frames,
-    check_memory,
-    choose_device,
-    describe,
-    plan_run,
-    video_length,
-)
+from pipeline.acceleration import MODES
+from pipeline.build import RunPlan, choose_device, plan_run
 from pipeline.decoder import NAMES as DECODERS
 from pipeline.engine import Engine
-from pipeline.render import Summary, make_jobs, pending_jobs, reason, refuse_other_settings, render
+from pipeline.preflight import asked_pixel_frames, check_memory, describe, video_length
+from pipeline.render import Summary, check_number, make_jobs, pending_jobs, reason, refuse_other_settings, render
 from utils.config import load_config
 from utils.launch import Launch, read_launch, wait_for_others
 from utils.outputs import OutputFolder
@@ -79,7 +78,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key of the config")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--attention", choices=BACKENDS, default="auto", help="attention kernel (default: the fastest that is there)")
-    add("--eager", action="store_true", help="plain passes: nothing compiled, no CUDA graphs (default off a GPU)")
+    add("--acceleration", choices=tuple(MODES), default="auto",
+        help="eager: plain passes; exact: compiled parts and CUDA graphs, the same results (default: eager)")
     add("--overwrite", action="store_true", help="redo finished videos (default: skip them)")
     add("--dry_run", action="store_true", help="print what would be done and stop")
     add("--random_weights", action="store_true", help="seeded random networks, for benchmarks")
@@ -112,7 +112,7 @@ def make_plan(options: argparse.Namespace, launch: Launch) -> RunPlan:
         config, checkpoint=options.checkpoint_path, use_ema=options.use_ema,
         device=choose_device(options.device, launch.local_rank), random_weights=options.random_weights,
         decoder=options.decoder, decoder_path=options.decoder_path,
-        acceleration=(Acceleration.eager if options.eager else Acceleration)(attention=options.attention),
+        acceleration=MODES[options.acceleration](attention=options.attention),
     )
 
 
@@ -135,6 +135,7 @@ def run(options: argparse.Namespace) -> int:
     items = read_prompts(options, plan)
     length = video_length(plan, pixel_frames, given_frames=1 if options.i2v else 0)  # a source is one frame at least
     check_memory(plan, options.batch_size)
+    check_number(len(items), options.num_samples)
     if options.dry_run:
         print(describe(plan, length, options.batch_size))
         print(f"prompts   {len(items)} x {options.num_samples} samples -> {options.output_folder}")
@@ -179,4 +180,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, at_interrupt)
     sys.exit(main())

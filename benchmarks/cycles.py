@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from pipeline.build import Length, RunPlan, asked_pixel_frames, preview_windows, video_length
+from pipeline.build import RunPlan
+from pipeline.preflight import Length, asked_pixel_frames, preview_windows, video_length
 from utils.config import ConfigError
 
 LEAST_CYCLES = 12   # fewer say little about spread

@@ -12,8 +12,9 @@ from typing import Protocol
 from torch import Tensor
 
 from pipeline.build import RunPlan
+from wan.stream import StreamDecoder, to_uint8
 from wan.tiny_vae import TinyVAE
-from wan.vae import StreamDecoder, WanVAE, to_uint8
+from wan.vae import WanVAE
 
 FrameStream = Callable[[Tensor], Tensor]
 OpenStream = Callable[[], FrameStream]

@@ -17,10 +17,11 @@ from benchmarks.clock import Clock
 from benchmarks.cycles import Schedule
 from benchmarks.decoders import COUNTED, FrameStream, OpenStream
 from benchmarks.settings import Setting
-from pipeline.build import RunPlan, check_memory
+from pipeline.build import RunPlan
 from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.noise import SampleSeed, SeededNoise
 from pipeline.packets import make_packer
+from pipeline.preflight import check_memory
 from wan.geometry import ChunkSpan
 from wan.model import CausalWanModel, TextContext, randomize
 from wan.vae import WanVAE

@@ -146,27 +146,36 @@ class Recorder:
     def after_pass(self, model, arguments, flow: Tensor) -> None:
         layers = [self.pipeline.cache.layer(i) for i in range(len(model.blocks))]
         tokens = flow.shape[1] * self.pipeline.geometry.frame_tokens
-        if len(self.windows[-1]) == 0 and layers[0].plan.chosen is not None:
+        if len(self.flows[-1]) == 0 and layers[0].plan.chosen is not None:
             length = layers[0].store.length
             own = torch.arange(length, length + tokens)
             self.events.append({
-                "chunk": len(self.windows) - 1, "length": length + tokens,
+                "chunk": len(self.flows) - 1, "length": length + tokens,
                 "kept": torch.stack([torch.cat([x.plan.retain[0], own]) for x in layers]),
                 "top": torch.stack([x.plan.chosen[0] for x in layers]),
             })
-        self.windows[-1].append(layers[0].plan.attend.shape[1] + tokens)
         self.flows[-1].append(flow[0])
+
+    def after_first_block(self, block, arguments: tuple, hidden: Tensor) -> None:
+        """Runs in the context pass too, which ends at the last layer's keys."""
+        memory = arguments[-1]
+        self.windows[-1].append(memory.plan.attend.shape[1] + hidden.shape[1] * hidden.shape[2])
 
     def run(self, embeddings: Tensor, frames: int, noise: RecordedNoise) -> tuple[Tensor, list[int]]:
         """Latents of the whole rollout, and the store's length after each chunk."""
-        hook = self.pipeline.model.register_forward_hook(self.after_pass)
+        model = self.pipeline.model
+        hooks = (
+            model.register_forward_hook(self.after_pass),
+            model.blocks[0].register_forward_hook(self.after_first_block),
+        )
         latents, lengths = [], []
         self._next_chunk()
         for chunk in self.pipeline(embeddings, frames, noise, seeds=[0]):
             latents.append(chunk.latents)
             lengths.append(self.pipeline.cache.layer(0).store.length)
             self._next_chunk()
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         return torch.cat(latents, dim=1), lengths
 
     def _next_chunk(self) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -81,12 +82,16 @@ class Acceleration:
             return GraphedPipeline(model, sampler, geometry, cache, CudaRecorder())
         return ChunkwisePipeline(model, sampler, geometry, cache)
 
-
     def accelerate_decoder(self, vae: WanVAE, chunk_frames: int) -> WanVAE:
         """The same VAE, whose decoder takes a chunk of latents a call."""
         if self.decoder:
             vae.accelerate(CudaRecorder() if self.graphs else None, part_frames=chunk_frames)
         return vae
+
+
+MODES: dict[str, Callable[..., Acceleration]] = {  # by what a user calls them
+    "auto": Acceleration.eager, "eager": Acceleration.eager, "exact": Acceleration,
+}
 
 
 def can_compile() -> bool:

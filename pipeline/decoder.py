@@ -9,8 +9,8 @@ from torch import Tensor
 
 from utils.config import ConfigError, ModelSpec
 from utils.profiling import StageClock
+from wan.stream import StreamDecoder
 from wan.tiny_vae import TinyKind, TinyVAE, check_tiny_vae
-from wan.vae import StreamDecoder
 
 SOURCES: dict[TinyKind, str] = {
     "taehv": "python -m utils.download --only taehv (taew2_1.pth of https://github.com/madebyollin/taehv)",

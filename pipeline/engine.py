@@ -28,9 +28,11 @@ from wan.checkpoint import load_transformer
 from wan.compressor import HighResolutionBranch
 from wan.geometry import ChunkSpan
 from wan.model import CausalWanModel, randomize
+from wan.prompt_tokens import PromptTokens
+from wan.stream import to_uint8
 from wan.text_encoder import EmbeddingCache, TextEncoder, embed_prompts
 from wan.tiny_vae import TinyVAE
-from wan.vae import WanVAE, to_uint8
+from wan.vae import WanVAE
 
 logger = logging.getLogger(__name__)
 
@@ -197,13 +199,12 @@ class _Embeddings:
         identity = fingerprint([hashes["text_encoder"], hashes["tokenizer"], str(plan.dtype)])
         cache = EmbeddingCache(user_cache_dir() / "embeddings", identity, plan.architecture.text_len)
 
-        def load() -> TextEncoder:
-            return TextEncoder.load(
-                spec.text_encoder, tokenizer=spec.tokenizer, text_len=plan.architecture.text_len,
-                device=plan.device, dtype=plan.dtype,
-            )
+        words = PromptTokens.load(spec.tokenizer, plan.architecture.text_len, spec.understands)
 
-        self._known = embed_prompts(texts, cache, load)
+        def load() -> TextEncoder:
+            return TextEncoder.load(spec.text_encoder, words=words, device=plan.device, dtype=plan.dtype)
+
+        self._known = embed_prompts(texts, cache, words, load)
 
     def get(self, text: str) -> Tensor:
         return self._known[text]

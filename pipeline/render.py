@@ -1,10 +1,12 @@
 """From jobs to files: stream each video into its writer, record it, go on after a failure."""
 from __future__ import annotations
 
+import json
 import logging
 import platform
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -12,10 +14,12 @@ from typing import Any
 
 import torch
 
-from pipeline.build import Length, RunPlan, video_length
+from pipeline.build import RunPlan
 from pipeline.engine import Engine, VideoRequest
 from pipeline.noise import SampleSeed
+from pipeline.preflight import Length, video_length
 from utils.config import ConfigError
+from utils.files import BeingWrittenError
 from utils.hashing import fingerprint, sha256_file
 from utils.interrupt import StopRequest
 from utils.outputs import OutputFolder, video_stem
@@ -26,17 +30,21 @@ from utils.video import VideoWriter
 
 logger = logging.getLogger(__name__)
 
+SHOWN_SETTINGS, SHOWN_CHARACTERS = 4, 24
+WAIT_S = 1.0  # between looks at what another process is making
+MOST_VIDEOS = 100_000  # their names and fingerprints are made first: some seconds
 PACKAGES = ("torch", "diffusers", "transformers", "av", "numpy")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make, and the name and fingerprint that it will have."""
+    """One video to make, and the name that it will have."""
 
     item: PromptItem
     seed: SampleSeed
     stem: str
-    fingerprint: str
+    identity: dict[str, Any]  # everything that decides the pixels, as plain data
+    fingerprint: str          # of the identity
 
     @property
     def request(self) -> VideoRequest:
@@ -66,10 +74,19 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line}"
 
 
+def check_number(num_prompts: int, num_samples: int) -> None:
+    """Raise ConfigError for more videos than one run keeps a list of."""
+    if num_prompts * num_samples > MOST_VIDEOS:
+        raise ConfigError(
+            f"{num_prompts} prompts with --num_samples {num_samples} are {num_prompts * num_samples} videos; one run "
+            f"makes at most {MOST_VIDEOS}. Ask for fewer samples, or split the prompts or the seeds over several runs."
+        )
+
+
 def make_jobs(
     plan: RunPlan, items: Sequence[PromptItem], pixel_frames: int, *, seed: int, num_samples: int, with_index: bool,
 ) -> list[Job]:
-    """One job per prompt and sample. The fingerprint covers everything that decides the pixels."""
+    """One job per prompt and sample."""
     settings, jobs = plan.settings(), []
     for item in items:
         source = None if item.source is None else sha256_file(item.source)
@@ -79,7 +96,7 @@ def make_jobs(
                 "pixel_frames": pixel_frames,
             }
             stem = video_stem(item, item.index, sample, seed, with_index=with_index)
-            jobs.append(Job(item, SampleSeed(seed, sample), stem, fingerprint(identity)))
+            jobs.append(Job(item, SampleSeed(seed, sample), stem, identity, fingerprint(identity)))
     return jobs
 
 
@@ -89,13 +106,41 @@ def is_finished(folder: OutputFolder, job: Job) -> bool:
 
 def refuse_other_settings(folder: OutputFolder, jobs: Sequence[Job]) -> None:
     """Raise ConfigError if a finished video of the same name was made with other settings."""
-    other = [job.stem for job in jobs if folder.state(job.stem, job.fingerprint) == "other_settings"]
+    other = [job for job in jobs if folder.state(job.stem, job.fingerprint) == "other_settings"]
     if other:
+        stem = other[0].stem
         raise ConfigError(
             f"{folder.folder} holds {len(other)} finished video(s) of the same name made with other settings, such as "
-            f"{other[0]}.mp4 (its settings: {folder.sidecar_path(other[0])}). "
-            "Choose another --output_folder, or redo them with --overwrite."
+            f"{stem}.mp4: {differences(folder.record(stem) or {}, other[0].identity)} (all its settings: "
+            f"{folder.sidecar_path(stem)}). Choose another --output_folder, or redo them with --overwrite."
         )
+
+
+def differences(record: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    """What a finished video's record has other than the video asked for, in words: `key old -> new`."""
+    old = {**record, "text": record.get("extended_prompt") or record.get("prompt"), "source": identity["source"]}
+    old = _flat({key: old.get(key) for key in identity})
+    new = _flat(json.loads(json.dumps(identity)))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    told = [
+        f"{key.removeprefix('settings.').removeprefix('config.')} {_short(old.get(key))} -> {_short(new.get(key))}"
+        for key in keys[:SHOWN_SETTINGS]
+    ]
+    more = [f"{len(keys) - SHOWN_SETTINGS} more"] if len(keys) > SHOWN_SETTINGS else []
+    return ", ".join(told + more) or "another image or video to continue"  # records hold its name, not its bytes
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, under dotted keys."""
+    if not isinstance(values, Mapping):
+        return {prefix: values}
+    inner = (_flat(value, f"{prefix}.{key}" if prefix else key) for key, value in values.items())
+    return {key: value for flat in inner for key, value in flat.items()}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS - 3] + "..."
 
 
 def pending_jobs(folder: OutputFolder, jobs: Sequence[Job]) -> list[Job]:
@@ -121,7 +166,10 @@ def batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
 def render(
     engine: Engine, folder: OutputFolder, jobs: Sequence[Job], pixel_frames: int, *, batch_size: int,
 ) -> Summary:
-    """Make every video. A failure costs that video alone; Ctrl-C stops at the next chunk."""
+    """Make every video. A failure costs that video alone; Ctrl-C stops at the next chunk.
+
+    A video that another process is making is left to it, and waited for at the end: made here if that one fails.
+    """
     summary, queue, told = Summary(), deque(batches(jobs, batch_size)), set()
     with StopRequest() as stop:
         while queue and not summary.interrupted:
@@ -131,6 +179,12 @@ def render(
             whole, why = False, None
             try:
                 whole = _render_batch(engine, folder, batch, pixel_frames, stop, told)
+            except BeingWrittenError as error:
+                if str(error) not in told:
+                    logger.info("%s. This run goes on with the others, and looks again", error)
+                    told.add(str(error))
+                queue.extend([job] for job in batch)
+                time.sleep(WAIT_S)
             except Exception as error:
                 why = reason(error)
                 trace = logger.isEnabledFor(logging.DEBUG)

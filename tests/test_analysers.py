@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,16 @@ import torch
 from evaluation.analysers import PROPERTIES, analyse, chance, curves, damage, judge, observe
 from evaluation.analysers.behind import LEVELS, colour_distance
 from evaluation.analysers.segment import _connected, grown, inner_edge
-from evaluation.analysers.selfcheck import DAMAGES, damage_clips, draw, held_out_clips, shares, shuffled
+from evaluation.analysers.selfcheck import (
+    DAMAGES,
+    damage_clips,
+    draw,
+    held_out_clips,
+    main,
+    shares,
+    shuffled,
+    with_backdrop_gain,
+)
 from training.world import ObjectTruth, Truth, World, sample, to_frames
 from training.world.render import render
 from training.world.scene import WaveBatch
@@ -130,6 +140,19 @@ def test_a_whole_video_stays_whole(subject):
     assert analysis.between(7, 8)["step"] == series["step"][7]
 
 
+def test_free_colours_should_stay_what_they_were():
+    """No name to hold them against: the first seconds are the truth, and a colour half way to another name is wrong."""
+    clip = next(clip for clip in (sample(seed, "free") for seed in range(50)) if len(clip.scene.bodies) == 1)
+    frames = draw(clip.scene, LENGTH)
+    kept = analyse(frames, clip.said).video
+    assert kept.rate["colour"] == kept.rate["background"] == 1
+    body = clip.scene.bodies[0]
+    other = replace(clip.scene, bodies=(replace(body, rgb=body.rgb[1:] + body.rgb[:1]),))
+    turned = analyse(damage.switch(frames, draw(with_backdrop_gain(other, 0.4), LENGTH), 0.3), clip.said).frames
+    for right in (turned.colour, turned.background):
+        assert right[:60].all() and not right[-1]
+
+
 def test_a_frozen_video_is_called_frozen(subject):
     clip, frames = subject
     assert analyse(damage.freeze(frames, 0.5), clip.truth).video.frozen
@@ -239,3 +262,11 @@ def test_a_window_outside_the_video_is_refused(subject):
     clip, frames = subject
     with pytest.raises(ValueError, match="no frame between"):
         analyse(frames[:40], clip.truth).between(55, 60)
+
+
+@pytest.mark.parametrize("flags", [["--clips", "0"], ["--clips", "1"], ["--threads", "0"]])
+def test_selfcheck_refuses_numbers_that_show_nothing(flags, capsys):
+    """No clips give no shares, and a single one cannot be shuffled."""
+    with pytest.raises(SystemExit) as stop:
+        main(flags)
+    assert stop.value.code == 2 and f"{' '.join(flags)} is too small" in capsys.readouterr().err

@@ -52,7 +52,8 @@ def test_take_equals_indexing() -> None:
 def test_window_keys_are_rotated_from_the_stored_master() -> None:
     """Rotation never accumulates: after 400 chunks a sink's window key is its birth key, turned once."""
     born = None
-    for layer, view, plan, window in walk(policy_of(EVERY_POLICY["deep_sink_contiguous"]), chunks=400):
+    for step in walk(policy_of(EVERY_POLICY["deep_sink_contiguous"]), chunks=400):
+        layer, view, plan, window = step
         born = layer.store.keys[:, :view.frame_tokens * 3].clone() if born is None else born
     sinks = born.shape[1]
     assert view.start == 1197 and torch.equal(layer.store.keys[:, :sinks], born)

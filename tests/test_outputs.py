@@ -1,11 +1,15 @@
 """Laws of the output folder: names never collide, and only a finished video looks finished."""
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import logging
 import multiprocessing
+import os
 import re
+import struct
+import termios
 from pathlib import Path
 
 import pytest
@@ -133,7 +137,6 @@ def test_what_was_kept_stays_until_its_successor_is_there(tmp_path):
         folder.partial_path(stem).write_bytes(b"half")
     folder.partial("v", RECORD)
     temp_path(folder.video_path("v")).write_bytes(b"x")
-    temp_path(folder.sidecar_path("v")).write_bytes(b"x")
     folder.start("v")
     kept = {"manifest.jsonl", "v.partial.json", "v.partial.mp4", "w.partial.mp4"}
     assert {p.name for p in tmp_path.iterdir()} == kept and folder.state("v", "f1") == "partial"
@@ -310,3 +313,19 @@ def test_progress_on_a_terminal_is_a_bar(caplog):
     with caplog.at_level(logging.INFO, logger="utils.progress"):
         run_progress(screen := Terminal(), 3.0)
     assert "chunk 20/20, 14.8 s of video, 4.0 FPS, 00:00 left" in screen.getvalue() and not caplog.records
+
+
+@pytest.mark.parametrize("columns, shown", [(0, 80), (80, 80), (40, 40)])
+def test_the_figures_fit_any_terminal(columns, shown):
+    """A long label never pushes the figures out; a terminal that reports 0 columns gets a bar as well."""
+    outside, inside = os.openpty()
+    fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", columns and 24, columns, 0, 0))
+    with os.fdopen(inside, "w") as terminal:
+        with VideoProgress("x" * 90, num_chunks=2, fps=16, stream=terminal, clock=iter(range(99)).__next__) as progress:
+            progress.update(9)
+            progress.update(12)
+        drawn = os.read(outside, 1 << 16).decode().split("\r")
+    os.close(outside)
+    lines = [line for line in drawn if line.strip()]
+    assert all(len(line) <= shown for line in lines)
+    assert lines[-1].startswith("chunk 2/2, 1.3 s of video") and ("xxx..." in lines[-1]) == (shown > 40)

@@ -41,7 +41,7 @@ def test_every_way_of_writing_lines_gives_the_same_prompts(tmp_path):
 def test_characters_that_only_look_like_line_ends_stay_inside(tmp_path):
     """Form feeds and Unicode separators do not cut a prompt in two, so line numbers match an editor's."""
     lines = ["a\x0cb", "c\u2028d", "e\x85f"]
-    assert [item.prompt for item in load(put(tmp_path / "p.txt", "\n".join(lines)))] == lines
+    assert [item.prompt for item in load(put(tmp_path / "p.txt", "\n".join(lines)))] == ["a b", "c d", "e f"]
 
 
 def test_single_prompt_equals_a_file_of_one_line(tmp_path):
@@ -51,8 +51,8 @@ def test_single_prompt_equals_a_file_of_one_line(tmp_path):
 
 def test_jsonl_equals_txt_with_the_same_content(tmp_path):
     """The two formats meet in the same items; extended text and sources come along."""
-    text = put(tmp_path / "p.txt", "a cat\n\na dog\n")
-    longer = put(tmp_path / "long.txt", "a long cat\n\na long dog\n")
+    text = put(tmp_path / "p.txt", "a  cat\n\na\tdog\n")
+    longer = put(tmp_path / "long.txt", "a long cat\n\na  long dog\n")
     rows = '{"prompt": "a cat", "extended": "a long\\ncat"}\n\n{"prompt": "a dog", "extended": "a long dog"}\n'
     assert load(put(tmp_path / "p.jsonl", rows)) == load(text, extended=longer)
     assert [item.text for item in load(text, extended=longer)] == ["a long cat", "a long dog"]

@@ -24,7 +24,7 @@ PARTICIPATIVE = dict(RELEASED, policy="participative", recent_frames=4, budget_f
 def golden(name):
     """(tensors, header) of one golden file."""
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata())
+        return {key: file.get_tensor(key) for key in list(file.keys())}, dict(file.metadata())
 
 
 @cache

@@ -16,11 +16,15 @@ from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel, UMT5ForConditionalGeneration
 
 from wan.checkpoint import CheckpointError
-from wan.text_encoder import EmbeddingCache, TextEncoder, clean_prompt, embed_prompts, load_tokenizer
+from wan.prompt_tokens import PromptTokens, clean_prompt, load_tokenizer
+from wan.text_encoder import EmbeddingCache, TextEncoder, check_text_encoder, embed_prompts
 
 GOLDEN = Path(__file__).parent / "golden" / "t5_umt5_tiny.safetensors"
 TEXT_LEN = 40
-WORDS = ["<pad>", "</s>", "<unk>", *"a red square blue circle moves turns slowly across the room &".split()]
+WORDS = [
+    "<pad>", "</s>", "<unk>", "a", "red", "square", "blue", "circle", "moves", "turns", "slowly", "across", "the",
+    "room", "&",
+]
 State = dict[str, Tensor]
 
 
@@ -119,7 +123,7 @@ LAYOUTS: dict[str, Callable[[Path, State], Path]] = {
 
 
 def load(path: Path, tokenizer: Path, text_len: int = TEXT_LEN, dtype: torch.dtype = torch.float32) -> TextEncoder:
-    return TextEncoder.load(path, tokenizer=tokenizer, text_len=text_len, device="cpu", dtype=dtype)
+    return TextEncoder.load(path, words=PromptTokens.load(tokenizer, text_len), device="cpu", dtype=dtype)
 
 
 @pytest.fixture
@@ -127,10 +131,17 @@ def encoder(tmp_path: Path, original: State) -> TextEncoder:
     return load(write_pth(tmp_path, original), write_tokenizer(tmp_path / "tokenizer"))
 
 
+@pytest.fixture
+def words(tmp_path: Path) -> PromptTokens:
+    return PromptTokens.load(write_tokenizer(tmp_path / "tokenizer"), TEXT_LEN, "shapes")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_matches_the_released_encoder(layout: str, golden: State, original: State, tmp_path: Path) -> None:
     """Whichever way the weights are stored, the embedding is what Wan's own encoder gives, zeros past the end."""
-    encoder = load(LAYOUTS[layout](tmp_path, original), write_tokenizer(tmp_path / "tokenizer"))
+    path = LAYOUTS[layout](tmp_path, original)
+    check_text_encoder(path, 32)
+    encoder = load(path, write_tokenizer(tmp_path / "tokenizer"))
     assert_close(encoder.encode_ids(golden["ids"], golden["mask"]), golden["out_zero_padded"], rtol=0, atol=1e-5)
 
 
@@ -142,13 +153,13 @@ def test_the_embedding_is_tied_and_nothing_else_is_random(encoder: TextEncoder, 
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_prompt_is_encoded_the_same_in_any_company(encoder: TextEncoder) -> None:
+def test_a_prompt_is_encoded_the_same_in_any_company(encoder: TextEncoder, words: PromptTokens) -> None:
     """Alone or in a list: the same embedding bit for bit, rows past its tokens zero."""
     prompts = ["a red square moves slowly across the room", "blue circle"]
     together = encoder.encode(prompts)
     assert together.shape == (2, TEXT_LEN, 32)
     for row, prompt in zip(together, prompts, strict=True):
-        count = encoder.token_count(prompt)
+        count = words.count(prompt)
         assert count == len(prompt.split()) + 1
         assert torch.equal(row, encoder.encode([prompt])[0])
         assert row[count:].eq(0).all() and row[:count].ne(0).any(dim=1).all()
@@ -176,16 +187,39 @@ def test_prompts_are_cleaned(text: str, clean: str) -> None:
 def test_a_long_prompt_is_cut_with_one_warning(
     tmp_path: Path, original: State, caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The end mark stays, the loss is counted, and a prompt that just fits is silent."""
+    """The end mark stays, the loss is counted, and a prompt that just fits is silent; also where all is cached."""
     encoder = load(write_pth(tmp_path, original), write_tokenizer(tmp_path), text_len=6)
-    fitting = encoder.encode(["a red square moves slowly"])
+    words, cache = PromptTokens.load(tmp_path, 6), EmbeddingCache(tmp_path / "cache", "id", 6)
+    long = "a red square moves slowly across the room turns"
+    fitting = embed_prompts(["a red square moves slowly"], cache, words, lambda: encoder).popitem()[1]
     assert not caplog.records
-    cut = encoder.encode(["a red square moves slowly across the room turns"])
+    cut = embed_prompts([long, long], cache, words, lambda: encoder)[long]
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "10 tokens is longer than the 6" in caplog.messages[0]
     assert "last 4 are lost: a red square moves" in caplog.messages[0]
     assert torch.equal(cut, fitting)
-    assert encoder.token_count("a red square moves slowly across the room turns") == 10
+    assert words.count(long) == 10
+    embed_prompts([long], cache, words, lambda: pytest.fail("the embedding is cached"))
+    assert len(caplog.messages) == 2 and caplog.messages[0] == caplog.messages[1]
+
+
+def test_unknown_words_are_told_in_one_line(words: PromptTokens, caplog: pytest.LogCaptureFixture) -> None:
+    """Each once, as written, punctuation left out; nothing is said of a prompt that is understood."""
+    words.warn("A red Panda, a PANDA and a tree!")
+    assert caplog.messages == [
+        "the model does not know these words, and will not show them: Panda, PANDA, and, tree. It understands shapes"
+    ]
+    assert words.unknown_words("a red square & a blue circle") == []
+    many = " ".join(f"w{number}" for number in range(11))
+    words.warn(many)
+    assert "w6, w7 and 3 more. It" in caplog.messages[1] and len(words.unknown_words(many)) == 11
+
+
+def test_a_tokenizer_that_spells_knows_every_word(tmp_path: Path) -> None:
+    """Only a list of words lacks words: subword and byte tokenizers write any of them in pieces."""
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "<unk>": 2}, [], unk_token="<unk>"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert PromptTokens.load(tmp_path, 5).unknown_words("a zebra") == []
 
 
 def test_a_foreign_tokenizer_is_refused(encoder: TextEncoder) -> None:
@@ -228,6 +262,32 @@ def test_a_tokenizer_is_also_read_by_transformers(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")).save_pretrained(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved")("red").input_ids == [4, 1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("cut", "cut off or damaged"), ("list", "config.json: holds a list, not an object"),
+        ("deep", "config.json: cannot be read"), ("number", "not a shard index"), ("width", "reads text_dim=33"),
+        ("shape", "another shape"), ("words", "describes no umT5 encoder"),
+    ],
+)
+def test_headers_tell_a_wrong_encoder(damage: str, message: str, original: State, tmp_path: Path) -> None:
+    """Found before any weight is read: by the headers and the JSON beside them."""
+    folder = write_hugging_face(tmp_path / "encoder", original)
+    shard, config = folder / "model-00002-of-00002.safetensors", folder / "config.json"
+    values = json.loads(config.read_text())
+    if damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-9])
+    elif damage == "number":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"shared.weight": 1}}')
+    elif damage != "width":
+        config.write_text({
+            "list": "[]", "deep": "[" * 100_000, "shape": json.dumps(values | {"d_ff": 47}),
+            "words": json.dumps(values | {"num_layers": "three"}),
+        }[damage])
+    with pytest.raises(CheckpointError, match=message):
+        check_text_encoder(folder, 33 if damage == "width" else 32)
 
 
 def test_wrong_encoders_are_explained(tmp_path: Path, original: State) -> None:
@@ -303,7 +363,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(tmp_path.iterdir())
 
 
-def test_the_encoder_is_loaded_only_when_needed(encoder: TextEncoder, tmp_path: Path) -> None:
+def test_the_encoder_is_loaded_only_when_needed(encoder: TextEncoder, words: PromptTokens, tmp_path: Path) -> None:
     """Cached and fresh embeddings are the same; a second run never builds an encoder, a third only for what is new."""
     cache, loads = EmbeddingCache(tmp_path / "cache", "id", TEXT_LEN), []
 
@@ -312,11 +372,11 @@ def test_the_encoder_is_loaded_only_when_needed(encoder: TextEncoder, tmp_path: 
         return encoder
 
     prompts = ["a red square", "blue circle", "a red square"]
-    first = embed_prompts(prompts, cache, load_encoder)
+    first = embed_prompts(prompts, cache, words, load_encoder)
     assert list(first) == prompts[:2] and len(loads) == 1
-    again = embed_prompts(prompts, cache, load_encoder)
+    again = embed_prompts(prompts, cache, words, load_encoder)
     assert len(loads) == 1
-    more = embed_prompts([*prompts, "turns"], cache, load_encoder)
+    more = embed_prompts([*prompts, "turns"], cache, words, load_encoder)
     assert len(loads) == 2
     for prompt in prompts:
         expected = encoder.encode([prompt])[0]
@@ -324,11 +384,11 @@ def test_the_encoder_is_loaded_only_when_needed(encoder: TextEncoder, tmp_path: 
 
 
 def test_an_unwritable_cache_costs_only_time(
-    encoder: TextEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    encoder: TextEncoder, words: PromptTokens, tmp_path: Path, caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Where nothing can be stored the embeddings are still returned, with a warning."""
     (tmp_path / "file").write_text("in the way")
     cache = EmbeddingCache(tmp_path / "file" / "cache", "id", TEXT_LEN)
-    found = embed_prompts(["a red square"], cache, lambda: encoder)
+    found = embed_prompts(["a red square"], cache, words, lambda: encoder)
     assert torch.equal(found["a red square"], encoder.encode(["a red square"])[0])
     assert "cannot store a prompt embedding" in caplog.text

@@ -101,7 +101,7 @@ class Oracle:
     def __init__(self, teacher: torch.nn.Module, target: torch.Tensor):
         self._teacher, self._target = teacher, target
 
-    def __call__(self, model, context, context_sigma, noisy, sigma, embeddings) -> torch.Tensor:
+    def __call__(self, model, context, noisy, sigma, embeddings) -> torch.Tensor:
         clean = self._target if model is self._teacher else context
         return (noisy - clean) / sigma[..., None, None, None]
 

@@ -15,7 +15,8 @@ from torch.testing import assert_close
 
 from wan.checkpoint import CheckpointError
 from wan.names import vae_to_diffusers
-from wan.vae import WanVAE, to_uint8
+from wan.stream import to_uint8
+from wan.vae import WanVAE, check_vae
 
 GOLDEN = Path(__file__).parent / "golden" / "vae_tiny.safetensors"
 State = dict[str, Tensor]
@@ -315,6 +316,37 @@ def to_original(state: State, blocks: int) -> State:
     names = {f"{place}{part}.{leaf}" for place in places for part in inner for leaf in ("weight", "bias", "gamma")}
     found = {vae_to_diffusers(name, num_res_blocks=blocks): name for name in names}
     return {found[name]: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("cut", "cut off or damaged"), ("list", "config.json: holds a list, not an object"),
+        ({"latents_std": [1.0] * 15 + [0.0]}, "latents_std has the value 0.0.*above 0"),
+        ({"latents_std": [1.0] * 15 + [float("nan")]}, "latents_std has the value nan"),
+        ({"latents_mean": ["0"] * 16}, "latents_mean has the value '0'"),
+        ({"latents_mean": None}, "the mean to normalise them by has no values, but None"),
+        ({"dim_mult": "wide"}, "config.json describes no VAE"), ({"base_dim": 5}, "another shape"),
+    ],
+    ids=str,
+)
+def test_headers_tell_a_wrong_vae(damage: str | dict, message: str, tmp_path: Path) -> None:
+    """Found before any weight is read; the loader refuses them as well."""
+    write_diffusers(tmp_path, "patches")
+    file, config = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
+    check_vae(tmp_path, latent_channels=16, temporal_stride=4, spatial_stride=8)
+    for wrong in ({"latent_channels": 4}, {"temporal_stride": 8}, {"spatial_stride": 16}):
+        right = dict(latent_channels=16, temporal_stride=4, spatial_stride=8)
+        with pytest.raises(CheckpointError, match=f"the model's YAML says {list(wrong.values())[0]}"):
+            check_vae(tmp_path, **right | wrong)
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-9])
+    else:
+        config.write_text("[]" if damage == "list" else json.dumps(json.loads(config.read_text()) | damage))
+    with pytest.raises(CheckpointError, match=message):
+        check_vae(tmp_path, latent_channels=16, temporal_stride=4, spatial_stride=8)
+    with pytest.raises(CheckpointError, match=message):
+        WanVAE.load(tmp_path, device="cpu", dtype=torch.float32)
 
 
 def test_wrong_files_are_explained(original: State, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from test_vae import SHAPES
 from torch import Tensor
 from torch.testing import assert_close
 
-from wan.vae import StreamDecoder, WanVAE
+from wan.stream import StreamDecoder
+from wan.vae import WanVAE
 from wan.vae_passes import VaePasses
 
 

@@ -1,6 +1,7 @@
 """The embedded model's world: what a seed, a sentence and a scene promise."""
 from __future__ import annotations
 
+import colorsys
 import math
 import re
 from collections import Counter
@@ -32,6 +33,10 @@ CLIPS = 300
 @pytest.fixture(scope="module")
 def clips():
     return {split: [sample(seed, split) for seed in range(CLIPS)] for split in SPLITS}
+
+
+def hue(rgb):
+    return colorsys.rgb_to_hsv(*rgb)[0]
 
 
 def alone(scene, *bodies):
@@ -100,22 +105,27 @@ def test_captions_vary_and_leave_things_out(clips):
     said = [clip.said for clip in clips["train"]]
     for missing in (
         [one.motion is None for one in said], [one.pattern is None for one in said],
-        [one.objects[0].size is None for one in said],
+        [one.objects[0].size is None for one in said], [not one.colours for one in said],
+        [one.background is None for one in said],
     ):
         assert 0.05 < sum(missing) / CLIPS < 0.6
 
 
 def test_the_scene_is_what_the_truth_says(clips):
-    """Kinds, colours and sizes of the bodies are those of the truth, and everything is named in full."""
-    for clip in clips["train"]:
+    """Kinds, colours and sizes of the bodies are those of the truth; all are named but colours that have no name."""
+    for clip in clips["train"] + clips["free"]:
         def size_of(body):
             return min(SIZES, key=lambda size: abs(SIZES[size] - body.radius))
 
         def colour_of(body):
             return min(COLOURS, key=lambda name: math.dist(COLOURS[name], body.rgb))
 
-        drawn = Counter((body.kind, colour_of(body), size_of(body)) for body in clip.scene.bodies)
+        named = bool(clip.truth.colours)
+        drawn = Counter((body.kind, colour_of(body) if named else None, size_of(body)) for body in clip.scene.bodies)
         assert drawn == Counter((item.kind, item.colour, item.size) for item in clip.truth.objects)
+        for body in clip.scene.bodies:
+            forbidden = [COLOURS[colour] for kind, colour in HELD_OUT_PAIRS if kind == body.kind]
+            assert min((abs(hue(rgb) - hue(body.rgb)) for rgb in forbidden), default=1) > 0.02
         assert clip.scene.backdrop.pattern == clip.truth.pattern
         turning = [body.spin != 0 for body in clip.scene.bodies]
         assert all(turning) if clip.truth.motion == "spin" else not any(turning)
@@ -129,7 +139,24 @@ def test_splits_share_nothing_they_should_not(clips):
     assert pairs["held_out"] >= HELD_OUT_PAIRS
     trained = {clip.caption for clip in clips["train"]} | {sample(seed).caption for seed in range(5000, 5600)}
     assert not trained & {clip.caption for clip in clips["test"]}
-    assert all(sentence_is_held_out(clip.caption) for clip in clips["test"])
+    assert all(sentence_is_held_out(clip.caption) for clip in clips["test"] + clips["free"])
+
+
+def test_free_colours_are_free(clips):
+    """Where no colour is said, shapes and backgrounds take all hues; elsewhere every colour is said."""
+    assert not any(clip.truth.colours or clip.truth.background for clip in clips["free"])
+    for clip in clips["test"] + clips["held_out"]:
+        assert clip.said.background and sum(clip.said.colours.values()) == len(clip.said.objects)
+
+    def widest_gap(colours):
+        hues = sorted(hue(rgb) for rgb in colours)
+        return max((b - a) % 1.0 for a, b in zip(hues, hues[1:] + hues[:1], strict=True))
+
+    shapes = [body.rgb for clip in clips["free"] for body in clip.scene.bodies if min(body.rgb) < 0.6]
+    lights = [clip.scene.backdrop.light for clip in clips["free"]]
+    behind = [rgb for rgb in lights if max(rgb) - min(rgb) > 0.05]
+    named = [body.rgb for clip in clips["test"] for body in clip.scene.bodies if min(body.rgb) < 0.6]
+    assert widest_gap(shapes) < 0.06 and widest_gap(behind) < 0.12 < widest_gap(named)
 
 
 @pytest.mark.parametrize("split, shares", [("train", (0.45, 0.35, 0.20)), ("test", (0.65, 0.25, 0.10))])
@@ -214,6 +241,8 @@ def test_motion_never_ages(clips):
      )),
     ("A purple gradient with an orange triangle",
      Truth((ObjectTruth("triangle", "orange"),), None, "plum", "gradient")),
+    ("A circle on a navy background", Truth((ObjectTruth("circle", None),), None, "navy", None)),
+    ("Two discs on stripes", Truth((ObjectTruth("circle", None),) * 2, None, None, "stripes")),
     ("On solid teal a small red ring", Truth((ObjectTruth("ring", "red", "small"),), None, "teal", "plain")),
     ("A blue star zig-zags against a plain black background",
      Truth((ObjectTruth("star", "blue"),), "zigzag", "charcoal", "plain")),
@@ -227,7 +256,6 @@ def test_sentences_of_other_hands_are_read(text, expected):
     ("A red elephant", "unknown word 'elephant'"),
     ("A plain navy background", "names 0 shapes"),
     ("Two red rings and two white rings", "names 4 shapes"),
-    ("A circle on a navy background", "has no colour"),
     ("Red stars on a navy background", "how many stars"),
     ("A red circle spinning and drifting", "two kinds of motion"),
     ("A navy circle", "that is a background"),

@@ -15,7 +15,10 @@ from wan.model import CausalWanModel, WanConfig, randomize
 TRANSFORMER = WanConfig(
     dim=32, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=16, text_len=24, in_dim=4, out_dim=4,
 )
-WORDS = "a the red blue green circle square star bounces spins on dark background slowly and then".split()
+WORDS = [
+    "a", "the", "red", "blue", "green", "circle", "square", "star", "bounces", "spins", "on", "dark", "background",
+    "slowly", "and", "then",
+]
 
 
 def make_transformer(path: Path) -> None:

@@ -22,10 +22,9 @@ class Flow(Protocol):
         """Give the model the attention that the layout needs."""
 
     def __call__(
-        self, model: CausalWanModel, context: Tensor, context_sigma: Tensor, noisy: Tensor, sigma: Tensor,
-        embeddings: Tensor,
+        self, model: CausalWanModel, context: Tensor, noisy: Tensor, sigma: Tensor, embeddings: Tensor,
     ) -> Tensor:
-        """Flow [B, F, C, h, w] of `noisy`; sigmas [B, F]; the context is what the chunks before look like."""
+        """Flow [B, F, C, h, w] of `noisy` at the levels sigma [B, F]; the clean context is what came before."""
 
 
 class DistributionMatching:
@@ -66,7 +65,7 @@ class DistributionMatching:
 
     def update_critic(self, video: Tensor, embeddings: Tensor, noise: Tensor, sigma: Tensor) -> dict[str, Tensor]:
         """Gradients of the critic's flow-matching loss on a generated video."""
-        flow = self._flow(self._critic, video, torch.zeros_like(sigma), mix(video, noise, sigma), sigma, embeddings)
+        flow = self._flow(self._critic, video, mix(video, noise, sigma), sigma, embeddings)
         loss = F.mse_loss(flow, noise - video)
         self.optimizers.backward(loss)
         return {"critic": loss}
@@ -74,5 +73,5 @@ class DistributionMatching:
     def _clean(
         self, network: CausalWanModel, context: Tensor, noisy: Tensor, sigma: Tensor, embeddings: Tensor,
     ) -> Tensor:
-        flow = self._flow(network, context, torch.zeros_like(sigma), noisy, sigma, embeddings)
+        flow = self._flow(network, context, noisy, sigma, embeddings)
         return noisy - sigma[..., None, None, None] * flow

@@ -133,7 +133,7 @@ def export_transformer(state: dict[str, Tensor], folder: Path) -> None:
 
 def export_vae(vae: AutoencoderKLWan, mean: list[float], std: list[float], folder: Path) -> None:
     """A diffusers folder with the latents' statistics in its config, fp16."""
-    vae.register_to_config(latents_mean=mean, latents_std=std)
+    vae.register_to_config(latents_mean=mean, latents_std=std, _name_or_path="")  # where it came from is no setting
     vae.half().save_pretrained(folder)
     vae.float()
 

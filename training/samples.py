@@ -16,7 +16,7 @@ from training.student import StudentStage
 from training.workshop import Workshop, averaged
 from training.world import sample
 from wan.model import CausalWanModel
-from wan.vae import to_uint8
+from wan.stream import to_uint8
 
 logger = logging.getLogger(__name__)
 

@@ -56,7 +56,7 @@ class TextSettings:
 class TeacherSettings:
     """The causal flow-matching teacher: every chunk denoised at its own level, given the clean ones before it."""
 
-    steps: int = 3500
+    steps: int = 3000
     batch: int = 48
     first_chunk_steps: int = 1200   # before that: the first chunk alone, where the caption decides everything
     first_chunk_batch: int = 512
@@ -65,15 +65,13 @@ class TeacherSettings:
     lr_rest: float = 1e-3           # of everything else (AdamW)
     ema: float = 0.998
     caption_drop: float = 0.1
-    noisy_context_share: float = 0.33
-    noisy_context_max: float = 0.12
 
 
 @dataclass
 class StudentSettings:
     """The few-step student: distribution matching on its own rollouts."""
 
-    steps: int = 250
+    steps: int = 150
     batch: int = 48
     lr: float = 1e-4
     lr_critic: float = 2e-4

@@ -51,11 +51,10 @@ class TeacherForcedFlow:
         return model
 
     def __call__(
-        self, model: CausalWanModel, context: Tensor, context_sigma: Tensor, noisy: Tensor, sigma: Tensor,
-        embeddings: Tensor,
+        self, model: CausalWanModel, context: Tensor, noisy: Tensor, sigma: Tensor, embeddings: Tensor,
     ) -> Tensor:
-        """Flow [B, F, C, h, w] of `noisy`; sigmas [B, F]; the context is what the chunks before look like."""
-        t = TABLE_STEPS * torch.cat([context_sigma, sigma], dim=1)
+        """Flow [B, F, C, h, w] of `noisy` at the levels sigma [B, F]; the clean context is what came before."""
+        t = TABLE_STEPS * torch.cat([torch.zeros_like(sigma), sigma], dim=1)
         return model(
             torch.cat([context, noisy], dim=1), t, model.embed_text(embeddings), self._memory,
         )[:, self._frames:].float()
@@ -106,7 +105,7 @@ class TeacherStage:
             losses = self._graphs("openings", self._openings_alone, *self._draw(self._openings, s.first_chunk_batch))
         else:
             losses = self._graphs(
-                "clips", self._clips_and_openings, *self._draw(self._clips, s.batch), self._dirt(s.batch),
+                "clips", self._clips_and_openings, *self._draw(self._clips, s.batch),
                 *self._draw(self._openings, s.first_chunk_share),
             )
         self._optimizers.step(learning_rate(index, self.steps))
@@ -116,20 +115,12 @@ class TeacherStage:
     def _draw(self, clips: LatentClips, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Clean latents, noise, caption ids (some dropped), and a level per chunk as sigmas [B, F]."""
         clean, ids = clips.draw(batch, self._generator)
-        dropped = self._random(batch, 1) < self._settings.teacher.caption_drop
+        dropped = torch.rand((batch, 1), generator=self._generator, device=self._device)
+        dropped = dropped < self._settings.teacher.caption_drop
         chunks = clean.shape[1] // self._geometry.chunk_frames
         sigma = self._flow.per_frame(draw_sigmas((batch, chunks), self._generator, self._device))
         noise = torch.randn(clean.shape, generator=self._generator, device=self._device)
         return clean, noise, torch.where(dropped, self._nothing, ids), sigma
-
-    def _dirt(self, batch: int) -> Tensor:
-        """How noisy each clip's context is, [B, 1, 1, 1, 1]: most are clean."""
-        s = self._settings.teacher
-        dirty = self._random(batch, 1, 1, 1, 1) < s.noisy_context_share
-        return dirty * s.noisy_context_max * self._random(batch, 1, 1, 1, 1)
-
-    def _random(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self._generator, device=self._device)
 
     def _openings_alone(self, *opening: Tensor) -> dict[str, Tensor]:
         loss = self._opening_loss(*opening)
@@ -137,13 +128,10 @@ class TeacherStage:
         return {"opening": loss}
 
     def _clips_and_openings(
-        self, clean: Tensor, noise: Tensor, ids: Tensor, sigma: Tensor, dirt: Tensor, *opening: Tensor,
+        self, clean: Tensor, noise: Tensor, ids: Tensor, sigma: Tensor, *opening: Tensor,
     ) -> dict[str, Tensor]:
-        context = clean + dirt * noise.roll(1, dims=0)  # another clip's noise: independent of this one's
         self._flow.attach(self.model)
-        flow = self._flow(
-            self.model, context, torch.zeros_like(sigma), mix(clean, noise, sigma), sigma, self.captions(ids),
-        )
+        flow = self._flow(self.model, clean, mix(clean, noise, sigma), sigma, self.captions(ids))
         clip, beside = F.mse_loss(flow, noise - clean), self._opening_loss(*opening)
         self._optimizers.backward(clip + 0.5 * beside)
         return {"clip": clip, "opening": beside}

@@ -96,6 +96,7 @@ class ModelSpec:
     lighttae: Path | None = setting(PATH.or_null("none was made for its latents"), None)  # the same, another training
     compressor: Path | None = setting(PATH.or_null("none was trained for it"), None)      # of PackForcing, HR branch
     prompts: Path = setting(PATH)                            # shown when no prompt is given
+    understands: str | None = setting(TEXT.or_null("anything"), None)  # what prompts may speak of, told if they do not
     download: str = setting(TEXT)                # the command that fetches what is missing
 
     def resolved(self) -> dict[str, Any]:
@@ -243,7 +244,7 @@ def _read_file(path: Path) -> Layer:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise ConfigError(f"{path}:{mark.line + 1}: not valid YAML: {error.problem.rstrip('.')}.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {_first_line(error)}.") from error
     where = {}
     for key, value in root.value:
@@ -262,7 +263,7 @@ def _read_override(text: str) -> Layer:
         raise ConfigError(f"{name}: only a file can extend another.")
     try:
         values = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{name}: the value cannot be read as YAML: {_first_line(error)}.") from error
     inner = [f"{group}.{key}" for group in GROUPS if isinstance(values.get(group), dict) for key in values[group]]
     return _normalised(Layer(name, values, dict.fromkeys([*values, *inner], name)))
@@ -303,7 +304,7 @@ def _merge(layers: Iterable[Layer]) -> Layer:
             del merged["kv_cache"]  # the fields of the base's policy mean nothing to another one
         try:
             merged = OmegaConf.merge(merged, layer.values)
-        except (OmegaConfBaseException, TypeError, ValueError) as error:
+        except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
             reason = _first_line(error)
             raise ConfigError(f"{layer.name}: does not fit what was there: {reason}. Give the whole value.") from error
         where.update(layer.where)
@@ -318,6 +319,8 @@ def _merge(layers: Iterable[Layer]) -> Layer:
 
 def _first_line(error: Exception) -> str:
     """What went wrong, without the library's own context lines."""
+    if isinstance(error, RecursionError):
+        return "its values are nested too deeply"
     return str(error).partition("\n")[0].rstrip(".")
 
 
@@ -343,7 +346,7 @@ def load_structured(path: Path, schema: type, overrides: Sequence[str] = ()) -> 
             OmegaConf.structured(schema), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)),
         )
         return OmegaConf.to_object(merged)
-    except (OSError, TypeError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, TypeError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(
             f"{path}: {_first_line(error)}. Keys and types are those of {schema.__module__}.{schema.__name__}."
         ) from error

@@ -24,6 +24,10 @@ RANDOM_BYTES = 4
 ABANDONED_S = 60.0
 
 
+class BeingWrittenError(OSError):
+    """Another process is writing this file right now."""
+
+
 def user_cache_dir() -> Path:
     """Folder for data that may be lost: $XDG_CACHE_HOME/deep-forcing, else ~/.cache/deep-forcing."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deep-forcing"
@@ -67,17 +71,15 @@ def hold(path: Path) -> IO[bytes] | None:
 def remove_stale(path: Path) -> int:
     """Delete what killed runs left for `path`; return how many files went.
 
-    Errors: OSError if another process is writing `path` right now.
+    Errors: BeingWrittenError if another process is writing `path` right now.
     """
     removed = 0
     for leftover in temp_files(path):
         try:
             lock = hold(leftover)
         except BlockingIOError as error:
-            raise OSError(
-                error.errno,
-                f"{path}: another process is writing this file right now (its unfinished file is {leftover.name}). "
-                "Wait for it, stop it, or choose another output folder",
+            raise BeingWrittenError(
+                f"{path}: another process is writing this file right now (its unfinished file is {leftover.name})"
             ) from error
         except FileNotFoundError:  # finished or cleaned up meanwhile
             continue

@@ -76,7 +76,8 @@ class OutputFolder:
             probe = self.folder / ".writable.txt"
             write_atomically(probe, b"")
             probe.unlink(missing_ok=True)
-            remove_abandoned(self.folder, ".mp4")  # of killed runs whose videos had other names
+            for suffix in (".mp4", ".json"):
+                remove_abandoned(self.folder, suffix)  # of killed runs, whatever their videos were called
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -103,9 +104,9 @@ class OutputFolder:
         if self.overwrite:
             return "new"
         video, record = self.video_path(stem), self.record(stem)
-        if video.is_file() and record is not None and record.get("status") == "complete":
-            if record.get("bytes") == video.stat().st_size:
-                return "finished" if record.get("fingerprint") == settings_fingerprint else "other_settings"
+        complete = video.is_file() and record is not None and record.get("status") == "complete"
+        if complete and record.get("bytes") == video.stat().st_size:
+            return "finished" if record.get("fingerprint") == settings_fingerprint else "other_settings"
         leftovers = (video, self.sidecar_path(stem), self.partial_path(stem))
         return "partial" if any(path.exists() for path in leftovers) else "new"
 
@@ -118,14 +119,13 @@ class OutputFolder:
         return record if isinstance(record, dict) else None
 
     def start(self, stem: str) -> None:
-        """Clear temporary files that dead runs left of `stem`.
+        """Clear unfinished videos that dead runs left of `stem`.
 
         A finished video, or the part of one that was kept, stays until its successor replaces it.
 
-        Errors: OSError if another process is writing this video.
+        Errors: BeingWrittenError if another process is writing this video.
         """
         remove_stale(self.video_path(stem))
-        remove_stale(self.sidecar_path(stem))
 
     def finish(self, stem: str, record: Mapping) -> None:
         """Declare the video, already under its final name, finished. `record` needs "fingerprint"."""

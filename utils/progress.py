@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 LOG_INTERVAL_S = 10.0
+LABEL_CHARACTERS = 24  # of the label on a terminal, so that the figures fit into 80 columns
+USUAL_SIZE = os.terminal_size((80, 24))
 
 
 class VideoProgress:
@@ -48,14 +51,18 @@ class VideoProgress:
     def __enter__(self) -> VideoProgress:
         self._start = self._logged = self._clock()
         if self._stream.isatty():
+            label = self.label
+            sized = _says_its_size(self._stream)
             self._bar = tqdm(
                 total=self.num_chunks,
-                desc=self.label,
+                desc=label if len(label) <= LABEL_CHARACTERS else label[:LABEL_CHARACTERS - 3] + "...",
                 unit="chunk",
                 file=self._stream,
-                dynamic_ncols=True,
+                ncols=None if sized else USUAL_SIZE.columns,
+                nrows=None if sized else USUAL_SIZE.lines,
+                dynamic_ncols=sized,
                 mininterval=0,
-                bar_format="{desc}: {bar} chunk {n_fmt}/{total_fmt}{postfix}",
+                bar_format="chunk {n_fmt}/{total_fmt}{postfix} {bar} {desc}",  # a narrow terminal cuts from the right
             )
             self._bar.set_postfix_str("starting")
         else:
@@ -98,3 +105,11 @@ class VideoProgress:
             elapsed,
             self._pixel_frames / elapsed if elapsed > 0 else 0.0,
         )
+
+
+def _says_its_size(terminal: TextIO) -> bool:
+    """False for one of 0 columns, as some containers and serial lines report; a bar for that would be empty."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns > 0
+    except (OSError, ValueError):  # not a real one; tqdm has its own ways
+        return True

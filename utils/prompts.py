@@ -179,18 +179,20 @@ def _read_lines_of(path: Path, i2v: bool) -> list[_Line]:
         return [_json_line(path, number, line) for number, line in enumerate(read_text_lines(path), 1)]
     if path.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES and path.is_file():
         raise PromptError(f"{path}: is an image or video, not prompts. Add --i2v and --prompt 'text' to continue it")
-    return [_Line(f"{path}: line {number}", line) for number, line in enumerate(read_text_lines(path), 1)]
+    return _text_lines(path)
+
+
+def _text_lines(path: Path) -> list[_Line]:
+    return [
+        _Line(f"{path}: line {number}", " ".join(line.split())) for number, line in enumerate(read_text_lines(path), 1)
+    ]
 
 
 def _read_folder(folder: Path) -> list[_Line]:
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".txt" and p.is_file())
     if not files:
         raise PromptError(f"{folder}: holds no .txt file. Put prompts in .txt files, one a line")
-    return [
-        _Line(f"{file}: line {number}", line)
-        for file in files
-        for number, line in enumerate(read_text_lines(file), 1)
-    ]
+    return [line for file in files for line in _text_lines(file)]
 
 
 def _read_pairs(folder: Path) -> list[_Line]:
@@ -207,7 +209,7 @@ def _read_pairs(folder: Path) -> list[_Line]:
         seen[source.stem] = source.name
         if source.stem not in texts:
             raise PromptError(f"{source}: has no prompt. Write one into {source.stem}.txt beside it")
-        prompts = [line for line in read_text_lines(texts[source.stem]) if line]
+        prompts = [line.prompt for line in _text_lines(texts[source.stem]) if line.prompt]
         if len(prompts) != 1:
             raise PromptError(f"{texts[source.stem]}: {len(prompts)} prompts for one {source.name}. Keep one line")
         lines.append(_Line(str(source), prompts[0], source=source))
@@ -223,7 +225,7 @@ def _json_line(path: Path, number: int, line: str) -> _Line:
         return _Line(where, "")
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PromptError(f"{where} is not JSON: {error}. Write one object a line") from error
     if not isinstance(record, dict):
         raise PromptError(f'{where} is {type(record).__name__}, and an object is wanted: {{"prompt": "..."}}')
@@ -250,10 +252,7 @@ def _json_line(path: Path, number: int, line: str) -> _Line:
 
 
 def _with_extended(lines: list[_Line], data_path: Path | str, extended_path: Path) -> list[_Line]:
-    longer = _read_folder(extended_path) if extended_path.is_dir() else [
-        _Line(f"{extended_path}: line {number}", line)
-        for number, line in enumerate(read_text_lines(extended_path), 1)
-    ]
+    longer = _read_folder(extended_path) if extended_path.is_dir() else _text_lines(extended_path)
     if len(lines) != len(longer):
         raise PromptError(
             f"{data_path} has {len(lines)} lines and {extended_path} has {len(longer)}; they are paired line by line. "

@@ -7,6 +7,7 @@ T pixel frames, H height, W width; every array is uint8 RGB [T, H, W, 3].
 """
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import queue
@@ -177,10 +178,8 @@ class VideoWriter:
         """The same failure, in a sentence that says which video, what, and what is safe."""
         free = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            try:
+            with contextlib.suppress(OSError):
                 free = f" ({shutil.disk_usage(self.path.parent).free / 2**20:.0f} MiB free there)"
-            except OSError:
-                pass
         return OSError(
             error.errno,
             f"{self.path}: could not write this video after {self._frames} frames: {error.strerror or error}{free}. "

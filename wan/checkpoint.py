@@ -37,7 +37,6 @@ _SINGLE_GROUPS = ("model", "state_dict")
 _SOURCE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _LISTED = 8
 _MAX_HEADER_BYTES = 2**30
-_DOWNLOAD = "`python -m utils.download` fetches the released weights."
 
 
 class CheckpointError(ValueError):
@@ -57,16 +56,19 @@ def read_state_dict(path: Path, *, use_ema: bool) -> dict[str, Tensor]:
     Raises:
         CheckpointError: missing, damaged or unsafe file, or a group that is not there.
     """
-    return _read_transformer(Path(path), use_ema=use_ema, meta=False)
+    return _read_transformer(Path(path), use_ema=use_ema, meta=False)[0]
 
 
-def check_transformer(path: Path, expected: Mapping[str, torch.Size], *, use_ema: bool) -> None:
+def check_transformer(path: Path, expected: Mapping[str, torch.Size], *, use_ema: bool) -> bool:
     """Compare a checkpoint's names and shapes with `expected` without reading its weights.
 
+    Returns: whether `use_ema` chooses anything: the file has groups for it.
     Raises:
         CheckpointError: as `read_state_dict`, or with a list of what is missing, unexpected or misshapen.
     """
-    check_fit(Path(path), _read_transformer(Path(path), use_ema=use_ema, meta=True), expected)
+    tensors, chosen = _read_transformer(Path(path), use_ema=use_ema, meta=True)
+    check_fit(Path(path), tensors, expected)
+    return chosen
 
 
 def load_transformer(
@@ -80,16 +82,20 @@ def load_transformer(
     Raises:
         CheckpointError: as `check_transformer`; the model is then left as it was.
     """
-    tensors = _read_transformer(Path(path), use_ema=use_ema, meta=False)
+    tensors, _ = _read_transformer(Path(path), use_ema=use_ema, meta=False)
     load_strictly(model, tensors, source=Path(path), device=device, dtype=dtype)
 
 
-def _read_transformer(path: Path, *, use_ema: bool, meta: bool) -> dict[str, Tensor]:
+def _read_transformer(path: Path, *, use_ema: bool, meta: bool) -> tuple[dict[str, Tensor], bool]:
+    """The tensors, and whether `use_ema` chose among groups."""
     files = weight_files(path, subfolder="transformer")
     named: dict[str, Any] = {}
+    chosen = False
     for file in files:
         content = _read_file(file, meta=meta)
-        named.update(content if len(files) > 1 else _choose_group(file, content, use_ema=use_ema))
+        if len(files) == 1:
+            content, chosen = _choose_group(file, content, use_ema=use_ema)
+        named.update(content)
     tensors = {strip_wrappers(name): value for name, value in named.items() if isinstance(value, Tensor)}
     if len(tensors) < sum(isinstance(value, Tensor) for value in named.values()):
         count = Counter(strip_wrappers(name) for name in named)
@@ -100,11 +106,11 @@ def _read_transformer(path: Path, *, use_ema: bool, meta: bool) -> dict[str, Ten
         )
     if is_diffusers_transformer(tensors):
         tensors = {transformer_from_diffusers(name): value for name, value in tensors.items()}
-    return tensors
+    return tensors, chosen
 
 
-def _choose_group(path: Path, content: dict[str, Any], *, use_ema: bool) -> dict[str, Any]:
-    """Pick the model out of a training checkpoint, which may hold several."""
+def _choose_group(path: Path, content: dict[str, Any], *, use_ema: bool) -> tuple[dict[str, Any], bool]:
+    """Pick the model out of a training checkpoint, which may hold several; also, whether `use_ema` had a say."""
     groups = {name: value for name, value in content.items() if isinstance(value, Mapping)}
     for name in _GENERATORS:  # safetensors is flat, so there a group is a prefix
         flat = {key[len(name) + 1 :]: value for key, value in content.items() if key.startswith(name + ".")}
@@ -113,7 +119,7 @@ def _choose_group(path: Path, content: dict[str, Any], *, use_ema: bool) -> dict
     asked, other = _GENERATORS if use_ema else _GENERATORS[::-1]
     if asked in groups:
         log.info("%s: using %s", path, asked)
-        return dict(groups[asked])
+        return dict(groups[asked]), True
     if other in groups:
         remedy = "Run without --use_ema (use_ema=False)" if use_ema else "Run with --use_ema (use_ema=True)"
         raise CheckpointError(
@@ -123,7 +129,7 @@ def _choose_group(path: Path, content: dict[str, Any], *, use_ema: bool) -> dict
     for name in _SINGLE_GROUPS:
         if name in groups:
             log.info("%s: using %s, its only weights; use_ema=%s chooses nothing here", path, name, use_ema)
-            return dict(groups[name])
+            return dict(groups[name]), False
     if groups and not any(isinstance(value, Tensor) for value in content.values()):
         hint = " A LoRA alone is not a model: give the base checkpoint." if "lora" in " ".join(groups).lower() else ""
         raise CheckpointError(
@@ -131,7 +137,7 @@ def _choose_group(path: Path, content: dict[str, Any], *, use_ema: bool) -> dict
             f"({', '.join(_GENERATORS + _SINGLE_GROUPS)}, or the tensors themselves).{hint}"
         )
     log.info("%s: plain tensors, its only weights; use_ema=%s chooses nothing here", path, use_ema)
-    return content
+    return content, False
 
 
 # -- any module --------------------------------------------------------------------------------
@@ -160,11 +166,14 @@ def load_strictly(
         )
 
 
-def read_tensors(path: Path, *, subfolder: str) -> dict[str, Tensor]:
-    """Read all tensors at `path` (see `weight_files`) under the names in the file; groups are opened."""
+def read_tensors(path: Path, *, subfolder: str, meta: bool = False) -> dict[str, Tensor]:
+    """Read all tensors at `path` (see `weight_files`) under the names in the file; groups are opened.
+
+    With `meta` only headers are read: the tensors have shape and dtype but no data.
+    """
     tensors: dict[str, Tensor] = {}
     for file in weight_files(path, subfolder=subfolder):
-        content = _read_file(file, meta=False)
+        content = _read_file(file, meta=meta)
         for group in _SINGLE_GROUPS:
             if isinstance(content.get(group), Mapping):
                 content = dict(content[group])
@@ -207,7 +216,7 @@ def _hints(found: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> I
         }
         for kind, marks in kinds.items():
             if any(mark in found for mark in marks):
-                yield f"The file holds {kind}, not the transformer. " + _DOWNLOAD
+                yield f"The file holds {kind}, not the transformer."
 
 
 def _size(shapes: Mapping[str, torch.Size]) -> str:
@@ -236,7 +245,7 @@ def weight_files(path: Path, *, subfolder: str) -> list[Path]:
         CheckpointError: nothing there, several candidates, or a shard that the index names is missing.
     """
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist. {_DOWNLOAD}")
+        raise CheckpointError(f"{path} does not exist.")
     if path.is_file():
         return _shards(path) if path.name.endswith(".index.json") else [path]
     for folder in (path, path / subfolder):
@@ -251,21 +260,32 @@ def weight_files(path: Path, *, subfolder: str) -> list[Path]:
     names = _some([file.name for file in loose]) or "no weight file"
     raise CheckpointError(
         f"{path}: cannot tell which weights to load. Looked there and in {subfolder}/ for {', '.join(_WEIGHT_FILES)} "
-        f"or one of them with .index.json; found {names}. Give the file itself. {_DOWNLOAD}"
+        f"or one of them with .index.json; found {names}. Give the file itself."
     )
 
 
 def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index}: not a readable shard index ({error}). Download it again.") from error
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(
+            f'{index}: not a shard index, which has "weight_map": tensor -> file. Download it again.'
+        )
+    names = sorted(set(shards.values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing or not names:
-        raise CheckpointError(
-            f"{index}: {len(missing)} of {len(names)} shards are missing ({_some(missing)}). {_DOWNLOAD}"
-        )
+        raise CheckpointError(f"{index}: {len(missing)} of {len(names)} shards are missing ({_some(missing)}).")
     return [index.parent / name for name in names]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file of a model holds. Raises: CheckpointError, if it is none."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}). Download it again.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: holds a {type(values).__name__}, not an object. Download it again.")
+    return values
 
 
 def _read_file(path: Path, *, meta: bool) -> dict[str, Any]:
@@ -298,7 +318,7 @@ def _damaged(path: Path, error: Exception) -> str:
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     return (
         f"{path}: cannot be read ({reason}). It has {path.stat().st_size} bytes and is probably cut off or damaged; "
-        f"compare its size and hash with its source and download it again. {_DOWNLOAD}"
+        "compare its size and hash with its source and download it again."
     )
 
 
@@ -324,4 +344,4 @@ def _file_kind(path: Path) -> str:
         what = "is a web page, most likely an error or login page saved in place of the download"
     else:
         what = f"is no checkpoint: it begins with {head[:12]!r}"
-    raise CheckpointError(f"{path}: {what}. {_DOWNLOAD}")
+    raise CheckpointError(f"{path}: {what}.")

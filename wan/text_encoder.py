@@ -11,63 +11,44 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import html
 import json
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import ftfy
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_bytes
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import UMT5Config, UMT5EncoderModel
 
-from wan.checkpoint import CheckpointError, load_strictly, read_tensors
+from wan.checkpoint import CheckpointError, check_fit, load_strictly, read_json, read_tensors
 from wan.names import strip_wrappers, t5_to_transformers
+from wan.prompt_tokens import PromptTokens, clean_prompt
 
 log = logging.getLogger(__name__)
 
-_TOKENIZER_FOLDERS = (".", "tokenizer", "google/umt5-xxl")
-_FIRST_WORDS = 8
-
-
-def clean_prompt(text: str) -> str:
-    """Repair broken encoding, resolve HTML entities (also doubly escaped ones) and collapse white space.
-
-    Source: the text preparation that Wan2.1 was trained with.
-    """
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return re.sub(r"\s+", " ", text).strip()
-
 
 class TextEncoder:
-    """umT5 encoder, and the tokenizer and length that turn prompts into its ids."""
+    """umT5 encoder, and what turns prompts into its ids."""
 
-    def __init__(self, encoder: UMT5EncoderModel, words: tuple[PreTrainedTokenizerBase, int] | None = None) -> None:
-        """Args: `words` is a tokenizer and T; without it only `encode_ids` works."""
-        if words is not None and words[1] < 1:
-            raise ValueError(
-                f"text_len={words[1]} must be at least 1: it is the number of text tokens the model reads."
-            )
+    def __init__(self, encoder: UMT5EncoderModel, words: PromptTokens | None = None) -> None:
+        """Args: `words` has the tokenizer and T; without it only `encode_ids` works."""
         self._encoder = encoder.eval().requires_grad_(False)
         self._words = words
 
     @classmethod
     def load(
-        cls, path: Path, *, tokenizer: Path, text_len: int, device: torch.device | str, dtype: torch.dtype
+        cls, path: Path, *, words: PromptTokens, device: torch.device | str, dtype: torch.dtype
     ) -> TextEncoder:
-        """Load encoder and tokenizer.
+        """Load an encoder.
 
         Args:
             path: `models_t5_*.pth` or another file with original names, a folder that holds one, a Hugging
                 Face folder (config.json beside its weights), or a repository with `text_encoder/`.
-            tokenizer: `tokenizer.json`, a folder with it, or a repository with `tokenizer/` or `google/umt5-xxl/`.
-            text_len: tokens a prompt is cut and padded to.
+            words: the tokenizer, and the tokens that a prompt is cut and padded to.
             dtype: float32 or bfloat16.
         Raises:
             CheckpointError: missing, damaged or unsafe files, or weights that do not fit.
@@ -77,7 +58,6 @@ class TextEncoder:
             raise ValueError(
                 f"text encoder dtype {dtype}: umT5 overflows in half precision. Use torch.bfloat16 or torch.float32."
             )
-        words = load_tokenizer(Path(tokenizer)), text_len  # first: it is small, and a wrong path should cost no time
         path = Path(path)
         config, tensors = _read_encoder(path)
         return cls(_build(config, tensors, source=path, device=device, dtype=dtype), words)
@@ -100,23 +80,19 @@ class TextEncoder:
         """Width of an embedding."""
         return self._encoder.config.d_model
 
-    def token_count(self, prompt: str) -> int:
-        """Tokens of the cleaned prompt, end mark included, before any cutting."""
-        tokenizer, _ = self._reader()
-        return len(tokenizer(clean_prompt(prompt), verbose=False).input_ids)
-
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embed prompts.
 
         Returns: [B, T, D] on the encoder's device and in its dtype; zeros past each prompt's end.
-        A prompt of more than T tokens is cut, keeping its end mark, and a warning says what is lost.
+        A prompt of more than T tokens is cut, keeping its end mark; `PromptTokens.warn` says what is lost.
         Raises:
             ValueError: the tokenizer makes ids that the encoder has no embedding for.
             RuntimeError: the encoder was made without a tokenizer.
         """
-        _, text_len = self._reader()
-        rows = [self._ids(prompt) for prompt in prompts]
-        ids = torch.zeros(len(rows), text_len, dtype=torch.long)
+        if self._words is None:
+            raise RuntimeError("this text encoder has no tokenizer. Make it with TextEncoder.load, or call encode_ids.")
+        rows = [self._words.ids(prompt) for prompt in prompts]
+        ids = torch.zeros(len(rows), self._words.text_len, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(row, dtype=torch.long)
@@ -141,48 +117,6 @@ class TextEncoder:
                 row[:length] = self._encoder(input_ids=tokens[None, :length]).last_hidden_state[0]
         return embeddings
 
-    def _reader(self) -> tuple[PreTrainedTokenizerBase, int]:
-        if self._words is None:
-            raise RuntimeError("this text encoder has no tokenizer. Make it with TextEncoder.load, or call encode_ids.")
-        return self._words
-
-    def _ids(self, prompt: str) -> list[int]:
-        tokenizer, text_len = self._reader()
-        text = clean_prompt(prompt)
-        ids = tokenizer(text, verbose=False).input_ids
-        if len(ids) <= text_len:
-            return list(ids)
-        log.warning(
-            "prompt of %d tokens is longer than the %d the model reads; its last %d are lost: %s ...",
-            len(ids), text_len, len(ids) - text_len, " ".join(text.split()[:_FIRST_WORDS]),
-        )
-        return list(tokenizer(text, truncation=True, max_length=text_len).input_ids)
-
-
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from `tokenizer.json` or a folder that transformers can read.
-
-    tokenizer.json comes first: it is complete, while the T5 class that the released folder names
-    rebuilds normalisation from scratch in transformers 5 and can give other ids.
-
-    Raises:
-        CheckpointError: no tokenizer there, or one that cannot be read.
-    """
-    folders = [path / folder for folder in _TOKENIZER_FOLDERS]
-    files = [path] if path.is_file() else [folder / "tokenizer.json" for folder in folders]
-    try:
-        for file in files:
-            if file.is_file():
-                return PreTrainedTokenizerFast(tokenizer_file=str(file))
-        for folder in folders:
-            if (folder / "tokenizer_config.json").is_file() or (folder / "spiece.model").is_file():
-                return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # the tokenizer libraries raise bare Exception on a bad file
-        raise CheckpointError(f"{path}: the tokenizer there cannot be read ({error}). Download it again.") from error
-    raise CheckpointError(
-        f"{path}: no tokenizer. Looked for tokenizer.json in it and in {', '.join(_TOKENIZER_FOLDERS[1:])}. "
-        "Give the folder of the text encoder's tokenizer; `python -m utils.download` fetches it."
-    )
 
 
 # -- weights -----------------------------------------------------------------------------------
@@ -195,16 +129,44 @@ def _build(
 
     The module is built on meta and takes its weights one by one, so they are never held twice.
     """
-    with torch.device("meta"):
-        encoder = UMT5EncoderModel(config)
-    # Some transformers releases leave these two untied, and the second one random.
-    encoder.encoder.set_input_embeddings(encoder.shared)
+    encoder = _skeleton(config, source=source)
     load_strictly(encoder, tensors, source=source, device=device, dtype=dtype)
     if encoder.encoder.embed_tokens.weight is not encoder.shared.weight:
         raise CheckpointError(
             f"{source}: the encoder does not read the embedding that was loaded. Use another transformers release."
         )
     return encoder
+
+
+def _skeleton(config: UMT5Config, *, source: Path) -> UMT5EncoderModel:
+    """The encoder that `config` describes, on meta. Raises: CheckpointError, if it describes none."""
+    try:
+        with torch.device("meta"):
+            encoder = UMT5EncoderModel(config)
+    except Exception as error:  # a wrong value can fail anywhere inside
+        raise CheckpointError(
+            f"{source}: its config.json describes no umT5 encoder ({type(error).__name__}: {error}). Download it again."
+        ) from error
+    # Some transformers releases leave these two untied, and the second one random.
+    encoder.encoder.set_input_embeddings(encoder.shared)
+    return encoder
+
+
+def check_text_encoder(path: Path, text_dim: int) -> None:
+    """Compare an encoder's files with what the transformer reads, without reading the weights.
+
+    Raises:
+        CheckpointError: as `TextEncoder.load`, or embeddings of another width than `text_dim`.
+    """
+    path = Path(path)
+    config, tensors = _read_encoder(path, meta=True)
+    encoder = _skeleton(config, source=path)
+    check_fit(path, tensors, {name: parameter.shape for name, parameter in encoder.named_parameters()})
+    if config.d_model != text_dim:
+        raise CheckpointError(
+            f"{path}: this text encoder makes embeddings of width {config.d_model}, and the transformer reads "
+            f"text_dim={text_dim}. Give the encoder that belongs to the model, or correct the YAML."
+        )
 
 
 def _from_original(tensors: Mapping[str, Tensor], *, source: Path) -> tuple[UMT5Config, dict[str, Tensor]]:
@@ -241,10 +203,10 @@ def _from_original(tensors: Mapping[str, Tensor], *, source: Path) -> tuple[UMT5
     return config, {t5_to_transformers(name): value for name, value in tensors.items()}
 
 
-def _read_encoder(path: Path) -> tuple[UMT5Config, dict[str, Tensor]]:
+def _read_encoder(path: Path, *, meta: bool = False) -> tuple[UMT5Config, dict[str, Tensor]]:
     for home in (path.parent,) if path.is_file() else (path, path / "text_encoder"):
         if (home / "config.json").is_file() and (config := _umt5_config(home / "config.json")):
-            tensors = read_tensors(path if path.is_file() else home, subfolder="text_encoder")
+            tensors = read_tensors(path if path.is_file() else home, subfolder="text_encoder", meta=meta)
             if "token_embedding.weight" not in tensors:  # else original names that happen to lie beside a config
                 return config, _encoder_part(tensors)
     if path.is_dir():
@@ -252,19 +214,21 @@ def _read_encoder(path: Path) -> tuple[UMT5Config, dict[str, Tensor]]:
         if len(originals) != 1:
             raise CheckpointError(
                 f"{path}: no text encoder. Looked for one models_t5_*.pth (found {len(originals)}) and for a umT5 "
-                "config.json there or in text_encoder/. `python -m utils.download` fetches it."
+                "config.json there or in text_encoder/."
             )
         path = originals[0]
-    return _from_original(read_tensors(path, subfolder="text_encoder"), source=path)
+    return _from_original(read_tensors(path, subfolder="text_encoder", meta=meta), source=path)
 
 
 def _umt5_config(file: Path) -> UMT5Config | None:
     """The umT5 configuration in `file`, or None if it describes something else."""
+    values = read_json(file)
+    if values.get("model_type") != "umt5":
+        return None
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error}). Download it again.") from error
-    return UMT5Config.from_dict(values) if values.get("model_type") == "umt5" else None
+        return UMT5Config.from_dict(values)
+    except Exception as error:  # transformers checks types in ways of its own
+        raise CheckpointError(f"{file}: describes no umT5 encoder ({error}). Download it again.") from error
 
 
 def _encoder_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -352,14 +316,16 @@ def _digest(rows: Tensor) -> str:
 
 
 def embed_prompts(
-    prompts: Sequence[str], cache: EmbeddingCache, load_encoder: Callable[[], TextEncoder]
+    prompts: Sequence[str], cache: EmbeddingCache, words: PromptTokens, load_encoder: Callable[[], TextEncoder]
 ) -> dict[str, Tensor]:
-    """Embed every prompt, from the cache where possible.
+    """Embed every prompt, from the cache where possible; `words` warns of what the model cannot read of it.
 
     `load_encoder` is called only if an embedding is missing, and the encoder is freed before this returns.
     Returns: prompt -> [T, D] on the CPU.
     """
     embeddings = {prompt: cache.get(prompt) for prompt in prompts}
+    for prompt in embeddings:
+        words.warn(prompt)
     missing = [prompt for prompt, embedding in embeddings.items() if embedding is None]
     if not missing:
         return embeddings

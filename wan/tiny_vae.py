@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wan.checkpoint import CheckpointError, check_fit, load_strictly, read_tensors
-from wan.vae import StreamDecoder
+from wan.stream import StreamDecoder
 from wan.vae_passes import Past
 
 TinyKind = Literal["taehv", "lighttae"]

@@ -8,19 +8,20 @@ B batch, T pixel frames, F latent frames, C latent channels, s temporal stride.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from wan.checkpoint import CheckpointError, load_strictly, read_tensors
+from wan.checkpoint import CheckpointError, check_fit, load_strictly, read_json, read_tensors
 from wan.names import strip_wrappers, vae_to_diffusers
 from wan.recorder import Recorder
 from wan.stacking import load_kernels
+from wan.stream import StreamDecoder
 from wan.vae_decoder import FastDecoder, StreamPast, can_decode
 from wan.vae_passes import Past, VaePasses
 
@@ -33,13 +34,6 @@ class WanVAE:
     def __init__(self, model: AutoencoderKLWan) -> None:
         self._model = model.eval().requires_grad_(False)
         config = model.config
-        for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
-            if len(values) != config.z_dim:
-                raise CheckpointError(
-                    f"the VAE has {config.z_dim} latent channels, but the {name} to normalise them by has "
-                    f"{len(values)} values (Wan 2.1's, where a file brings none). Give mean= and std= with one value "
-                    "a channel."
-                )
         shape = (1, config.z_dim, 1, 1, 1)
         self._mean = torch.tensor(config.latents_mean, device=self.device).view(shape)
         self._std = torch.tensor(config.latents_std, device=self.device).view(shape)
@@ -95,8 +89,7 @@ class WanVAE:
         path = Path(path)
         found = _find_config(path)
         config = found[1] if found else _read_vae(path)[0] if path.exists() else {}
-        with torch.device("meta"):
-            shapes = {name: value.shape for name, value in AutoencoderKLWan.from_config(config).named_parameters()}
+        shapes = {name: value.shape for name, value in _skeleton(config, source=path).named_parameters()}
         generator = torch.Generator().manual_seed(seed)
         tensors = {}
         for name, shape in shapes.items():
@@ -122,13 +115,12 @@ class WanVAE:
     @property
     def spatial_stride(self) -> int:
         """Pixels a latent spans along height, and along width."""
-        return (self._model.config.patch_size or 1) * 2 ** (len(self._model.config.dim_mult) - 1)
+        return _strides(self._model)[1]
 
     @property
     def temporal_stride(self) -> int:
         """s: pixel frames a latent frame spans; the first latent frame spans one."""
-        steps = len(self._model.config.dim_mult) - 1
-        return 2 ** sum(self._model.config.temperal_downsample[:steps])
+        return _strides(self._model)[0]
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -198,77 +190,59 @@ class WanVAE:
         return self._fast(z, past).permute(0, 4, 1, 2, 3).float().clamp(-1, 1)
 
 
-class PartDecoder(Protocol):
-    """What makes pixels of a few latent frames at a time."""
-
-    part_frames: int  # latent frames a call, at most
-
-    @property
-    def latent_channels(self) -> int:
-        """C."""
-
-    def new_past(self) -> Any:
-        """What a stream remembers, before its first frame."""
-
-    def decode_part(self, latents: Tensor, past: Any) -> Tensor:
-        """[B, C, F, h, w] normalised -> pixels [B, 3, T, H, W] in [-1, 1]; `past` is advanced."""
-
-
-class StreamDecoder:
-    """Decodes one video chunk by chunk; any split of the latents gives the same pixels.
-
-    Bit for bit if the decoder takes one latent frame at a time, else up to rounding.
-    """
-
-    def __init__(self, decoder: PartDecoder) -> None:
-        self._decoder = decoder
-        self._past = decoder.new_past()
-        self._shape: torch.Size | None = None  # of one latent frame with its batch, once known
-        self._broken = False
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode the next latent frames.
-
-        Args:
-            latents: [B, F, C, h, w], normalised; B, h and w as in the first call.
-        Returns: pixels [B, T, 3, H, W] in [-1, 1], float32, on the decoder's device. T is 1 + s (F - 1) in the
-            first call, s F later.
-        Raises:
-            ValueError: another shape than before, or no frame.
-            RuntimeError: an earlier call failed half-way, so that its past is between two frames.
-        """
-        if self._broken:
-            raise RuntimeError(
-                "this stream failed in the middle of a frame and cannot go on. Start a new one with vae.stream()."
-            )
-        channels = self._decoder.latent_channels
-        if latents.ndim != 5 or latents.shape[2] != channels or not latents.shape[1]:
-            raise ValueError(
-                f"latents are {list(latents.shape)}; expected [batch, frames, {channels}, height, width] "
-                "with a frame or more."
-            )
-        shape = latents[:, 0].shape
-        if self._shape not in (None, shape):
-            raise ValueError(
-                f"latent frames were {list(self._shape)} and are now {list(shape)}. "
-                "Start a new stream for another video."
-            )
-        pixels = []
-        self._broken = True
-        for part in latents.transpose(1, 2).split(self._decoder.part_frames, dim=2):
-            pixels.append(self._decoder.decode_part(part, self._past))
-            self._shape = shape
-        self._broken = False
-        return torch.cat(pixels, dim=2).transpose(1, 2)
-
-
-def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels [B, T, 3, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3], rounded, on the same device."""
-    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(2, -1).contiguous()
-
-
 # -- weights -----------------------------------------------------------------------------------
+
+
+def check_vae(path: Path, *, latent_channels: int, temporal_stride: int, spatial_stride: int) -> None:
+    """Compare a VAE's files with what the transformer and its videos need, without reading the weights.
+
+    Raises:
+        CheckpointError: as `WanVAE.load`, or a VAE of other channels or strides.
+    """
+    path = Path(path)
+    config, tensors = _read_vae(path, meta=True)
+    model = _skeleton(config, source=path)
+    check_fit(path, tensors, {name: parameter.shape for name, parameter in model.named_parameters()})
+    found, wanted = (model.config.z_dim, *_strides(model)), (latent_channels, temporal_stride, spatial_stride)
+    for name, here, there in zip(("latent channels", "temporal_stride", "spatial_stride"), found, wanted, strict=True):
+        if here != there:
+            raise CheckpointError(
+                f"{path}: this VAE has {name} {here}, and the model's YAML says {there}. "
+                "Give the VAE that belongs to the model, or correct the YAML."
+            )
+
+
+def _strides(model: AutoencoderKLWan) -> tuple[int, int]:
+    """Pixel frames in a latent frame, and pixels in a latent row or column."""
+    steps = len(model.config.dim_mult) - 1
+    return 2 ** sum(model.config.temperal_downsample[:steps]), (model.config.patch_size or 1) * 2**steps
+
+
+def _skeleton(config: Mapping[str, Any], *, source: Path) -> AutoencoderKLWan:
+    """The VAE that `config` describes, on meta. Raises: CheckpointError, if it describes none that can work."""
+    try:
+        with torch.device("meta"):
+            model = AutoencoderKLWan.from_config(dict(config))
+    except Exception as error:  # diffusers checks no value: a wrong one can fail anywhere inside
+        raise CheckpointError(
+            f"{source}: its config.json describes no VAE ({type(error).__name__}: {error}). Download it again."
+        ) from error
+    channels = model.config.z_dim
+    for name, values in (("mean", model.config.latents_mean), ("std", model.config.latents_std)):
+        if not isinstance(values, list | tuple) or len(values) != channels:
+            count = f"{len(values)} values" if isinstance(values, list | tuple) else f"no values, but {values!r}"
+            raise CheckpointError(
+                f"{source}: the VAE has {channels} latent channels, but the {name} to normalise them by has {count} "
+                "(Wan 2.1's, where a file brings none). Give mean= and std= with one value a channel."
+            )
+        for value in values:
+            number = isinstance(value, int | float) and math.isfinite(value)
+            if not number or (name == "std" and value <= 0):
+                raise CheckpointError(
+                    f"{source}: latents_{name} has the value {value!r}; latents cannot be normalised by it. "
+                    f"Allowed: finite numbers{' above 0' if name == 'std' else ''}. Download its config.json again."
+                )
+    return model
 
 
 def _build(
@@ -285,7 +259,7 @@ def _build(
 
     Latent statistics: `mean` and `std`, else those of `config`, else Wan 2.1's (diffusers' default).
     Raises:
-        CheckpointError: the tensors do not fit.
+        CheckpointError: the tensors do not fit, or the statistics are none.
         ValueError: one of `mean` and `std` without the other.
     """
     values = dict(config)
@@ -293,8 +267,7 @@ def _build(
         raise ValueError("latent statistics come in pairs: give both mean= and std=, or neither.")
     if mean is not None and std is not None:
         values |= {"latents_mean": list(mean), "latents_std": list(std)}
-    with torch.device("meta"):
-        model = AutoencoderKLWan.from_config(values)
+    model = _skeleton(values, source=source)
     load_strictly(model, tensors, source=source, device=device, dtype=dtype)
     return model
 
@@ -349,10 +322,10 @@ def _levels(tensors: Mapping[str, Tensor]) -> tuple[list[int], list[bool]]:
     return [*widths, width], temporal
 
 
-def _read_vae(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_vae(path: Path, *, meta: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
     found = _find_config(path)
     if found:
-        tensors = read_tensors(path if path.is_file() else found[0], subfolder="vae")
+        tensors = read_tensors(path if path.is_file() else found[0], subfolder="vae", meta=meta)
         if "decoder.conv1.weight" not in tensors:  # else original names that happen to lie beside a config
             return found[1], tensors
     if path.is_dir():
@@ -360,10 +333,10 @@ def _read_vae(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if len(originals) != 1:
             raise CheckpointError(
                 f"{path}: no VAE. Looked for one *VAE*.pth or *VAE*.safetensors (found {len(originals)}) and for an "
-                "AutoencoderKLWan config.json there or in vae/. `python -m utils.download` fetches it."
+                "AutoencoderKLWan config.json there or in vae/."
             )
         path = originals[0]
-    return _from_original(read_tensors(path, subfolder="vae"), source=path)
+    return _from_original(read_tensors(path, subfolder="vae", meta=meta), source=path)
 
 
 def _find_config(path: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -372,10 +345,7 @@ def _find_config(path: Path) -> tuple[Path, dict[str, Any]] | None:
         file = home / "config.json"
         if not file.is_file():
             continue
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: cannot be read ({error}). Download it again.") from error
+        values = read_json(file)
         if values.get("_class_name") == "AutoencoderKLWan":
             return home, values
     return None

@@ -1,6 +1,7 @@
 """Does the video show what it should: an observation held against a truth, per frame and per video.
 
-T pixel frames. A property that the truth leaves unsaid is None throughout.
+T pixel frames. A property that the truth leaves unsaid is None throughout, but for
+colours: those that have no name should stay what they were in the first seconds.
 """
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import numpy as np
 from evaluation.analysers.behind import colour_distance
 from evaluation.analysers.motion import UNKNOWN
 from evaluation.analysers.observe import Observation, observe
-from evaluation.analysers.palette import BEHIND, SUBJECTS
+from evaluation.analysers.palette import BEHIND, BEHIND_KEPT, SUBJECT_KEPT, SUBJECTS
 from evaluation.analysers.stability import ChunkLayout, border_steps, jumps, moving_sum, rollbacks
 from training.world.truth import Truth
 from training.world.vocabulary import KINDS, MOTIONS, PATTERNS
@@ -27,11 +28,11 @@ PROPERTIES = ("colour", "shape", "pair", "count", "background", "pattern", "moti
 class PerFrame:
     """One value a pixel frame, float64 [T]; NaN where nothing can be said. Rights are 0 or 1."""
 
-    colour: np.ndarray             # every named colour is there
+    colour: np.ndarray             # every named colour is there; if none is named, the subjects keep their own
     shape: np.ndarray              # every named kind is there
     pair: np.ndarray               # every named kind is there in its colour
     count: np.ndarray              # as many shapes as named
-    background: np.ndarray         # the background's colour is the named one
+    background: np.ndarray         # the background's colour is the named one; if none is named, it keeps its own
     pattern: np.ndarray            # and so its pattern
     motion: np.ndarray             # the shapes move as named, in the five seconds around
     survival: np.ndarray           # share of the named shapes for which there is any shape
@@ -141,7 +142,7 @@ def _agrees(caption: Truth, scene: Truth) -> dict[str, bool | None]:
         return None if wanted is None else wanted == getattr(scene, name)
 
     return {
-        "colour": caption.colours <= scene.colours, "shape": caption.kinds <= scene.kinds,
+        "colour": caption.colours <= scene.colours if caption.colours else None, "shape": caption.kinds <= scene.kinds,
         "pair": caption.pairs <= scene.pairs,
         "count": len(caption.objects) == len(scene.objects),
         "background": same("background"), "pattern": same("pattern"), "motion": same("motion"),
@@ -152,10 +153,15 @@ def _per_frame(seen: Observation, truth: Truth) -> PerFrame:
     named, total = len(truth.objects), seen.num_frames
     kinds, colours, pairs = _found(seen)
     nothing = np.full(total, np.nan)
-    behind = nothing if truth.background is None else seen.behind.name == len(SUBJECTS) + BEHIND.index(truth.background)
+    colour_error, drift = _colour_error(seen, named), _background_drift(seen)
+    colour = [truth.colours <= found for found in colours] if truth.colours else colour_error < SUBJECT_KEPT
+    if truth.background is None:
+        behind = drift < BEHIND_KEPT
+    else:
+        behind = seen.behind.name == len(SUBJECTS) + BEHIND.index(truth.background)
     pattern = nothing if truth.pattern is None else seen.behind.pattern == PATTERNS.index(truth.pattern)
     columns = {
-        "colour": [truth.colours <= found for found in colours],
+        "colour": colour,
         "shape": [truth.kinds <= found for found in kinds],
         "pair": [truth.pairs <= found for found in pairs],
         "count": seen.count == named,
@@ -166,8 +172,7 @@ def _per_frame(seen: Observation, truth: Truth) -> PerFrame:
         "jumps": jumps(seen.tracks, seen.height),
         "rollbacks": rollbacks(seen.thumbnails, seen.fps),
         "speed": _speed(seen), "edge_speed": seen.edge_speed,
-        "colour_error": _colour_error(seen, named),
-        "background_drift": _background_drift(seen),
+        "colour_error": colour_error, "background_drift": drift,
         "sharpness": seen.sharpness, "step": seen.step,
     }
     return PerFrame(**{name: np.asarray(values, np.float64) for name, values in columns.items()})

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
+from itertools import combinations
 
 import numpy as np
 
@@ -11,6 +13,14 @@ SUBJECTS = tuple(COLOURS)
 BEHIND = tuple(BACKGROUNDS)
 PROTOTYPES = np.array([*COLOURS.values(), *BACKGROUNDS.values()])   # [16, 3], subjects first
 TABLE_BITS = 6
+
+
+def half_way(colours: Iterable[tuple[float, float, float]]) -> float:
+    """Half the distance of the two nearest of these colours, mean absolute RGB: from there on it may be another one."""
+    return min(float(np.abs(np.subtract(a, b)).mean()) for a, b in combinations(colours, 2)) / 2
+
+
+SUBJECT_KEPT, BEHIND_KEPT = half_way(COLOURS.values()), half_way(BACKGROUNDS.values())
 
 
 def oklab(rgb: np.ndarray) -> np.ndarray:

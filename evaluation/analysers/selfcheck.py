@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from evaluation.analysers import PROPERTIES, Analysis, Observation, analyse, chance, damage, judge, observe
 from training.world import Clip, Scene, render, sample, to_frames
@@ -56,14 +57,17 @@ def shuffled(count: int, seed: int = 0) -> list[int]:
     return moved
 
 
-def accuracy(clips: list[Clip], tell: Callable[[int], None] = lambda done: None) -> dict[str, dict[str, float]]:
-    """Every share for every property: {"clean": {...}, "as_generated": ..., "shuffled": ..., "chance": ...}."""
+def accuracy(clips: list[Clip], tell: Callable[[], object] = lambda: None) -> dict[str, dict[str, float]]:
+    """Every share for every property: {"clean": {...}, "as_generated": ..., "shuffled": ..., "chance": ...}.
+
+    `tell` is called after each clip.
+    """
     clean, degraded = [], []
     for index, clip in enumerate(clips):
         frames = draw(clip.scene)
         clean.append(observe(frames))
         degraded.append(observe(damage.as_generated(frames, seed=index)))
-        tell(index + 1)
+        tell()
     own = list(range(len(clips)))
     truths = [clip.truth for clip in clips]
     return {
@@ -147,8 +151,11 @@ def damage_clips(count: int = DAMAGE_CLIPS) -> list[Clip]:
     return found
 
 
-def responses(clips: list[Clip]) -> dict[str, dict[str, list]]:
-    """Mean response of the matching number to every damage: name -> {"strength": [...], "response": [...]}."""
+def responses(clips: list[Clip], tell: Callable[[], object] = lambda: None) -> dict[str, dict[str, list]]:
+    """Mean response of the matching number to every damage: name -> {"strength": [...], "response": [...]}.
+
+    `tell` is called after each damage.
+    """
     originals = [draw(clip.scene, LONG_FRAMES) for clip in clips]
     table = {}
     for name, (strengths, number, apply) in DAMAGES.items():
@@ -160,6 +167,7 @@ def responses(clips: list[Clip]) -> dict[str, dict[str, list]]:
             for s in strengths
         ]
         table[name] = {"strength": list(strengths), "response": [round(value, 5) for value in response]}
+        tell()
     return table
 
 
@@ -182,22 +190,23 @@ def shortfalls(table: dict[str, dict[str, float]]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=500, help="rendered clips to read (default 500)")
+    parser.add_argument("--clips", type=int, default=500, help="rendered clips to read, 2 or more (default 500)")
     parser.add_argument("--json", type=Path, default=None, help="write the figures to this file, too")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the renderer (default 1)")
     options = parser.parse_args(arguments)
+    for name, value, least in (("clips", options.clips, 2), ("threads", options.threads, 1)):  # 2 can be shuffled
+        if value < least:
+            parser.error(f"--{name} {value} is too small. Ask for {least} or more")
     torch.set_num_threads(options.threads)
-    show = sys.stderr.isatty()
-    table = accuracy(
-        held_out_clips(options.clips),
-        lambda done: show and print(f"\r{done}/{options.clips}", end="", file=sys.stderr),
-    )
+    with tqdm(total=options.clips, desc="clips", disable=None) as bar:  # None: shown on a terminal only
+        table = accuracy(held_out_clips(options.clips), bar.update)
     print(f"{'property':<12}{'clean':>10}{'degraded':>10}{'shuffled':>10}{'chance':>10}")
     for name in PROPERTIES:
         print(f"{name:<12}" + "".join(
             f"{table[column][name]:>10.1%}" for column in ("clean", "as_generated", "shuffled", "chance")
         ))
-    damages = responses(damage_clips())
+    with tqdm(total=len(DAMAGES), desc="damages", disable=None) as bar:
+        damages = responses(damage_clips(), bar.update)
     print()
     for name, row in damages.items():
         pairs = (f"{strength:g}: {value:.4g}" for strength, value in zip(row["strength"], row["response"], strict=True))

@@ -13,13 +13,15 @@ import torch
 
 from evaluation.analysers import ChunkLayout
 from evaluation.study.settings import Study, config_path
-from pipeline.build import RunPlan, check_memory, plan_run, video_length
+from pipeline.build import RunPlan, plan_run
 from pipeline.engine import Engine, VideoRequest
 from pipeline.noise import SampleSeed
+from pipeline.preflight import check_memory, video_length
 from training.world import Clip, World, render, to_frames
 from utils.config import REPOSITORY, Config, ConfigError, load_config
 from wan.kv_cache.policy import build_policy, policy_fields
-from wan.vae import WanVAE, to_uint8
+from wan.stream import to_uint8
+from wan.vae import WanVAE
 
 BLOCK_FRAMES = 96   # rendered at a time
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from weights import make_model
 
 from end_to_end.runs import CommandLine
+from weights import make_model
 
 
 @pytest.fixture(scope="session", autouse=True)

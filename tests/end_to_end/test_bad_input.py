@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +12,11 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from weights import TRANSFORMER
 
 import pipeline.engine
 from end_to_end.runs import PROMPTS, CommandLine, is_whole, manifest, record, videos
 from wan.model import CausalWanModel, randomize
+from weights import TRANSFORMER
 
 PROMPT = ["--prompt", PROMPTS[0]]
 SHORT = ["--num_output_frames", 3]
@@ -78,10 +80,13 @@ def expect(said: str, *words: str) -> None:
         (["--policy", "particpative"], ["'particpative' is unknown", "Did you mean participative?"]),
         (["--policy", "rolling", "--Budget", 16], ["--Budget 16", "policy rolling does not have", "Drop --Budget"]),
         (["--Budget", 12, "--Recent", 4], ["need 14 frames", "exceeds budget_frames=12"]),
+        (["--Budget", 3, "--Recent", 10], ["budget_frames=3 is outside 10..21", "recent frames"]),
+        (["--set", "kv_cache.sink_frames=-1"], ["sink_frames=-1 is outside 0..12"]),
         (["--device", "nonsense"], ["--device nonsense", "Use auto, cpu, cuda or cuda:N"]),
         (["--device", "meta"], ["--device meta", "Use auto, cpu, cuda or cuda:N"]),
         (["--device", "cuda:99"], ["--device cuda:99", "CUDA devices", "nvidia-smi"]),
         (["--num_samples", 0], ["--num_samples", "'0'", "at least 1"]),
+        (["--num_samples", 10**8], ["100000000 videos", "at most 100000", "fewer samples"]),
         (["--batch_size", 1.5], ["--batch_size", "'1.5'", "whole number"]),
         (["--seed", -1], ["--seed", "'-1'", "at least 0"]),
         (["--sed", 1], ["--sed", "--help"]),
@@ -114,6 +119,7 @@ def test_cuda_without_a_gpu(refused):
         (BASE + "height: 32\nheight: 64\n", [":3: not valid YAML", "duplicate key height"]),
         (BASE + "num_frames_per_block: 1\n", [":2: unknown key", "Did you mean num_frame_per_block?"]),
         (BASE + "num_frame_per_block: true\n", [":2: num_frame_per_block=True is not allowed"]),
+        (BASE + f"height: {'[' * 200}{']' * 200}\n", ["bad.yaml: cannot be read", "nested too deeply"]),
         (BASE + "height: ${nowhere}\n", [":2: height has no value", "nowhere"]),
         (BASE + "height: !!python/object/apply:os.system ['touch pwned']\n", [":2: not valid YAML"]),
         (BASE + "model_kwargs: {local_attn_size: -1}\n", ["needs 24 latent frames", "local_attn_size: -1"]),
@@ -241,6 +247,39 @@ def test_missing_parts(cli: CommandLine, model: Path, refused, part: str):
     expect(refused(*PROMPT, *SHORT, "--set", f"model={lacking}"), "nowhere", "python -m utils.download")
 
 
+@pytest.mark.parametrize(
+    "part, file, words",
+    [
+        ("vae", "diffusion_pytorch_model.safetensors", ["cut off or damaged", "as the VAE of"]),
+        ("vae", "config.json", ["config.json: cannot be read", "as the VAE of"]),
+        ("text_encoder", "model.safetensors", ["cut off or damaged", "as the text encoder of"]),
+        ("tokenizer", "tokenizer.json", ["tokenizer there cannot be read", "as the tokenizer of"]),
+    ],
+)
+def test_damaged_parts(cli: CommandLine, model: Path, refused, part: str, file: str, words: list):
+    """A file of any network that was cut off is refused before the others load, and the remedy is the model's own."""
+    copy = cli.folder / part
+    shutil.copytree(model.parent / part, copy)
+    (copy / file).write_bytes((copy / file).read_bytes()[:-9])
+    spec = cli.folder / "damaged.yaml"
+    text = model.read_text().replace(str(model.parent / part), str(copy))
+    spec.write_text(text.replace("python -m utils.download", "git checkout weights/tiny"))
+    expect(refused(*PROMPT, *SHORT, "--set", f"model={spec}"), str(copy), "git checkout weights/tiny", *words)
+
+
+def test_strides_must_be_the_vaes(cli: CommandLine, model: Path, refused):
+    """A model's YAML of other strides than its VAE would make videos of another size and length."""
+    spec = cli.folder / "strides.yaml"
+    spec.write_text(model.read_text().replace("temporal_stride: 4", "temporal_stride: 2"))
+    expect(refused(*PROMPT, *SHORT, "--set", f"model={spec}"), "VAE has temporal_stride 4", "YAML says 2")
+
+
+def test_a_checkpoint_is_taken_for_the_large_model(cli: CommandLine, model: Path, refused):
+    """--checkpoint_path alone means the 1.3B model; where that does not fit, the error names the other way."""
+    said = refused(*PROMPT, *SHORT, "--checkpoint_path", model.parent / "transformer", "--set", "model=auto")
+    assert "does not fit" in said and "--set model=tiny" in said and "wan2.1_t2v_1.3b" in said
+
+
 def test_values_that_are_no_numbers(cli: CommandLine, model: Path):
     """A checkpoint of nan passes every check of names and shapes: the video fails and is not kept."""
     tensors = load_file(model.parent / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -286,3 +325,13 @@ def test_process_ends_with_one_line(cli: CommandLine, tmp_path: Path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert (result.returncode, result.stdout) == (2, "")
     expect(result.stderr, "error: --set context_nois=1: unknown key")
+
+
+def test_interrupt_while_modules_load(tmp_path: Path):
+    """Ctrl-C in the first seconds ends the program by that signal, without a trace."""
+    command = [sys.executable, "-X", "importtime", str(ROOT / "inference.py"), "--help"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+        while "torch" not in run.stderr.readline():
+            assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        assert "Traceback" not in run.stderr.read() and run.wait() == -signal.SIGINT

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import pipeline.engine
 import utils.outputs
 import utils.video
 from end_to_end.runs import PROMPTS, PRUNED, CommandLine, ended, hidden, is_whole, manifest, record, videos, wait_until
+from utils.interrupt import StopRequest
 from utils.progress import VideoProgress
 from utils.video import VideoWriter, read_video
 
@@ -57,15 +59,22 @@ def test_partial_videos_are_redone(cli: CommandLine, damage: str):
     assert contents(folder)[f"{other}.mp4"] == untouched
 
 
-@pytest.mark.parametrize("change", [["--policy", "rolling"], ["--num_output_frames", 6], ["--set", "context_noise=1"]])
-def test_other_settings_are_refused(cli: CommandLine, capsys, change: list):
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (["--policy", "rolling"], "kv_cache.budget_frames 16 -> None"),
+        (["--num_output_frames", 6], "pixel_frames 9 -> 21"),
+        (["--set", "context_noise=1"], "context_noise 0 -> 1"),
+    ],
+)
+def test_other_settings_are_refused(cli: CommandLine, capsys, change: list, told: str):
     """A finished video of the same name but other settings is neither skipped nor replaced, unless with --overwrite."""
     options = ["--prompt", PROMPTS[0], "--num_output_frames", 3]
     assert cli(*options) == 0
     before = contents(cli.folder / "videos")
     assert cli(*options, *change) == 2
     said = capsys.readouterr().err
-    assert "made with other settings" in said and "--overwrite" in said and "--output_folder" in said
+    assert "made with other settings" in said and told in said and "--overwrite" in said and "--output_folder" in said
     assert contents(cli.folder / "videos") == before
     assert cli(*options, *change, "--overwrite") == 0
     assert is_whole(cli.folder / "videos", 1)
@@ -109,7 +118,7 @@ def test_killed_run_goes_on(cli: CommandLine):
     assert videos(folder) == videos(cli.folder / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_run_keeps_what_was_made(cli: CommandLine, number: signal.Signals):
     """Ctrl-C ends the run at a chunk with status 130; a partial video and its record stay until the next run."""
     options = ["--data_path", cli.prompts(*PROMPTS[:2]), "--save_with_index"]
@@ -140,6 +149,35 @@ def test_stopped_in_a_batch_then_resumed(cli: CommandLine, monkeypatch: pytest.M
     assert len(partial) == 2 and videos(folder) == {} and hidden(folder) == []
     assert cli(*options) == 0
     assert is_whole(folder, 3) and videos(folder) == videos(cli.folder / "whole")
+
+
+def test_hang_ups_never_insist_and_may_be_ignored():
+    """A closing terminal sends several: the partial video is kept all the same. Under nohup none is noticed."""
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_use_ema_is_a_setting_only_where_it_chooses(cli: CommandLine, model: Path, caplog):
+    """Weights without groups give the same video with and without it, so a finished one is skipped."""
+    caplog.set_level("INFO")
+    options = ["--prompt", PROMPTS[0], "--num_output_frames", 3]
+    assert cli(*options) == 0 and cli(*options, "--use_ema") == 0
+    assert "1 of 1 videos are finished already and are skipped" in caplog.messages
+    tensors = load_file(model.parent / "transformer" / "diffusion_pytorch_model.safetensors")
+    torch.save({"generator": tensors, "generator_ema": tensors}, cli.folder / "both.pt")
+    options += ["--checkpoint_path", cli.folder / "both.pt"]
+    assert cli(*options, out="both") == 0 and cli(*options, "--use_ema", out="both") == 2
 
 
 def test_second_interrupt_stops_at_once(cli: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -241,7 +279,7 @@ def test_two_runs_into_one_folder(cli: CommandLine):
     options = ["--data_path", cli.prompts(*PROMPTS), *PRUNED]
     runs = [cli.start(*options, environment={"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}), cli.start(*options)]
     statuses = [ended(run) for run in runs]
-    assert set(statuses) <= {0, 1} and 0 in statuses
-    assert is_whole(cli.folder / "videos", 3)
+    assert statuses == [0, 0] and is_whole(cli.folder / "videos", 3)
+    assert "failed" not in [line["status"] for line in manifest(cli.folder / "videos")]
     assert cli(*options) == 0 and cli(*options, out="alone") == 0
     assert videos(cli.folder / "videos") == videos(cli.folder / "alone")

@@ -1,4 +1,7 @@
-"""The grammar: a sentence for a truth, in many phrasings, some things left unsaid, none said wrong."""
+"""The grammar: a sentence for a truth, in many phrasings, some things left unsaid, none said wrong.
+
+A colour is said whenever it has a name.
+"""
 from __future__ import annotations
 
 import random
@@ -81,7 +84,8 @@ def _who(rng: random.Random, objects: tuple[ObjectTruth, ...]) -> str:
 
 def _noun_phrase(rng: random.Random, group: list[ObjectTruth]) -> str:
     item = group[0]
-    adjectives = [item.colour] if item.size is None else [_choose(rng, SIZE_WORDS[item.size]), item.colour]
+    size = None if item.size is None else _choose(rng, SIZE_WORDS[item.size])
+    adjectives = [word for word in (size, item.colour) if word is not None]
     if len(group) == 1:
         return with_article(" ".join([*adjectives, item.kind]))
     return " ".join([NUMBER_WORDS[len(group)], *adjectives, plural(item.kind)])
@@ -89,7 +93,9 @@ def _noun_phrase(rng: random.Random, group: list[ObjectTruth]) -> str:
 
 def _where(rng: random.Random, said: Truth) -> str:
     phrases = UNPATTERNED_PHRASES if said.pattern is None else PATTERN_PHRASES[said.pattern]
-    return _choose(rng, phrases).format(c=_choose(rng, BACKGROUND_WORDS[said.background]))
+    phrase = _choose(rng, phrases)
+    colour = "" if said.background is None else _choose(rng, BACKGROUND_WORDS[said.background])
+    return " ".join(phrase.format(c=colour).split())
 
 
 def _choose(rng: random.Random, options: tuple):

@@ -144,8 +144,6 @@ def _close_group(reading: _Reading, token: str, kind: str) -> None:
             f"{reading.text!r}: no {token} is {reading.behind or reading.laid}; that is a background. "
             f"Shapes are: {', '.join(COLOURS)}."
         )
-    if reading.colour is None:
-        raise CaptionError(f"{reading.text!r}: the {token} has no colour. Give it one of: {', '.join(COLOURS)}.")
     several = token in _PLURALS
     count = reading.count if reading.count is not None else (None if several else 1)
     if count is None:

@@ -9,22 +9,23 @@ from training.world.vocabulary import BACKGROUNDS, COLOURS, KINDS, MOTIONS, PATT
 
 @dataclass(frozen=True)
 class ObjectTruth:
-    """One shape. `size` is None where it was left unsaid."""
+    """One shape. None is what was left unsaid; a colour that has no name is None even where all else is known."""
 
     kind: str
-    colour: str
+    colour: str | None
     size: str | None = None
 
     def __post_init__(self) -> None:
         _member("kind", self.kind, KINDS)
-        _member("colour", self.colour, COLOURS)
+        if self.colour is not None:
+            _member("colour", self.colour, COLOURS)
         if self.size is not None:
             _member("size", self.size, SIZES)
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What a caption says, or what is true of a scene: then nothing is None.
+    """What a caption says, or what is true of a scene: then nothing is None but colours that have no name.
 
     `motion` is that of all shapes. `background` is a colour of `BACKGROUNDS`, `pattern` one of `PATTERNS`.
     """
@@ -52,12 +53,12 @@ class Truth:
     @property
     def colours(self) -> Counter[str]:
         """How often each subject colour is named."""
-        return Counter(item.colour for item in self.objects)
+        return Counter(item.colour for item in self.objects if item.colour is not None)
 
     @property
     def pairs(self) -> Counter[tuple[str, str]]:
         """How often each (kind, colour) is named."""
-        return Counter((item.kind, item.colour) for item in self.objects)
+        return Counter((item.kind, item.colour) for item in self.objects if item.colour is not None)
 
     def to_json(self) -> dict:
         """Plain lists, strings and None."""

@@ -148,13 +148,15 @@ BACKGROUND_SYNONYMS = {
 }
 # A bright colour before a background noun means the dark background of the same hue.
 DARKENED = {"red": "maroon", "green": "dark green", "blue": "navy", "purple": "plum", "cyan": "teal"}
-FILLER_WORDS = frozenset(
-    "the of in on over against with and is are there before front across along around back forth up down place spot "
-    "center centre middle frame its it that which while as slowly gently soft softly smoothly steadily quickly "
-    "moves move moving travels travel traveling travelling video clip showing shows shape shapes sized "
-    "each both together to from side under very calm at sits sit here we see path left right upwards downwards "
-    "sideways diagonally quietly".split()
-)
+FILLER_WORDS = frozenset([
+    "the", "of", "in", "on", "over", "against", "with", "and", "is", "are", "there", "before", "front", "across",
+    "along", "around", "back", "forth", "up", "down", "place", "spot", "center", "centre", "middle", "frame",
+    "its", "it", "that", "which", "while", "as", "slowly", "gently", "soft", "softly", "smoothly", "steadily",
+    "quickly", "moves", "move", "moving", "travels", "travel", "traveling", "travelling", "video", "clip",
+    "showing", "shows", "shape", "shapes", "sized", "each", "both", "together", "to", "from", "side", "under",
+    "very", "calm", "at", "sits", "sit", "here", "we", "see", "path", "left", "right", "upwards", "downwards",
+    "sideways", "diagonally", "quietly",
+])
 
 
 def words() -> list[str]:

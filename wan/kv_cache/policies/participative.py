@@ -58,9 +58,17 @@ class ParticipativeCompression(KVPolicy):
                 f"kv_cache.votes=past has no voters: recent_frames={self.recent_frames} are all of the chunk. "
                 f"Raise recent_frames to at least {chunk + 1}, or set votes to both or denoising."
             )
-        check_range("budget_frames", self.budget_frames, 1, self.window_frames, "pruning must leave at most the window")
+        check_range(
+            "budget_frames", self.budget_frames, self.recent_frames, self.window_frames,
+            f"pruning must leave at least the {self.recent_frames} recent frames and at most the window",
+        )
         kept = self.sink_frames + self.recent_frames
-        if self.sink_frames < 0 or kept > self.budget_frames:
+        if self.sink_frames < 0:
+            check_range(
+                "sink_frames", self.sink_frames, 0, self.budget_frames - self.recent_frames,
+                f"sink and recent frames ({self.recent_frames}) share a budget of {self.budget_frames}",
+            )
+        if kept > self.budget_frames:
             raise ValueError(
                 f"kv_cache.sink_frames={self.sink_frames} and recent_frames={self.recent_frames} need {kept} frames, "
                 f"which exceeds budget_frames={self.budget_frames}. "

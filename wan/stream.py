@@ -1,0 +1,80 @@
+"""Videos decoded as streams: latent chunks in, pixels out, whatever the decoder.
+
+B batch, F latent frames, C latent channels, T pixel frames.
+"""
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class PartDecoder(Protocol):
+    """What makes pixels of a few latent frames at a time."""
+
+    part_frames: int  # latent frames a call, at most
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+
+    def new_past(self) -> Any:
+        """What a stream remembers, before its first frame."""
+
+    def decode_part(self, latents: Tensor, past: Any) -> Tensor:
+        """[B, C, F, h, w] normalised -> pixels [B, 3, T, H, W] in [-1, 1]; `past` is advanced."""
+
+
+class StreamDecoder:
+    """Decodes one video chunk by chunk; any split of the latents gives the same pixels.
+
+    Bit for bit if the decoder takes one latent frame at a time, else up to rounding.
+    """
+
+    def __init__(self, decoder: PartDecoder) -> None:
+        self._decoder = decoder
+        self._past = decoder.new_past()
+        self._shape: torch.Size | None = None  # of one latent frame with its batch, once known
+        self._broken = False
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode the next latent frames.
+
+        Args:
+            latents: [B, F, C, h, w], normalised; B, h and w as in the first call.
+        Returns: pixels [B, T, 3, H, W] in [-1, 1], float32, on the decoder's device. T is 1 + s (F - 1) in the
+            first call, s F later.
+        Raises:
+            ValueError: another shape than before, or no frame.
+            RuntimeError: an earlier call failed half-way, so that its past is between two frames.
+        """
+        if self._broken:
+            raise RuntimeError(
+                "this stream failed in the middle of a frame and cannot go on. Start a new one with vae.stream()."
+            )
+        channels = self._decoder.latent_channels
+        if latents.ndim != 5 or latents.shape[2] != channels or not latents.shape[1]:
+            raise ValueError(
+                f"latents are {list(latents.shape)}; expected [batch, frames, {channels}, height, width] "
+                "with a frame or more."
+            )
+        shape = latents[:, 0].shape
+        if self._shape not in (None, shape):
+            raise ValueError(
+                f"latent frames were {list(self._shape)} and are now {list(shape)}. "
+                "Start a new stream for another video."
+            )
+        pixels = []
+        self._broken = True
+        for part in latents.transpose(1, 2).split(self._decoder.part_frames, dim=2):
+            pixels.append(self._decoder.decode_part(part, self._past))
+            self._shape = shape
+        self._broken = False
+        return torch.cat(pixels, dim=2).transpose(1, 2)
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels [B, T, 3, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3], rounded, on the same device."""
+    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(2, -1).contiguous()
