@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from utils.config import ConfigError, ModelSpec
@@ -83,7 +84,7 @@ class OnceDecoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels of the next chunk, or again of the last one."""
         if self._latents is not latents:
-            with self._clock.stage("vae"):
+            with self._clock.stage("vae"), torch.inference_mode(False):  # its buffers serve callers outside of it too
                 self._pixels = self._stream.decode(latents)
             self._latents = latents
         return self._pixels

@@ -183,6 +183,16 @@ def test_an_odd_first_chunk_leaves_no_packet() -> None:
     assert sorted(s for s in archive.start.tolist() if s < 100) == [7, 10, 13, 16, 19]
 
 
+def test_without_packets_it_is_a_sink_without_a_gap() -> None:
+    """No packet shown is Deep Sink with contiguous positions, within float32 rounding: angles of other origins."""
+    tiny = make_tiny()
+    packless = tiny.run(policy_of(PACK | {"sink_frames": 6, "top_chunks": 0}), 30)
+    sink = tiny.run(policy_of(
+        {"policy": "sink", "window_frames": 12, "sink_frames": 6, "positions": "contiguous"},
+    ), 30)
+    assert_close(packless, sink, rtol=0, atol=1e-4)
+
+
 # --- sizes ----------------------------------------------------------------------------------------------
 
 def paper() -> tuple[dict, VideoGeometry]:
@@ -232,6 +242,16 @@ def test_an_archive_without_limit_grows_and_shows_the_same() -> None:
         assert torch.equal(window.keys, limited.keys) and torch.equal(window.values, limited.values)
         places.append(ours.archive.places)
     assert (places[0], places[-1]) == (FIRST_PLACES, 2 * FIRST_PLACES)
+
+
+def test_places_that_were_added_serve_the_next_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An archive that grew while a video was made is reset with the rest."""
+    monkeypatch.setattr("wan.kv_cache.archive.FIRST_PLACES", 2)
+    tiny, policy = make_tiny(), policy_of(PACK | {"archive_chunks": 0})
+    used = tiny.pipeline(policy)
+    tiny.run(policy, 30, text=1, pipeline=used)
+    assert used.cache.layer(0).archive.places == 16
+    assert torch.equal(tiny.run(policy, 30, text=2, pipeline=used), tiny.run(policy, 30, text=2))
 
 
 @pytest.mark.parametrize("span, step", [("block", 3.0), ("tokens", 2.0), ("squeeze", 1.5)])

@@ -100,6 +100,10 @@ class Archive:
 
     def make_room(self, packets: int) -> None:
         """Let there be places for so many packets, unless their number is limited. Between chunks: addresses change."""
+        with torch.inference_mode(False):  # the next video's reset may write to them outside of it
+            self._make_room(packets)
+
+    def _make_room(self, packets: int) -> None:
         while not self._sizes.packets and self.places < packets:
             self.keys, self.values = self._doubled(self.keys), self._doubled(self.values)
             self.sums = torch.cat([self.sums, torch.zeros_like(self.sums)], dim=1)
