@@ -22,7 +22,7 @@ import torch
 
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.acceleration import MODES
-from pipeline.build import RunPlan, choose_device, plan_run
+from pipeline.build import RunPlan, choose_device, choose_vae_device, plan_run
 from pipeline.decoder import NAMES as DECODERS
 from pipeline.engine import Engine
 from pipeline.preflight import asked_pixel_frames, check_memory, describe, video_length
@@ -77,6 +77,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--Recent", type=int, dest="recent", help="newest latent frames kept by pruning, the chunk included")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key of the config")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--vae_device", default="auto", help="where the VAE works, such as cuda:1 (default: as --device)")
     add("--attention", choices=BACKENDS, default="auto", help="attention kernel (default: the fastest that is there)")
     add("--acceleration", choices=tuple(MODES), default="auto",
         help="eager: plain passes; exact: compiled parts and CUDA graphs, the same results (default: eager)")
@@ -108,9 +109,10 @@ def make_plan(options: argparse.Namespace, launch: Launch) -> RunPlan:
         options.config_path, policy_fields=policy_fields(), build_policy=build_policy, overrides=options.set,
         policy=options.policy, is_ds_only=bool(options.is_ds_only), budget=options.budget, recent=options.recent,
     )
+    device = choose_device(options.device, launch.local_rank)
     return plan_run(
         config, checkpoint=options.checkpoint_path, use_ema=options.use_ema,
-        device=choose_device(options.device, launch.local_rank), random_weights=options.random_weights,
+        device=device, vae_device=choose_vae_device(options.vae_device, device), random_weights=options.random_weights,
         decoder=options.decoder, decoder_path=options.decoder_path,
         acceleration=MODES[options.acceleration](attention=options.attention),
     )

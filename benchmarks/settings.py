@@ -36,6 +36,7 @@ class Setting:
     compile: str = "auto"             # a key of SWITCH: torch.compile; auto is on for a GPU
     graphs: str = "auto"              # a key of SWITCH: CUDA graphs
     decoder: str = "auto"             # a key of SWITCH: the Wan VAE's fast decoder
+    overlap: str = "auto"             # a key of SWITCH: frames made beside the transformer, in Engine.stream
     resolution: str | None = None     # HEIGHTxWIDTH in pixels; None: the model's own
     batch: int = 1                    # videos made side by side
     overrides: tuple[str, ...] = ()   # key=value of the config, as in --set; the fields above win
@@ -43,7 +44,7 @@ class Setting:
     def __post_init__(self) -> None:
         if self.attention not in ATTENTION:
             raise ConfigError(f"attention={self.attention} is unknown. Known: {', '.join(ATTENTION)}.")
-        for name in ("compile", "graphs", "decoder"):
+        for name in ("compile", "graphs", "decoder", "overlap"):
             if getattr(self, name) not in SWITCH:
                 raise ConfigError(f"{name}={getattr(self, name)} is no switch. Use one of {', '.join(SWITCH)}.")
         if self.resolution is not None and not re.fullmatch(r"\d+x\d+", self.resolution):
@@ -79,7 +80,7 @@ class Setting:
                 setting = replace(setting, overrides=(*setting.overrides, override))
         return setting
 
-    def plan(self, device: torch.device) -> RunPlan:
+    def plan(self, device: torch.device, vae_device: torch.device | None = None) -> RunPlan:
         """The run that `inference.py --random_weights` would make.
 
         Raises:
@@ -100,8 +101,9 @@ class Setting:
             config, checkpoint=None, use_ema=False, device=device, random_weights=True,
             acceleration=Acceleration(
                 attention=self.attention, compile=SWITCH[self.compile], graphs=SWITCH[self.graphs],
-                decoder=SWITCH[self.decoder],
+                decoder=SWITCH[self.decoder], overlap=SWITCH[self.overlap],
             ),
+            vae_device=vae_device,
         )
 
     def describe(self, plan: RunPlan) -> dict[str, Any]:

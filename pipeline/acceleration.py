@@ -35,11 +35,12 @@ class Acceleration:
     compile: bool | None = None   # torch.compile for what lies between attention kernels
     graphs: bool | None = None    # CUDA graphs for whole chunks
     decoder: bool | None = None   # fused passes of the VAE's decoder, a chunk at a time
+    overlap: bool | None = None   # frames of a chunk are made while the transformer works on the next
 
     @classmethod
     def eager(cls, attention: str = "auto") -> Acceleration:
         """Plain passes."""
-        return cls(attention=attention, compile=False, graphs=False, decoder=False)
+        return cls(attention=attention, compile=False, graphs=False, decoder=False, overlap=False)
 
     def resolved(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> Acceleration:
         """The same without `auto` and None.
@@ -52,12 +53,14 @@ class Acceleration:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         on_gpu = device.type == "cuda"
-        if self.graphs and not on_gpu:
-            raise ConfigError(f"graphs=on needs a CUDA device, not {device}. Leave it at auto.")
+        for name in ("graphs", "overlap"):
+            if getattr(self, name) and not on_gpu:
+                raise ConfigError(f"{name}=on needs a CUDA device, not {device}. Leave it at auto.")
         return Acceleration(
             attention=attention, compile=on_gpu and can_compile() if self.compile is None else self.compile,
             graphs=on_gpu if self.graphs is None else self.graphs,
             decoder=on_gpu if self.decoder is None else self.decoder,
+            overlap=on_gpu if self.overlap is None else self.overlap,
         )
 
     def backend(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
@@ -79,13 +82,13 @@ class Acceleration:
         model.accelerate(self.compiler)
         cache = KVCache(shape, geometry, policy, compiler=self.compiler)
         if self.graphs:
-            return GraphedPipeline(model, sampler, geometry, cache, CudaRecorder())
+            return GraphedPipeline(model, sampler, geometry, cache, CudaRecorder(model.device))
         return ChunkwisePipeline(model, sampler, geometry, cache)
 
     def accelerate_decoder(self, vae: WanVAE, chunk_frames: int) -> WanVAE:
         """The same VAE, whose decoder takes a chunk of latents a call."""
         if self.decoder:
-            vae.accelerate(CudaRecorder() if self.graphs else None, part_frames=chunk_frames)
+            vae.accelerate(CudaRecorder(vae.device) if self.graphs else None, part_frames=chunk_frames)
         return vae
 
 

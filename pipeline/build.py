@@ -53,6 +53,17 @@ class RunPlan:
     random_weights: bool  # seeded noise instead of files, for benchmarks
     tiny_decoder: TinyDecoder | None = None  # None: the VAE decodes
     acceleration: Acceleration = EAGER
+    vae_device: torch.device | None = None  # None: `device`
+
+    @property
+    def decoder_device(self) -> torch.device:
+        """Where latents become pixels, and the source's pixels latents."""
+        return self.vae_device or self.device
+
+    @property
+    def decodes_aside(self) -> bool:
+        """Frames are made while the transformer goes on."""
+        return self.acceleration.overlap or self.decoder_device != self.device
 
     @property
     def decoder_name(self) -> str:
@@ -96,6 +107,7 @@ class RunPlan:
 def plan_run(
     config: Config, *, checkpoint: Path | None, use_ema: bool, device: torch.device, random_weights: bool,
     decoder: str = "wan", decoder_path: Path | None = None, acceleration: Acceleration = EAGER,
+    vae_device: torch.device | None = None,
 ) -> RunPlan:
     """Decide and check everything that needs no weights.
 
@@ -105,6 +117,7 @@ def plan_run(
         decoder: one of pipeline.decoder.NAMES; `wan` is the VAE's own.
         decoder_path: weights of a tiny decoder that replace those that the model names.
         acceleration: as asked for.
+        vae_device: from `choose_vae_device`.
     Raises:
         ConfigError: a model or size that cannot be used, or files that are missing, with the command that gets them.
         wan.checkpoint.CheckpointError: a checkpoint that is damaged or belongs to another network.
@@ -133,7 +146,7 @@ def plan_run(
         config=config, spec=spec, architecture=architecture, geometry=geometry, policy=policy, sampler=sampler,
         device=device, dtype=dtype, use_ema=use_ema, random_weights=random_weights,
         tiny_decoder=choose_decoder(spec, decoder, decoder_path, random_weights),
-        acceleration=acceleration.resolved(device, dtype, architecture.head_dim),
+        acceleration=acceleration.resolved(device, dtype, architecture.head_dim), vae_device=vae_device,
     )
     chosen = False if random_weights else check_files(plan, named=checkpoint is not None)
     return dataclasses.replace(plan, use_ema=use_ema and chosen)
@@ -169,21 +182,45 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _usable_device("--device", name, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_vae_device(name: str, device: torch.device) -> torch.device:
+    """Where the VAE works: `auto` is `device`, the transformer's.
+
+    Raises:
+        ConfigError: as `choose_device`, or another kind of device than the transformer's.
+    """
+    if name == "auto":
+        return device
+    chosen = _usable_device("--vae_device", name, device.index or 0)
+    if chosen.type != device.type:
+        raise ConfigError(
+            f"--vae_device {name} is another kind of device than the transformer's, {device}. "
+            f"Use auto or a device such as {'cuda:1' if device.type == 'cuda' else 'cpu'}."
+        )
+    return chosen
+
+
+def _usable_device(flag: str, name: str, index: int) -> torch.device:
+    """The device `name`, of that index unless it says one."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"--device {name} is no device. Use auto, cpu, cuda or cuda:N.") from error
+        raise ConfigError(f"{flag} {name} is no device. Use auto, cpu, cuda or cuda:N.") from error
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name} is not supported. Use auto, cpu, cuda or cuda:N.")
+        raise ConfigError(f"{flag} {name} is not supported. Use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        device = torch.device("cuda", index if device.index is None else device.index)
         if device.index >= count:
             raise ConfigError(
-                f"--device {name}: this process sees {count} CUDA devices (torch {torch.__version__}). "
+                f"{flag} {name}: this process sees {count} CUDA devices (torch {torch.__version__}). "
                 "Check nvidia-smi and that torch was installed with CUDA, or use --device cpu with the tiny model."
             )
-        torch.cuda.set_device(device)
     return device
 
 

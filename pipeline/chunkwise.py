@@ -1,4 +1,4 @@
-"""The chunk-wise loop of Self Forcing: denoise a chunk, remember it clean, yield it.
+"""The chunk-wise loop of Self Forcing: denoise a chunk, yield it, remember it clean.
 
 Source: Self Forcing, arXiv:2506.08009, Algorithm 2; Deep Forcing changes the cache's policy alone.
 """
@@ -42,7 +42,8 @@ class ChunkwisePipeline:
         Args:
             num_frames: latent frames in all, the given ones included; whole chunks after the given ones.
             seeds: one per sample, for policies that choose at random.
-        Yields: given chunks, then generated ones, in order.
+        Yields: given chunks, then generated ones, in order, each as soon as it is known; what it leaves in memory
+            is made when the next is asked for.
         Raises:
             ValueError: lengths or shapes that do not fit the geometry or the model.
         """
@@ -58,8 +59,8 @@ class ChunkwisePipeline:
             yield Chunk(span, latents, given=True)
         for span in spans:
             latents = self.denoise(span, text, noise)
+            yield Chunk(span, latents)  # before the context pass, which whoever shows them need not wait for
             self.remember(span, latents, text)
-            yield Chunk(span, latents)
 
     @torch.inference_mode()
     def denoise(self, span: ChunkSpan, text: TextContext, noise: NoiseSource) -> Tensor:

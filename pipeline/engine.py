@@ -15,18 +15,17 @@ import torch
 from torch import Tensor
 
 from pipeline.build import RunPlan
-from pipeline.chunkwise import Chunk, ChunkwisePipeline
+from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.noise import SampleSeed, SeededNoise
+from pipeline.overlap import DecoderLane, Decoding, FrameChunk, handed_out
 from utils.files import user_cache_dir
 from utils.hashing import fingerprint
 from utils.profiling import StageClock
 from utils.prompts import IMAGE_SUFFIXES
 from utils.video import fit_to, read_image, read_video
 from wan.checkpoint import load_transformer
-from wan.geometry import ChunkSpan
 from wan.model import CausalWanModel, randomize
 from wan.prompt_tokens import PromptTokens
-from wan.stream import to_uint8
 from wan.text_encoder import EmbeddingCache, TextEncoder, embed_prompts
 from wan.tiny_vae import TinyVAE
 from wan.vae import WanVAE
@@ -43,16 +42,6 @@ class VideoRequest:
     source: Path | None = None  # an image or a video; its frames begin the result
 
 
-@dataclass(frozen=True)
-class FrameChunk:
-    """Finished frames of a batch of videos."""
-
-    span: ChunkSpan
-    latents: Tensor  # [B, F, C, h, w] float32, on the device
-    frames: Tensor   # uint8 [B, T, H, W, 3], on the host
-    given: bool      # reconstructed from the source, not generated
-
-
 class Engine:
     """Loads each network once, in the order that needs the least memory: text, then transformer and VAE."""
 
@@ -63,6 +52,7 @@ class Engine:
         self._pipeline: tuple[int, ChunkwisePipeline] | None = None
         self._vae: WanVAE | None = None
         self._decoder: WanVAE | TinyVAE | None = None
+        self._lane = DecoderLane(plan.device, plan.decoder_device, aside=plan.decodes_aside)
 
     def prepare(self, texts: Sequence[str]) -> None:
         """Embed every prompt (the encoder leaves the device again), then load transformer and decoder."""
@@ -102,12 +92,21 @@ class Engine:
 
         Args:
             latent_frames: of each video, whole chunks, given frames included.
-            clock: adds up the stages `dit` and `vae`.
+            clock: adds up the stages `dit` and `vae`, from latents to frames on the host. Where both share a device
+                side by side, each counts the time of its own stream, which the other slows: their sum is more than
+                what passes.
             initial: latents [B, F0, C, h, w] to continue, from `source_latents`.
+        Yields: chunks in order; where the decoder works aside, all but the first when the next is on its way.
         Raises:
-            FloatingPointError: the networks made something that is no number.
+            FloatingPointError: the networks made something that is no number; all chunks before it were handed out.
         """
         clock = clock or StageClock(self.plan.device)
+        return handed_out(self._begun(requests, latent_frames, clock, initial), behind=self._lane.is_aside)
+
+    def _begun(
+        self, requests: Sequence[VideoRequest], latent_frames: int, clock: StageClock, initial: Tensor | None,
+    ) -> Iterator[Decoding]:
+        """Queue the work of one chunk after the other."""
         pipeline = self._pipeline_for(len(requests))
         embeddings = torch.stack([self._embeddings.get(request.text) for request in requests])
         g, seeds = self.plan.geometry, [request.seed for request in requests]
@@ -116,27 +115,16 @@ class Engine:
         decoder = self._decoder.stream()
         while True:
             with clock.stage("dit"):
-                chunk: Chunk | None = next(chunks, None)
+                chunk = next(chunks, None)
             if chunk is None:
                 return
-            with clock.stage("vae"):
-                pixels = decoder.decode(chunk.latents)
-                frames = to_uint8(pixels).cpu()
-            if not chunk.latents.isfinite().all():  # the passes are over: the device may be asked now
-                raise FloatingPointError(
-                    f"latent frames {chunk.span.start}..{chunk.span.stop - 1} hold values that are not finite. "
-                    "The checkpoint is damaged, or does not suit this config or dtype (--set dtype=float32)."
-                )
-            if not pixels.isfinite().all():
-                raise FloatingPointError(
-                    f"the decoder made frames of latent frames {chunk.span.start}..{chunk.span.stop - 1} that are not "
-                    "finite, though the latents are. The decoder's weights are damaged, or do not suit this dtype "
-                    "(--set dtype=float32)."
-                )
-            yield FrameChunk(chunk.span, chunk.latents, frames, chunk.given)
+            yield self._lane.begin(chunk, decoder, clock)
 
     def release(self) -> None:
         """Free the cache after a failure, so that the next video starts from a clean device."""
+        if self.plan.device.type == "cuda":
+            for device in {self.plan.device, self.plan.decoder_device}:
+                torch.cuda.synchronize(device)  # nothing may be replayed while its memory goes
         self._pipeline = None
         gc.collect()
         if self.plan.device.type == "cuda":
@@ -147,17 +135,17 @@ class Engine:
         if self._vae is None:
             plan = self.plan
             if plan.random_weights:
-                self._vae = WanVAE.random(plan.spec.vae, device=plan.device, dtype=plan.dtype, seed=0)
+                self._vae = WanVAE.random(plan.spec.vae, device=plan.decoder_device, dtype=plan.dtype, seed=0)
             else:
-                self._vae = WanVAE.load(plan.spec.vae, device=plan.device, dtype=plan.dtype)
+                self._vae = WanVAE.load(plan.spec.vae, device=plan.decoder_device, dtype=plan.dtype)
             plan.acceleration.accelerate_decoder(self._vae, plan.geometry.chunk_frames)
         return self._vae
 
     def _tiny_vae(self) -> TinyVAE:
         plan, tiny = self.plan, self.plan.tiny_decoder
         if plan.random_weights:
-            return TinyVAE.random(plan.architecture.out_dim, device=plan.device, dtype=plan.dtype, seed=0)
-        return TinyVAE.load(tiny.path, kind=tiny.kind, device=plan.device, dtype=plan.dtype)
+            return TinyVAE.random(plan.architecture.out_dim, device=plan.decoder_device, dtype=plan.dtype, seed=0)
+        return TinyVAE.load(tiny.path, kind=tiny.kind, device=plan.decoder_device, dtype=plan.dtype)
 
     def _pipeline_for(self, batch: int) -> ChunkwisePipeline:
         if self._pipeline is None or self._pipeline[0] != batch:

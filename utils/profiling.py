@@ -14,7 +14,9 @@ import torch
 class StageClock:
     """Sums milliseconds per named stage: CUDA events on a GPU, the wall clock elsewhere.
 
-    Events are read only by `totals_ms`, so a stage costs no synchronisation while it runs.
+    A stage counts what the stream that is current does between its begin and its end; stages of two streams may
+    overlap, and then slow each other. Events are read only by `totals_ms`, so a stage costs no synchronisation while
+    it runs.
     """
 
     def __init__(self, device: torch.device):
@@ -37,10 +39,9 @@ class StageClock:
         self._totals_ms[name] += 1000 * (time.perf_counter() - begin)
 
     def totals_ms(self) -> dict[str, float]:
-        """Milliseconds of every stage so far; waits for the device."""
-        if self._events:
-            torch.cuda.synchronize()
+        """Milliseconds of every stage so far; waits for their ends."""
         for name, begin, end in self._events:
+            end.synchronize()
             self._totals_ms[name] += begin.elapsed_time(end)
         self._events.clear()
         return dict(self._totals_ms)
