@@ -107,19 +107,20 @@ def _check(*tensors: Tensor | None) -> None:
         raise ValueError(f"stacking kernels need contiguous tensors, got strides {[x.stride() for x in given]}.")
 
 
-def stack(value: Sum, gamma: Tensor | None, past: Tensor) -> tuple[Tensor, Tensor]:
+def stack(value: Sum, gamma: Tensor | None, past: Tensor, keep: bool = True) -> tuple[Tensor, Tensor | None]:
     """As wan.stacking.stack; tensors are contiguous."""
     x = value.x
     clips, frames, height, width, channels = x.shape
     _check(x, past, value.bias, value.shortcut, gamma)
     stacked = x.new_empty(clips, frames, height, width, 3 * channels)
-    settled = x if value.is_settled else torch.empty_like(x)
+    settle = keep and not value.is_settled
+    settled = torch.empty_like(x) if settle else x
     columns = triton.next_power_of_2(channels)
     rows, pixels = max(1, TILE // columns), height * width
     _stack_kernel[triton.cdiv(pixels, rows), clips](
         x, x if value.bias is None else value.bias, x if value.shortcut is None else value.shortcut,
         x if gamma is None else gamma, past, stacked, settled, frames, pixels, channels**0.5,
         C=channels, HAS_BIAS=value.bias is not None, HAS_SHORTCUT=value.shortcut is not None,
-        NORM=gamma is not None, SETTLE=not value.is_settled, ROWS=rows, COLUMNS=columns,
+        NORM=gamma is not None, SETTLE=settle, ROWS=rows, COLUMNS=columns,
     )
-    return stacked, settled
+    return stacked, settled if keep else None
