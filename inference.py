@@ -25,7 +25,9 @@ from pipeline.acceleration import MODES
 from pipeline.build import RunPlan, choose_device, choose_vae_device, plan_run
 from pipeline.decoder import NAMES as DECODERS
 from pipeline.engine import Engine
-from pipeline.preflight import asked_pixel_frames, check_memory, describe, video_length
+from pipeline.memory import fit_memory
+from pipeline.preflight import asked_pixel_frames, describe, video_length
+from pipeline.presets import NAMES as PRESETS
 from pipeline.render import Summary, check_number, make_jobs, pending_jobs, reason, refuse_other_settings, render
 from utils.config import load_config
 from utils.launch import Launch, read_launch, wait_for_others
@@ -81,6 +83,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--attention", choices=BACKENDS, default="auto", help="attention kernel (default: the fastest that is there)")
     add("--acceleration", choices=tuple(MODES), default="auto",
         help="eager: plain passes; exact: compiled parts and CUDA graphs, the same results (default: eager)")
+    add("--memory", choices=PRESETS, default="auto", help="what lives where (default: the fastest that fits)")
     add("--overwrite", action="store_true", help="redo finished videos (default: skip them)")
     add("--dry_run", action="store_true", help="print what would be done and stop")
     add("--random_weights", action="store_true", help="seeded random networks, for benchmarks")
@@ -136,7 +139,7 @@ def run(options: argparse.Namespace) -> int:
     pixel_frames = asked_pixel_frames(plan, latent_frames=options.num_output_frames, seconds=options.seconds)
     items = read_prompts(options, plan)
     length = video_length(plan, pixel_frames, given_frames=1 if options.i2v else 0)  # a source is one frame at least
-    check_memory(plan, options.batch_size)
+    plan = fit_memory(plan, options.memory, options.batch_size)
     check_number(len(items), options.num_samples)
     if options.dry_run:
         print(describe(plan, length, options.batch_size))

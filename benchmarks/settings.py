@@ -14,6 +14,8 @@ import torch
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.acceleration import Acceleration
 from pipeline.build import EMBEDDED, REAL, RunPlan, dtype_name, plan_run
+from pipeline.memory import fit_memory
+from pipeline.presets import NAMES as PRESETS
 from utils.config import REPOSITORY, ConfigError, load_config
 from wan.backends import NAMES as ATTENTION
 from wan.kv_cache.policy import build_policy, policy_fields
@@ -37,6 +39,7 @@ class Setting:
     graphs: str = "auto"              # a key of SWITCH: CUDA graphs
     decoder: str = "auto"             # a key of SWITCH: the Wan VAE's fast decoder
     overlap: str = "auto"             # a key of SWITCH: frames made beside the transformer, in Engine.stream
+    memory: str = "full"              # a preset, or auto for the fastest that fits
     resolution: str | None = None     # HEIGHTxWIDTH in pixels; None: the model's own
     batch: int = 1                    # videos made side by side
     overrides: tuple[str, ...] = ()   # key=value of the config, as in --set; the fields above win
@@ -44,6 +47,8 @@ class Setting:
     def __post_init__(self) -> None:
         if self.attention not in ATTENTION:
             raise ConfigError(f"attention={self.attention} is unknown. Known: {', '.join(ATTENTION)}.")
+        if self.memory not in PRESETS:
+            raise ConfigError(f"memory={self.memory} is unknown. Known: {', '.join(PRESETS)}.")
         for name in ("compile", "graphs", "decoder", "overlap"):
             if getattr(self, name) not in SWITCH:
                 raise ConfigError(f"{name}={getattr(self, name)} is no switch. Use one of {', '.join(SWITCH)}.")
@@ -84,7 +89,7 @@ class Setting:
         """The run that `inference.py --random_weights` would make.
 
         Raises:
-            ConfigError: the config does not allow it.
+            ConfigError: the config does not allow it, or it does not fit the device.
         """
         flags = [] if self.model is None else [f"model={self.model}"]
         if self.dtype is not None:
@@ -97,7 +102,7 @@ class Setting:
             REPOSITORY / "configs" / f"{self.policy}.yaml", policy_fields=policy_fields(), build_policy=build_policy,
             overrides=[default, *self.overrides, *flags],
         )
-        return plan_run(
+        plan = plan_run(
             config, checkpoint=None, use_ema=False, device=device, random_weights=True,
             acceleration=Acceleration(
                 attention=self.attention, compile=SWITCH[self.compile], graphs=SWITCH[self.graphs],
@@ -105,6 +110,7 @@ class Setting:
             ),
             vae_device=vae_device,
         )
+        return fit_memory(plan, self.memory, self.batch)
 
     def describe(self, plan: RunPlan) -> dict[str, Any]:
         """What was measured, as plain data."""
@@ -112,7 +118,7 @@ class Setting:
         return {
             "config": self.policy, "kv_cache": dict(plan.config.kv_cache), "model": plan.spec.name,
             "weights": "random", "dtype": dtype_name(plan.dtype), "acceleration": asdict(plan.acceleration),
-            "batch": self.batch,
+            "memory": plan.memory.name, "batch": self.batch,
             "size": f"{g.width}x{g.height}", "fps": g.fps, "chunk_frames": g.chunk_frames,
             "passes": {"denoising": plan.sampler.num_passes, "context": 1},
         }

@@ -76,19 +76,20 @@ class Acceleration:
 
     def pipeline(
         self, model: CausalWanModel, sampler: FewStepSampler, geometry: VideoGeometry, shape: CacheShape,
-        policy: KVPolicy,
+        policy: KVPolicy, *, shared_window: bool = False,
     ) -> ChunkwisePipeline:
         """The loop over a cache of its own. For loaded weights; the model is accelerated in place."""
         model.accelerate(self.compiler)
-        cache = KVCache(shape, geometry, policy, compiler=self.compiler)
+        cache = KVCache(shape, geometry, policy, compiler=self.compiler, shared_window=shared_window)
         if self.graphs:
             return GraphedPipeline(model, sampler, geometry, cache, CudaRecorder(model.device))
         return ChunkwisePipeline(model, sampler, geometry, cache)
 
-    def accelerate_decoder(self, vae: WanVAE, chunk_frames: int) -> WanVAE:
-        """The same VAE, whose decoder takes a chunk of latents a call."""
+    def accelerate_decoder(self, vae: WanVAE, latents: int) -> WanVAE:
+        """The same VAE, whose decoder takes so many latent frames a call."""
         if self.decoder:
-            vae.accelerate(CudaRecorder(vae.device) if self.graphs else None, part_frames=chunk_frames)
+            on_gpu = vae.device.type == "cuda"
+            vae.accelerate(CudaRecorder(vae.device) if self.graphs and on_gpu else None, part_frames=latents)
         return vae
 
 

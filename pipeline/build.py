@@ -18,6 +18,7 @@ import torch
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.acceleration import Acceleration
 from pipeline.decoder import TinyDecoder, choose_decoder
+from pipeline.presets import FULL, MemoryPreset
 from pipeline.sampler import FewStepSampler
 from utils.config import Config, ConfigError, ModelSpec, load_model_spec
 from utils.hashing import fingerprint, sha256_file
@@ -54,11 +55,17 @@ class RunPlan:
     tiny_decoder: TinyDecoder | None = None  # None: the VAE decodes
     acceleration: Acceleration = EAGER
     vae_device: torch.device | None = None  # None: `device`
+    memory: MemoryPreset = FULL
 
     @property
     def decoder_device(self) -> torch.device:
         """Where latents become pixels, and the source's pixels latents."""
         return self.vae_device or self.device
+
+    @property
+    def decoder_latents(self) -> int:
+        """Latent frames that a fast decoder takes a call."""
+        return self.memory.decoder_latents or self.geometry.chunk_frames
 
     @property
     def decodes_aside(self) -> bool:

@@ -138,7 +138,7 @@ class Engine:
                 self._vae = WanVAE.random(plan.spec.vae, device=plan.decoder_device, dtype=plan.dtype, seed=0)
             else:
                 self._vae = WanVAE.load(plan.spec.vae, device=plan.decoder_device, dtype=plan.dtype)
-            plan.acceleration.accelerate_decoder(self._vae, plan.geometry.chunk_frames)
+            plan.acceleration.accelerate_decoder(self._vae, plan.decoder_latents)
         return self._vae
 
     def _tiny_vae(self) -> TinyVAE:
@@ -153,6 +153,7 @@ class Engine:
             plan = self.plan
             self._pipeline = (batch, plan.acceleration.pipeline(
                 self._model, plan.sampler, plan.geometry, plan.cache_shape(batch), plan.policy,
+                shared_window=plan.memory.shared_window,
             ))
         return self._pipeline[1]
 
@@ -176,7 +177,8 @@ class _Embeddings:
         words = PromptTokens.load(spec.tokenizer, plan.architecture.text_len, spec.understands)
 
         def load() -> TextEncoder:
-            return TextEncoder.load(spec.text_encoder, words=words, device=plan.device, dtype=plan.dtype)
+            device = torch.device("cpu") if plan.memory.encoder_on_host else plan.device
+            return TextEncoder.load(spec.text_encoder, words=words, device=device, dtype=plan.dtype)
 
         self._known = embed_prompts(texts, cache, words, load)
 

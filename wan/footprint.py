@@ -5,11 +5,12 @@ What a run does with them is counted, allocation by allocation, as the tensors c
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -21,6 +22,10 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._known: set[int] = set()
+
+    def restart(self) -> None:
+        """Look for another peak from here on."""
+        self.peak = self.now
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -45,15 +50,15 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def peak_bytes(work: Callable[[], Any]) -> tuple[int, int]:
-    """The most bytes that `work` holds at a time beside what was there before, and how many its result keeps."""
-    with LiveBytes() as live:
-        result = work()
-    kept = live.now
-    del result
-    return live.peak, kept
+class FastKernels(TorchFunctionMode):
+    """Inside, meta tensors come as fast kernels make them: attention allocates its result alone, and a convolution of
+    channels-last images gives such images.
+    """
 
-
-def tensor_bytes(*tensors: Tensor) -> int:
-    """Bytes of tensors, each storage once."""
-    return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}.values())
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return torch.empty_like(args[0])
+        result = function(*args, **(kwargs or {}))
+        if function is F.conv2d and args[0].is_contiguous(memory_format=torch.channels_last):
+            return result.as_strided(result.shape, torch.empty_like(result, memory_format=torch.channels_last).stride())
+        return result

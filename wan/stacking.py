@@ -41,6 +41,17 @@ class Sum:
             x = x if more is None else x + more
         return x.to(self.x.dtype)
 
+    def split(self, frames: int) -> list[Sum]:
+        """Parts of so many frames, in order; this is released."""
+        parts = []
+        for start in range(0, self.x.shape[1], frames):
+            x, shortcut = (
+                None if y is None else y[:, start:start + frames].contiguous() for y in (self.x, self.shortcut)
+            )
+            parts.append(Sum(x, self.bias, shortcut))
+        self.release()
+        return parts
+
     def release(self) -> None:
         """Let go of the tensors: it was read for the last time, and whoever still holds it shall hold no memory."""
         self.x = self.bias = self.shortcut = None
@@ -90,5 +101,7 @@ class StackingKernels(Protocol):
 
 def load_kernels(device: torch.device) -> StackingKernels:
     """The fastest for a device."""
+    if device.type == "meta":
+        return import_module("wan.stacking_shapes")
     on_gpu = device.type == "cuda" and find_spec("triton") is not None
     return import_module("wan.stacking_triton" if on_gpu else "wan.stacking")
