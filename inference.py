@@ -82,7 +82,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--vae_device", default="auto", help="where the VAE works, such as cuda:1 (default: as --device)")
     add("--attention", choices=BACKENDS, default="auto", help="attention kernel (default: the fastest that is there)")
     add("--acceleration", choices=tuple(MODES), default="auto",
-        help="eager: plain passes; exact: compiled parts and CUDA graphs, the same results (default: eager)")
+        help="eager: plain passes; exact: compiled parts and CUDA graphs, the same results; fp8: "
+        "that and 8-bit linear layers, approximate (default: eager)")
     add("--memory", choices=PRESETS, default="auto", help="what lives where (default: the fastest that fits)")
     add("--overwrite", action="store_true", help="redo finished videos (default: skip them)")
     add("--dry_run", action="store_true", help="print what would be done and stop")

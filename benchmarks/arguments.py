@@ -55,7 +55,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
     return Setting(
         policy=options.policy, model=options.model, dtype=options.dtype, attention=options.attention,
         compile=options.compile, graphs=options.graphs, decoder=options.decoder, overlap=options.overlap,
-        memory=options.memory,
+        fp8=options.fp8, memory=options.memory,
         resolution=options.resolution, batch=options.batch, overrides=(*window, *options.set),
     )
 
@@ -72,6 +72,7 @@ def _task(tasks: argparse._SubParsersAction, name: str, words: str) -> argparse.
     add("--graphs", default="auto", help=f"CUDA graphs: {', '.join(SWITCH)} (default %(default)s)")
     add("--decoder", default="auto", help=f"the Wan VAE's fast decoder: {', '.join(SWITCH)} (default %(default)s)")
     add("--overlap", default="auto", help=f"decoding beside the transformer: {', '.join(SWITCH)} (default %(default)s)")
+    add("--fp8", choices=("on", "off"), default="off", help="linear layers in 8-bit floats (default %(default)s)")
     add("--memory", default="full", help=f"{', '.join(PRESETS)}: what lives where (default %(default)s)")
     add("--attention", default="auto", help=f"kernel: {', '.join(ATTENTION)} (default %(default)s)")
     add("--resolution", metavar="HxW", help="height x width in pixels, such as 480x832 (default: the model's own)")

@@ -39,6 +39,7 @@ class Setting:
     graphs: str = "auto"              # a key of SWITCH: CUDA graphs
     decoder: str = "auto"             # a key of SWITCH: the Wan VAE's fast decoder
     overlap: str = "auto"             # a key of SWITCH: frames made beside the transformer, in Engine.stream
+    fp8: str = "off"                  # on or off: linear layers in 8-bit floats
     memory: str = "full"              # a preset, or auto for the fastest that fits
     resolution: str | None = None     # HEIGHTxWIDTH in pixels; None: the model's own
     batch: int = 1                    # videos made side by side
@@ -49,6 +50,8 @@ class Setting:
             raise ConfigError(f"attention={self.attention} is unknown. Known: {', '.join(ATTENTION)}.")
         if self.memory not in PRESETS:
             raise ConfigError(f"memory={self.memory} is unknown. Known: {', '.join(PRESETS)}.")
+        if self.fp8 not in ("on", "off"):
+            raise ConfigError(f"fp8={self.fp8} is neither on nor off.")
         for name in ("compile", "graphs", "decoder", "overlap"):
             if getattr(self, name) not in SWITCH:
                 raise ConfigError(f"{name}={getattr(self, name)} is no switch. Use one of {', '.join(SWITCH)}.")
@@ -106,7 +109,7 @@ class Setting:
             config, checkpoint=None, use_ema=False, device=device, random_weights=True,
             acceleration=Acceleration(
                 attention=self.attention, compile=SWITCH[self.compile], graphs=SWITCH[self.graphs],
-                decoder=SWITCH[self.decoder], overlap=SWITCH[self.overlap],
+                decoder=SWITCH[self.decoder], overlap=SWITCH[self.overlap], fp8=SWITCH[self.fp8],
             ),
             vae_device=vae_device,
         )

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -19,6 +20,7 @@ from utils.config import ConfigError
 from utils.files import user_cache_dir
 from wan.backends import AttentionBackend, load_backend
 from wan.compiler import Compiler, inductor, keep_compiled, plain
+from wan.fp8 import LEAST_CAPABILITY, quantise_layers
 from wan.geometry import VideoGeometry
 from wan.kv_cache.cache import CacheShape, KVCache
 from wan.kv_cache.policy import KVPolicy
@@ -36,6 +38,7 @@ class Acceleration:
     graphs: bool | None = None    # CUDA graphs for whole chunks
     decoder: bool | None = None   # fused passes of the VAE's decoder, a chunk at a time
     overlap: bool | None = None   # frames of a chunk are made while the transformer works on the next
+    fp8: bool = False             # linear layers in 8-bit floats: approximate
 
     @classmethod
     def eager(cls, attention: str = "auto") -> Acceleration:
@@ -53,6 +56,8 @@ class Acceleration:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         on_gpu = device.type == "cuda"
+        if self.fp8:
+            _check_fp8(device, dtype)
         for name in ("graphs", "overlap"):
             if getattr(self, name) and not on_gpu:
                 raise ConfigError(f"{name}=on needs a CUDA device, not {device}. Leave it at auto.")
@@ -60,7 +65,7 @@ class Acceleration:
             attention=attention, compile=on_gpu and can_compile() if self.compile is None else self.compile,
             graphs=on_gpu if self.graphs is None else self.graphs,
             decoder=on_gpu if self.decoder is None else self.decoder,
-            overlap=on_gpu if self.overlap is None else self.overlap,
+            overlap=on_gpu if self.overlap is None else self.overlap, fp8=self.fp8,
         )
 
     def backend(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
@@ -79,11 +84,17 @@ class Acceleration:
         policy: KVPolicy, *, shared_window: bool = False,
     ) -> ChunkwisePipeline:
         """The loop over a cache of its own. For loaded weights; the model is accelerated in place."""
-        model.accelerate(self.compiler)
+        self.prepare(model)
         cache = KVCache(shape, geometry, policy, compiler=self.compiler, shared_window=shared_window)
         if self.graphs:
             return GraphedPipeline(model, sampler, geometry, cache, CudaRecorder(model.device))
         return ChunkwisePipeline(model, sampler, geometry, cache)
+
+    def prepare(self, model: CausalWanModel) -> None:
+        """Accelerate the model in place."""
+        if self.fp8:
+            quantise_layers(model)
+        model.accelerate(self.compiler)
 
     def accelerate_decoder(self, vae: WanVAE, latents: int) -> WanVAE:
         """The same VAE, whose decoder takes so many latent frames a call."""
@@ -95,7 +106,20 @@ class Acceleration:
 
 MODES: dict[str, Callable[..., Acceleration]] = {  # by what a user calls them
     "auto": Acceleration.eager, "eager": Acceleration.eager, "exact": Acceleration,
+    "fp8": partial(Acceleration, fp8=True),
 }
+
+
+def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ConfigError where layers in 8-bit floats cannot run; a processor runs them, slowly."""
+    if dtype != torch.bfloat16:
+        raise ConfigError(f"fp8 needs bfloat16, not {dtype}. Add --set dtype=bfloat16, or use --acceleration exact.")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        raise ConfigError(
+            f"fp8 needs a GPU of compute capability {least} or newer, and {device} is an older one. "
+            "Use --acceleration exact."
+        )
 
 
 def can_compile() -> bool:

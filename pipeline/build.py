@@ -108,7 +108,7 @@ class RunPlan:
         return {
             "config": config | chosen, "transformer": dataclasses.asdict(self.architecture), "fps": self.geometry.fps,
             "use_ema": self.use_ema, "weights": self.weights,
-        }
+        } | ({"fp8": True} if self.acceleration.fp8 else {})
 
 
 def plan_run(

@@ -16,6 +16,7 @@ from pipeline.presets import PRESETS
 from utils.config import ConfigError
 from wan.checkpoint import CheckpointError, weight_files
 from wan.footprint import FastKernels, LiveBytes
+from wan.fp8 import quantise_layers
 from wan.kv_cache.cache import KVCache
 from wan.model import CausalWanModel
 from wan.stream import to_uint8
@@ -90,12 +91,15 @@ def _fixed_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
     """Weights and cache, from shapes alone."""
     size, a = plan.dtype.itemsize, plan.architecture
     with META:
-        parameters = sum(p.numel() for p in CausalWanModel(a).parameters())
+        model = CausalWanModel(a).to(plan.dtype)
+        if plan.acceleration.fp8:
+            quantise_layers(model)
+    tensors = [*model.parameters(), *model.buffers()]
     sizes = plan.policy.sizes(plan.geometry)
     token = 2 * a.dim * size * batch  # keys and values of a layer
     windows = 1 if plan.memory.shared_window else a.num_layers
     return {
-        "transformer": parameters * size, "kv_store": sizes.capacity_tokens * a.num_layers * token,
+        "transformer": sum(x.nbytes for x in tensors), "kv_store": sizes.capacity_tokens * a.num_layers * token,
         "kv_window": sizes.window_tokens * windows * token, "text": a.text_len * a.num_layers * token,
     }
 
@@ -108,6 +112,8 @@ def _transformer_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
     chunks = plan.policy.sizes(g).window_tokens // (g.frame_tokens * g.chunk_frames) + 3
     with META, torch.inference_mode(), FastKernels(), LiveBytes() as live:
         model = CausalWanModel(a).to(plan.dtype)
+        if plan.acceleration.fp8:
+            quantise_layers(model)
         cache = KVCache(shape, g, plan.policy, shared_window=plan.memory.shared_window)
         text = model.embed_text(torch.empty(batch, a.text_len, a.text_dim, dtype=plan.dtype))
         live.restart()
