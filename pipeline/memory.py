@@ -30,12 +30,14 @@ ENCODER = "text_encoder"
 
 
 def estimate_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
-    """Memory on the device by part: what stays, from shapes alone, and the work space of each network.
+    """Memory on the transformer's device by part: what stays, from shapes alone, and the work space of each network.
 
     All are held at a time but `text_encoder`, which is freed before the others are loaded. Not in it: RESERVE.
     """
-    work = _transformer_bytes(plan, batch) | decoder_bytes(plan, batch)
-    return _fixed_bytes(plan, batch) | work | encoder_bytes(plan)
+    parts = _fixed_bytes(plan, batch) | _transformer_bytes(plan, batch)
+    if plan.decoder_device == plan.device:
+        parts |= decoder_bytes(plan, batch)
+    return parts | encoder_bytes(plan)
 
 
 def needed_bytes(parts: dict[str, int]) -> int:

@@ -70,7 +70,6 @@ class DecoderLane:
     """
 
     def __init__(self, home: torch.device, away: torch.device, *, aside: bool):
-        self._home = home
         devices = dict.fromkeys((home, away)) if aside else ()  # the decoder's is last, so that it is the current one
         # Before the transformer wherever both are ready: a viewer waits for frames, nobody for the next latents.
         self._streams = [torch.cuda.Stream(device, priority=-1) for device in devices]
@@ -93,11 +92,10 @@ class DecoderLane:
     def _entered(self, latents: Tensor) -> Iterator[None]:
         with ExitStack() as stack:
             if self._streams:
-                ready = torch.cuda.current_stream(self._home).record_event()
                 with torch.inference_mode():  # latents were made in it
                     latents.record_stream(self._streams[0])  # its memory is not given away while it may be read here
                 for stream in self._streams:
-                    stream.wait_event(ready)
+                    stream.wait_stream(torch.cuda.current_stream(stream.device))
                     stack.enter_context(torch.cuda.stream(stream))
             yield
 

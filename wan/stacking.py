@@ -41,17 +41,6 @@ class Sum:
             x = x if more is None else x + more
         return x.to(self.x.dtype)
 
-    def split(self, frames: int) -> list[Sum]:
-        """Parts of so many frames, in order; this is released."""
-        parts = []
-        for start in range(0, self.x.shape[1], frames):
-            x, shortcut = (
-                None if y is None else y[:, start:start + frames].contiguous() for y in (self.x, self.shortcut)
-            )
-            parts.append(Sum(x, self.bias, shortcut))
-        self.release()
-        return parts
-
     def release(self) -> None:
         """Let go of the tensors: it was read for the last time, and whoever still holds it shall hold no memory."""
         self.x = self.bias = self.shortcut = None
@@ -63,7 +52,7 @@ def stack(value: Sum, gamma: Tensor | None, past: Tensor, keep: bool = True) -> 
     Args:
         gamma: [C], scale of an RMS norm over channels that SiLU follows; None: neither.
         past: [B, PAST, H, W, C], the frames before the first; overwritten by the last ones of this call.
-        keep: the settled value is wanted.
+        keep: the settled value is wanted; it may take the place of value.x, which nobody else may need then.
     Returns: the stacks [B, T, H, W, 3 C], oldest first, and the settled value [B, T, H, W, C] or None.
     """
     settled = value.settled()

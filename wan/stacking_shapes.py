@@ -9,8 +9,7 @@ from wan.stacking import PAST, Sum
 def stack(value: Sum, gamma: Tensor | None, past: Tensor, keep: bool = True) -> tuple[Tensor, Tensor | None]:
     """Shapes of wan.stacking.stack."""
     x = value.x
-    settled = None if not keep else x if value.is_settled else x.new_empty(x.shape)
-    return x.new_empty(*x.shape[:-1], (PAST + 1) * x.shape[-1]), settled
+    return x.new_empty(*x.shape[:-1], (PAST + 1) * x.shape[-1]), x if keep else None
 
 
 def spread(value: Sum, times: int) -> Tensor:

@@ -9,7 +9,6 @@ B clips, F latent frames, T pixel frames, C channels; activations are [B, T, H, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -50,8 +49,6 @@ class FastDecoder:
         self._quant = model.post_quant_conv
         doubling = [i for i, block in enumerate(self._decoder.up_blocks) if _doubles_time(block)]
         self._last_doubling = doubling[-1] if doubling else 0  # parts begin behind this level's resnets
-        growing = [i for i, block in enumerate(self._decoder.up_blocks) if block.upsamplers]
-        self._full_size = max(self._last_doubling, *growing) + 1 if growing else 1  # levels that do not grow begin here
         self._past: dict[nn.Module, Tensor] = {}
         self._owner: weakref.ref[StreamPast] | None = None
         self._size: tuple[int, ...] | None = None
@@ -95,22 +92,19 @@ class FastDecoder:
         levels = list(self._decoder.up_blocks)
         for block in levels[:self._last_doubling]:
             x = self._upsample(block, self._residuals(block, x), first)
-        parts = self._residuals(levels[self._last_doubling], x).split(self._part_frames)
+        parts = self._settled(self._residuals(levels[self._last_doubling], x)).split(self._part_frames, dim=1)
         return torch.cat([
-            pixels for index, part in enumerate(parts) for pixels in self._grown(part, first and index == 0)
+            self._finish(Sum(part.contiguous()), first and index == 0) for index, part in enumerate(parts)
         ], dim=1)
 
-    def _grown(self, x: Sum, first: bool) -> Iterator[Tensor]:
-        """From the last doubling of the frame rate to the full size; pixels frame by frame."""
+    def _finish(self, x: Sum, first: bool) -> Tensor:
+        """From the last doubling of the frame rate on."""
         levels = list(self._decoder.up_blocks)
         x = self._upsample(levels[self._last_doubling], x, first)
-        for block in levels[self._last_doubling + 1:self._full_size]:
+        for block in levels[self._last_doubling + 1:]:
             x = self._upsample(block, self._residuals(block, x), first)
-        for frame in x.split(1):
-            for block in levels[self._full_size:]:
-                frame = self._residuals(block, frame)
-            out, bias = self._causal(self._decoder.conv_out, frame, self._decoder.norm_out.gamma.flatten())
-            yield out + bias
+        out, bias = self._causal(self._decoder.conv_out, x, self._decoder.norm_out.gamma.flatten())
+        return out + bias
 
     def _residuals(self, block: WanUpBlock, x: Sum) -> Sum:
         for resnet in block.resnets:
