@@ -22,11 +22,13 @@ import torch
 
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.acceleration import MODES
-from pipeline.build import RunPlan, choose_device, plan_run
+from pipeline.build import RunPlan, choose_device, choose_vae_device, plan_run
 from pipeline.decoder import NAMES as DECODERS
 from pipeline.engine import Engine
 from pipeline.length import asked_pixel_frames, check_timelines, video_length
-from pipeline.preflight import check_memory, describe
+from pipeline.memory import fit_memory
+from pipeline.preflight import describe
+from pipeline.presets import NAMES as PRESETS
 from pipeline.render import Summary, check_number, make_jobs, pending_jobs, reason, refuse_other_settings, render
 from utils.config import load_config
 from utils.launch import Launch, read_launch, wait_for_others
@@ -80,9 +82,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--Recent", type=int, dest="recent", help="newest latent frames kept by pruning, the chunk included")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key of the config")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--vae_device", default="auto", help="where the VAE works, such as cuda:1 (default: as --device)")
     add("--attention", choices=BACKENDS, default="auto", help="attention kernel (default: the fastest that is there)")
     add("--acceleration", choices=tuple(MODES), default="auto",
-        help="eager: plain passes; exact: compiled parts and CUDA graphs, the same results (default: eager)")
+        help="eager: plain passes; exact: compiled parts and CUDA graphs, the same results; fp8: "
+        "that and 8-bit linear layers, approximate (default: eager)")
+    add("--memory", choices=PRESETS, default="auto", help="what lives where (default: the fastest that fits)")
     add("--overwrite", action="store_true", help="redo finished videos (default: skip them)")
     add("--dry_run", action="store_true", help="print what would be done and stop")
     add("--random_weights", action="store_true", help="seeded random networks, for benchmarks")
@@ -111,9 +116,10 @@ def make_plan(options: argparse.Namespace, launch: Launch) -> RunPlan:
         options.config_path, policy_fields=policy_fields(), build_policy=build_policy, overrides=options.set,
         policy=options.policy, is_ds_only=bool(options.is_ds_only), budget=options.budget, recent=options.recent,
     )
+    device = choose_device(options.device, launch.local_rank)
     return plan_run(
         config, checkpoint=options.checkpoint_path, use_ema=options.use_ema,
-        device=choose_device(options.device, launch.local_rank), random_weights=options.random_weights,
+        device=device, vae_device=choose_vae_device(options.vae_device, device), random_weights=options.random_weights,
         decoder=options.decoder, decoder_path=options.decoder_path,
         lora=options.lora_path, lora_alpha=options.lora_alpha,
         acceleration=MODES[options.acceleration](attention=options.attention),
@@ -139,7 +145,7 @@ def run(options: argparse.Namespace) -> int:
     items = read_prompts(options, plan)
     length = video_length(plan, pixel_frames, given_frames=1 if options.i2v else 0)  # a source is one frame at least
     check_timelines(plan, items, length, given_frames=1 if options.i2v else 0)
-    check_memory(plan, options.batch_size)
+    plan = fit_memory(plan, options.memory, options.batch_size)
     check_number(len(items), options.num_samples)
     if options.dry_run:
         print(describe(plan, length, options.batch_size))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.cycles import LEAST_CYCLES
 from benchmarks.decoders import COUNTED
-from benchmarks.settings import ATTENTION, SWITCH, Setting
+from benchmarks.settings import ATTENTION, PRESETS, SWITCH, Setting
 
 LENGTHS = (5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 WINDOWS = (9, 12, 15, 18, 21, 24, 27, 30)
@@ -57,7 +57,8 @@ def setting_of(options: argparse.Namespace) -> Setting:
     window = [] if options.window is None else [f"kv_cache.window_frames={options.window}"]
     return Setting(
         policy=options.policy, model=options.model, dtype=options.dtype, attention=options.attention,
-        compile=options.compile, graphs=options.graphs, decoder=options.decoder,
+        compile=options.compile, graphs=options.graphs, decoder=options.decoder, overlap=options.overlap,
+        fp8=options.fp8, memory=options.memory,
         resolution=options.resolution, batch=options.batch, overrides=(*window, *options.set),
     )
 
@@ -73,6 +74,9 @@ def _task(tasks: argparse._SubParsersAction, name: str, words: str) -> argparse.
     add("--compile", default="auto", help=f"torch.compile: {', '.join(SWITCH)} (default %(default)s)")
     add("--graphs", default="auto", help=f"CUDA graphs: {', '.join(SWITCH)} (default %(default)s)")
     add("--decoder", default="auto", help=f"the Wan VAE's fast decoder: {', '.join(SWITCH)} (default %(default)s)")
+    add("--overlap", default="auto", help=f"decoding beside the transformer: {', '.join(SWITCH)} (default %(default)s)")
+    add("--fp8", choices=("on", "off"), default="off", help="linear layers in 8-bit floats (default %(default)s)")
+    add("--memory", default="full", help=f"{', '.join(PRESETS)}: what lives where (default %(default)s)")
     add("--attention", default="auto", help=f"kernel: {', '.join(ATTENTION)} (default %(default)s)")
     add("--resolution", metavar="HxW", help="height x width in pixels, such as 480x832 (default: the model's own)")
     add("--batch", type=int, default=1, help="videos made side by side (default %(default)s)")

@@ -44,7 +44,7 @@ def _opener(vae: Streaming) -> OpenStream:
 
 def load_wan_vae(plan: RunPlan) -> OpenStream:
     vae = WanVAE.random(plan.spec.vae, device=plan.device, dtype=plan.dtype, seed=0)
-    return _opener(plan.acceleration.accelerate_decoder(vae, plan.geometry.chunk_frames))
+    return _opener(plan.acceleration.accelerate_decoder(vae, plan.decoder_latents))
 
 
 def load_tiny_vae(plan: RunPlan) -> OpenStream:

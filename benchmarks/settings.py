@@ -14,6 +14,8 @@ import torch
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.acceleration import Acceleration
 from pipeline.build import EMBEDDED, REAL, RunPlan, dtype_name, plan_run
+from pipeline.memory import fit_memory
+from pipeline.presets import NAMES as PRESETS
 from utils.config import REPOSITORY, ConfigError, load_config
 from wan.backends import NAMES as ATTENTION
 from wan.kv_cache.policy import build_policy, policy_fields
@@ -36,6 +38,9 @@ class Setting:
     compile: str = "auto"             # a key of SWITCH: torch.compile; auto is on for a GPU
     graphs: str = "auto"              # a key of SWITCH: CUDA graphs
     decoder: str = "auto"             # a key of SWITCH: the Wan VAE's fast decoder
+    overlap: str = "auto"             # a key of SWITCH: frames made beside the transformer, in Engine.stream
+    fp8: str = "off"                  # on or off: linear layers in 8-bit floats
+    memory: str = "full"              # a preset, or auto for the fastest that fits
     resolution: str | None = None     # HEIGHTxWIDTH in pixels; None: the model's own
     batch: int = 1                    # videos made side by side
     overrides: tuple[str, ...] = ()   # key=value of the config, as in --set; the fields above win
@@ -43,7 +48,11 @@ class Setting:
     def __post_init__(self) -> None:
         if self.attention not in ATTENTION:
             raise ConfigError(f"attention={self.attention} is unknown. Known: {', '.join(ATTENTION)}.")
-        for name in ("compile", "graphs", "decoder"):
+        if self.memory not in PRESETS:
+            raise ConfigError(f"memory={self.memory} is unknown. Known: {', '.join(PRESETS)}.")
+        if self.fp8 not in ("on", "off"):
+            raise ConfigError(f"fp8={self.fp8} is neither on nor off.")
+        for name in ("compile", "graphs", "decoder", "overlap"):
             if getattr(self, name) not in SWITCH:
                 raise ConfigError(f"{name}={getattr(self, name)} is no switch. Use one of {', '.join(SWITCH)}.")
         if self.resolution is not None and not re.fullmatch(r"\d+x\d+", self.resolution):
@@ -79,11 +88,11 @@ class Setting:
                 setting = replace(setting, overrides=(*setting.overrides, override))
         return setting
 
-    def plan(self, device: torch.device) -> RunPlan:
+    def plan(self, device: torch.device, vae_device: torch.device | None = None) -> RunPlan:
         """The run that `inference.py --random_weights` would make.
 
         Raises:
-            ConfigError: the config does not allow it.
+            ConfigError: the config does not allow it, or it does not fit the device.
         """
         flags = [] if self.model is None else [f"model={self.model}"]
         if self.dtype is not None:
@@ -101,13 +110,15 @@ class Setting:
                 f"{self.policy}: its pipeline is {config.pipeline}; what is measured here are the passes of a chunk. "
                 "Choose a config whose pipeline is chunkwise."
             )
-        return plan_run(
+        plan = plan_run(
             config, checkpoint=None, use_ema=False, device=device, random_weights=True,
             acceleration=Acceleration(
                 attention=self.attention, compile=SWITCH[self.compile], graphs=SWITCH[self.graphs],
-                decoder=SWITCH[self.decoder],
+                decoder=SWITCH[self.decoder], overlap=SWITCH[self.overlap], fp8=SWITCH[self.fp8],
             ),
+            vae_device=vae_device,
         )
+        return fit_memory(plan, self.memory, self.batch)
 
     def describe(self, plan: RunPlan) -> dict[str, Any]:
         """What was measured, as plain data."""
@@ -115,7 +126,7 @@ class Setting:
         return {
             "config": self.policy, "kv_cache": dict(plan.config.kv_cache), "model": plan.spec.name,
             "weights": "random", "dtype": dtype_name(plan.dtype), "acceleration": asdict(plan.acceleration),
-            "batch": self.batch,
+            "memory": plan.memory.name, "batch": self.batch,
             "size": f"{g.width}x{g.height}", "fps": g.fps, "chunk_frames": g.chunk_frames,
             "passes": {"denoising": plan.sampler.num_passes, "context": 1},
         }

@@ -21,7 +21,6 @@ from pipeline.build import RunPlan
 from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.noise import SampleSeed, SeededNoise
 from pipeline.packets import make_packer
-from pipeline.preflight import check_memory
 from wan.geometry import ChunkSpan
 from wan.model import CausalWanModel, TextContext, randomize
 from wan.vae import WanVAE
@@ -39,18 +38,14 @@ class Made:
 
 
 def make_pipeline(plan: RunPlan, setting: Setting) -> ChunkwisePipeline:
-    """The transformer with seeded random weights, equal in every dtype up to rounding, and an empty cache.
-
-    Raises:
-        ConfigError: it cannot fit the device.
-    """
-    check_memory(plan, setting.batch)
+    """The transformer with seeded random weights, equal in every dtype up to rounding, and an empty cache."""
     with torch.device(plan.device):
         model = CausalWanModel(plan.architecture, plan.attention_backend)
     randomize(model, seed=0)
     model = model.to(plan.dtype).eval().requires_grad_(False)
     pipeline = plan.acceleration.pipeline(
         model, plan.sampler, plan.geometry, plan.cache_shape(setting.batch), plan.policy,
+        shared_window=plan.memory.shared_window,
     )
     pipeline.packer = make_packer(
         model, pipeline.cache, plan.geometry, plan.policy, plan.sampler.context_time,

@@ -164,19 +164,19 @@ class Recorder:
 
     def run(self, embeddings: Tensor, frames: int, noise: RecordedNoise) -> tuple[Tensor, list[int]]:
         """Latents of the whole rollout, and the store's length after each chunk."""
-        model = self.pipeline.model
-        hooks = (
-            model.register_forward_hook(self.after_pass),
-            model.blocks[0].register_forward_hook(self.after_first_block),
-        )
-        latents, lengths = [], []
-        self._next_chunk()
-        for chunk in self.pipeline(embeddings, frames, noise, seeds=[0]):
-            latents.append(chunk.latents)
-            lengths.append(self.pipeline.cache.layer(0).store.length)
+        model, cache, lengths = self.pipeline.model, self.pipeline.cache, []
+        commit = cache.commit
+
+        def committed() -> None:
+            commit()
+            lengths.append(cache.layer(0).store.length)
             self._next_chunk()
-        for hook in hooks:
-            hook.remove()
+
+        model.register_forward_hook(self.after_pass)
+        model.blocks[0].register_forward_hook(self.after_first_block)
+        cache.commit = committed  # a chunk is yielded before it is remembered
+        self._next_chunk()
+        latents = [chunk.latents for chunk in self.pipeline(embeddings, frames, noise, seeds=[0])]
         return torch.cat(latents, dim=1), lengths
 
     def _next_chunk(self) -> None:

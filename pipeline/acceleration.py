@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -19,6 +20,7 @@ from utils.config import ConfigError
 from utils.files import user_cache_dir
 from wan.backends import AttentionBackend, load_backend
 from wan.compiler import Compiler, inductor, keep_compiled, plain
+from wan.fp8 import LEAST_CAPABILITY, quantise_layers
 from wan.geometry import VideoGeometry
 from wan.kv_cache.cache import KVCache
 from wan.kv_cache.layer import CacheShape
@@ -36,11 +38,13 @@ class Acceleration:
     compile: bool | None = None   # torch.compile for what lies between attention kernels
     graphs: bool | None = None    # CUDA graphs for whole chunks
     decoder: bool | None = None   # fused passes of the VAE's decoder, a chunk at a time
+    overlap: bool | None = None   # frames of a chunk are made while the transformer works on the next
+    fp8: bool = False             # linear layers in 8-bit floats: approximate
 
     @classmethod
     def eager(cls, attention: str = "auto") -> Acceleration:
         """Plain passes."""
-        return cls(attention=attention, compile=False, graphs=False, decoder=False)
+        return cls(attention=attention, compile=False, graphs=False, decoder=False, overlap=False)
 
     def resolved(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> Acceleration:
         """The same without `auto` and None.
@@ -53,12 +57,16 @@ class Acceleration:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         on_gpu = device.type == "cuda"
-        if self.graphs and not on_gpu:
-            raise ConfigError(f"graphs=on needs a CUDA device, not {device}. Leave it at auto.")
+        if self.fp8:
+            _check_fp8(device, dtype)
+        for name in ("graphs", "overlap"):
+            if getattr(self, name) and not on_gpu:
+                raise ConfigError(f"{name}=on needs a CUDA device, not {device}. Leave it at auto.")
         return Acceleration(
             attention=attention, compile=on_gpu and can_compile() if self.compile is None else self.compile,
             graphs=on_gpu if self.graphs is None else self.graphs,
             decoder=on_gpu if self.decoder is None else self.decoder,
+            overlap=on_gpu if self.overlap is None else self.overlap, fp8=self.fp8,
         )
 
     def backend(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
@@ -72,35 +80,57 @@ class Acceleration:
         keep_compiled(user_cache_dir() / "compiled")
         return inductor
 
-    @property
-    def recorder(self) -> Recorder | None:
+    def recorder(self, device: torch.device) -> Recorder | None:
         """Who records the passes as graphs; None where they run as they are."""
-        return CudaRecorder() if self.graphs else None
+        return CudaRecorder(device) if self.graphs else None
 
-    def cache(self, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy) -> KVCache:
-        return KVCache(shape, geometry, policy, compiler=self.compiler)
+    def cache(
+        self, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, *, shared_window: bool = False,
+    ) -> KVCache:
+        return KVCache(shape, geometry, policy, compiler=self.compiler, shared_window=shared_window)
 
     def pipeline(
         self, model: CausalWanModel, sampler: FewStepSampler, geometry: VideoGeometry, shape: CacheShape,
-        policy: KVPolicy,
+        policy: KVPolicy, *, shared_window: bool = False,
     ) -> ChunkwisePipeline:
         """The loop over a cache of its own. For loaded weights; the model is accelerated in place."""
-        model.accelerate(self.compiler)
-        cache = self.cache(shape, geometry, policy)
-        if self.graphs:
-            return GraphedPipeline(model, sampler, geometry, cache, self.recorder)
+        self.prepare(model)
+        cache = self.cache(shape, geometry, policy, shared_window=shared_window)
+        recorder = self.recorder(model.device)
+        if recorder is not None:
+            return GraphedPipeline(model, sampler, geometry, cache, recorder)
         return ChunkwisePipeline(model, sampler, geometry, cache)
 
-    def accelerate_decoder(self, vae: WanVAE, chunk_frames: int) -> WanVAE:
-        """The same VAE, whose decoder takes a chunk of latents a call."""
+    def prepare(self, model: CausalWanModel) -> None:
+        """Accelerate the model in place."""
+        if self.fp8:
+            quantise_layers(model)
+        model.accelerate(self.compiler)
+
+    def accelerate_decoder(self, vae: WanVAE, latents: int) -> WanVAE:
+        """The same VAE, whose decoder takes so many latent frames a call."""
         if self.decoder:
-            vae.accelerate(CudaRecorder() if self.graphs else None, part_frames=chunk_frames)
+            on_gpu = vae.device.type == "cuda"
+            vae.accelerate(CudaRecorder(vae.device) if self.graphs and on_gpu else None, part_frames=latents)
         return vae
 
 
 MODES: dict[str, Callable[..., Acceleration]] = {  # by what a user calls them
     "auto": Acceleration.eager, "eager": Acceleration.eager, "exact": Acceleration,
+    "fp8": partial(Acceleration, fp8=True),
 }
+
+
+def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ConfigError where layers in 8-bit floats cannot run; a processor runs them, slowly."""
+    if dtype != torch.bfloat16:
+        raise ConfigError(f"fp8 needs bfloat16, not {dtype}. Add --set dtype=bfloat16, or use --acceleration exact.")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        raise ConfigError(
+            f"fp8 needs a GPU of compute capability {least} or newer, and {device} is an older one. "
+            "Use --acceleration exact."
+        )
 
 
 def can_compile() -> bool:

@@ -20,6 +20,7 @@ from pipeline.acceleration import Acceleration
 from pipeline.decoder import TinyDecoder, choose_decoder
 from pipeline.loops import Loop, make_loop
 from pipeline.packets import TrainedBranch, choose_branch
+from pipeline.presets import FULL, MemoryPreset
 from pipeline.sampler import FewStepSampler
 from utils.config import Config, ConfigError, ModelSpec, load_model_spec
 from utils.hashing import fingerprint, sha256_file
@@ -58,6 +59,25 @@ class RunPlan:
     tiny_decoder: TinyDecoder | None = None  # None: the VAE decodes
     branch: TrainedBranch | None = None      # of a compressor that was trained
     acceleration: Acceleration = EAGER
+    vae_device: torch.device | None = None  # None: `device`
+    memory: MemoryPreset = FULL
+
+    @property
+    def decoder_device(self) -> torch.device:
+        """Where latents become pixels, and the source's pixels latents."""
+        return self.vae_device or self.device
+
+    @property
+    def decoder_latents(self) -> int:
+        """Latent frames that a fast decoder takes a call."""
+        return self.memory.decoder_latents or self.geometry.chunk_frames
+
+    @property
+    def decodes_aside(self) -> bool:
+        """Frames are made while the transformer goes on; not where it needs their pixels."""
+        packed = self.policy.compression
+        needs_pixels = self.config.pipeline == "causvid_overlap" or (packed is not None and packed.reads_pixels)
+        return not needs_pixels and (self.acceleration.overlap or self.decoder_device != self.device)
 
     @property
     def decoder_name(self) -> str:
@@ -97,6 +117,7 @@ class RunPlan:
             "config": config | chosen, "transformer": dataclasses.asdict(self.architecture), "fps": self.geometry.fps,
             "use_ema": self.use_ema, "weights": self.weights,
             **({} if self.spec.lora is None else {"lora_alpha": self.spec.lora_alpha}),
+            **({"fp8": True} if self.acceleration.fp8 else {}),
         }
 
 
@@ -104,6 +125,7 @@ def plan_run(
     config: Config, *, checkpoint: Path | None, use_ema: bool, device: torch.device, random_weights: bool,
     decoder: str = "wan", decoder_path: Path | None = None, acceleration: Acceleration = EAGER,
     lora: Path | None = None, lora_alpha: float | None = None,
+    vae_device: torch.device | None = None,
 ) -> RunPlan:
     """Decide and check everything that needs no weights.
 
@@ -116,6 +138,7 @@ def plan_run(
         decoder: one of pipeline.decoder.NAMES; `wan` is the VAE's own.
         decoder_path: weights of a tiny decoder that replace those that the model names.
         acceleration: as asked for.
+        vae_device: from `choose_vae_device`.
     Raises:
         ConfigError: a model or size that cannot be used, or files that are missing, with the command that gets them.
         wan.checkpoint.CheckpointError: a checkpoint that is damaged or belongs to another network.
@@ -152,7 +175,7 @@ def plan_run(
         loop=loop, device=device, dtype=dtype, use_ema=use_ema or spec.use_ema, random_weights=random_weights,
         tiny_decoder=choose_decoder(spec, decoder, decoder_path, random_weights),
         branch=choose_branch(policy, geometry, architecture, spec),
-        acceleration=acceleration.resolved(device, dtype, architecture.head_dim),
+        acceleration=acceleration.resolved(device, dtype, architecture.head_dim), vae_device=vae_device,
     )
     chosen = False if random_weights else check_files(plan, named=checkpoint is not None)
     return dataclasses.replace(plan, use_ema=plan.use_ema and chosen)
@@ -191,21 +214,45 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _usable_device("--device", name, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_vae_device(name: str, device: torch.device) -> torch.device:
+    """Where the VAE works: `auto` is `device`, the transformer's.
+
+    Raises:
+        ConfigError: as `choose_device`, or another kind of device than the transformer's.
+    """
+    if name == "auto":
+        return device
+    chosen = _usable_device("--vae_device", name, device.index or 0)
+    if chosen.type != device.type:
+        raise ConfigError(
+            f"--vae_device {name} is another kind of device than the transformer's, {device}. "
+            f"Use auto or a device such as {'cuda:1' if device.type == 'cuda' else 'cpu'}."
+        )
+    return chosen
+
+
+def _usable_device(flag: str, name: str, index: int) -> torch.device:
+    """The device `name`, of that index unless it says one."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"--device {name} is no device. Use auto, cpu, cuda or cuda:N.") from error
+        raise ConfigError(f"{flag} {name} is no device. Use auto, cpu, cuda or cuda:N.") from error
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name} is not supported. Use auto, cpu, cuda or cuda:N.")
+        raise ConfigError(f"{flag} {name} is not supported. Use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        device = torch.device("cuda", index if device.index is None else device.index)
         if device.index >= count:
             raise ConfigError(
-                f"--device {name}: this process sees {count} CUDA devices (torch {torch.__version__}). "
+                f"{flag} {name}: this process sees {count} CUDA devices (torch {torch.__version__}). "
                 "Check nvidia-smi and that torch was installed with CUDA, or use --device cpu with the tiny model."
             )
-        torch.cuda.set_device(device)
     return device
 
 

@@ -1,4 +1,4 @@
-"""The chunk-wise loop of Self Forcing: denoise a chunk, remember it clean, yield it.
+"""The chunk-wise loop of Self Forcing: denoise a chunk, yield it, remember it clean.
 
 Source: Self Forcing, arXiv:2506.08009, Algorithm 2; Deep Forcing changes the cache's policy alone.
 """
@@ -62,7 +62,8 @@ class ChunkwisePipeline:
             seeds: one per sample, for policies that choose at random.
             switches: later prompts, in order; `on_switch` says what becomes of the memory.
             decode: makes a chunk's pixels, for a policy that compresses them; None: the compressor decodes by itself.
-        Yields: given chunks, then generated ones, in order.
+        Yields: given chunks, then generated ones, in order, each as soon as it is known; what it leaves in memory
+            is made when the next is asked for.
         Raises:
             ValueError: lengths or shapes that do not fit the geometry or the model.
         """
@@ -81,9 +82,9 @@ class ChunkwisePipeline:
         for span in spans:
             text = track.text_at(span.start)
             latents = self.denoise(span, text, noise)
+            yield Chunk(span, latents)  # before the context pass, which whoever shows them need not wait for
             self.remember(span, latents, text)
             track.note(span, latents)
-            yield Chunk(span, latents)
 
     def prompt_track(self, embeddings: Tensor, switches: Sequence[PromptSwitch]) -> PromptTrack:
         """The prompts of one rollout, the first of them embedded."""

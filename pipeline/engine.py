@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from pipeline.build import RunPlan
-from pipeline.chunkwise import Chunk, ChunkwisePipeline, Splice
+from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.decoder import OnceDecoder
 from pipeline.noise import SampleSeed, SeededNoise
+from pipeline.overlap import DecoderLane, Decoding, FrameChunk, handed_out
 from pipeline.packets import make_packer
 from pipeline.timeline import PromptSwitch, switch_frames
 from utils.files import user_cache_dir
@@ -28,11 +29,9 @@ from utils.timelines import Later
 from utils.video import fit_to, read_image, read_video
 from wan.checkpoint import load_transformer
 from wan.compressor import HighResolutionBranch
-from wan.geometry import ChunkSpan
 from wan.lora import read_lora
 from wan.model import CausalWanModel, randomize
 from wan.prompt_tokens import PromptTokens
-from wan.stream import to_uint8
 from wan.text_encoder import EmbeddingCache, TextEncoder, embed_prompts
 from wan.tiny_vae import TinyVAE
 from wan.vae import WanVAE
@@ -50,16 +49,6 @@ class VideoRequest:
     later: Later = ()           # prompts that follow, each with the second at which it begins
 
 
-@dataclass(frozen=True)
-class FrameChunk:
-    """Finished frames of a batch of videos."""
-
-    span: ChunkSpan
-    latents: Tensor  # [B, F, C, h, w] float32, on the device
-    frames: Tensor   # uint8 [B, T, H, W, 3], on the host
-    given: bool      # reconstructed from the source, not generated
-
-
 class Engine:
     """Loads each network once, in the order that needs the least memory: text, then transformer and VAE."""
 
@@ -71,6 +60,7 @@ class Engine:
         self._vae: WanVAE | None = None
         self._decoder: WanVAE | TinyVAE | None = None
         self._branch: HighResolutionBranch | None = None
+        self._lane = DecoderLane(plan.device, plan.decoder_device, aside=plan.decodes_aside)
 
     def prepare(self, texts: Sequence[str]) -> None:
         """Embed every prompt (the encoder leaves the device again), then load transformer and decoder."""
@@ -92,6 +82,7 @@ class Engine:
         if plan.branch is not None:
             self._branch = plan.branch.load(random=plan.random_weights, device=plan.device, dtype=plan.dtype)
         self._model = model.eval().requires_grad_(False)
+        plan.acceleration.prepare(self._model)
 
     def source_latents(self, source: Path, pixel_frames: int) -> Tensor:
         """Latents [1, F, C, h, w] of an image or a video, scaled and cut to the run's size and frame rate.
@@ -117,13 +108,22 @@ class Engine:
 
         Args:
             latent_frames: of each video, whole chunks, given frames included.
-            clock: adds up the stages `dit` and `vae`.
+            clock: adds up the stages `dit` and `vae`, from latents to frames on the host. Where both share a device
+                side by side, each counts the time of its own stream, which the other slows: their sum is more than
+                what passes.
             initial: latents [B, F0, C, h, w] to continue, from `source_latents`.
+        Yields: chunks in order; where the decoder works aside, all but the first when the next is on its way.
         Raises:
             ValueError: the prompts of the batch do not change at the same moments.
-            FloatingPointError: the networks made something that is no number.
+            FloatingPointError: the networks made something that is no number; all chunks before it were handed out.
         """
         clock = clock or StageClock(self.plan.device)
+        return handed_out(self._begun(requests, latent_frames, clock, initial), behind=self._lane.is_aside)
+
+    def _begun(
+        self, requests: Sequence[VideoRequest], latent_frames: int, clock: StageClock, initial: Tensor | None,
+    ) -> Iterator[Decoding]:
+        """Queue the work of one chunk after the other."""
         pipeline = self._pipeline_for(len(requests))
         embeddings = torch.stack([self._embeddings.get(request.text) for request in requests])
         g, seeds = self.plan.geometry, [request.seed for request in requests]
@@ -136,29 +136,12 @@ class Engine:
         )
         while True:
             with clock.stage("dit"):
-                chunk: Chunk | None = next(chunks, None)
+                chunk = next(chunks, None)
             if chunk is None:
                 return
-            splice = chunk.splice or Splice()
-            if splice.restarts:
+            if chunk.splice is not None and chunk.splice.restarts:
                 decoder = OnceDecoder(self._decoder.stream(), clock)
-            pixels = decoder.decode(chunk.latents)
-            with clock.stage("vae"):
-                if splice.watch is not None:
-                    splice.watch(pixels)
-                frames = to_uint8(pixels[:, :splice.shown_frames]).cpu()
-            if not chunk.latents.isfinite().all():  # the passes are over: the device may be asked now
-                raise FloatingPointError(
-                    f"latent frames {chunk.span.start}..{chunk.span.stop - 1} hold values that are not finite. "
-                    "The checkpoint is damaged, or does not suit this config or dtype (--set dtype=float32)."
-                )
-            if not pixels.isfinite().all():
-                raise FloatingPointError(
-                    f"the decoder made frames of latent frames {chunk.span.start}..{chunk.span.stop - 1} that are not "
-                    "finite, though the latents are. The decoder's weights are damaged, or do not suit this dtype "
-                    "(--set dtype=float32)."
-                )
-            yield FrameChunk(chunk.span, chunk.latents, frames, chunk.given)
+            yield self._lane.begin(chunk, decoder, clock)
 
     def _switches(self, requests: Sequence[VideoRequest], latent_frames: int, given_frames: int) -> list[PromptSwitch]:
         """The later prompts of a batch, all of whose videos change prompts at the same moments."""
@@ -175,6 +158,9 @@ class Engine:
 
     def release(self) -> None:
         """Free the cache after a failure, so that the next video starts from a clean device."""
+        if self.plan.device.type == "cuda":
+            for device in {self.plan.device, self.plan.decoder_device}:
+                torch.cuda.synchronize(device)  # nothing may be replayed while its memory goes
         self._pipeline = None
         gc.collect()
         if self.plan.device.type == "cuda":
@@ -185,26 +171,28 @@ class Engine:
         if self._vae is None:
             plan = self.plan
             if plan.random_weights:
-                self._vae = WanVAE.random(plan.spec.vae, device=plan.device, dtype=plan.dtype, seed=0)
+                self._vae = WanVAE.random(plan.spec.vae, device=plan.decoder_device, dtype=plan.dtype, seed=0)
             else:
-                self._vae = WanVAE.load(plan.spec.vae, device=plan.device, dtype=plan.dtype)
-            plan.acceleration.accelerate_decoder(self._vae, plan.geometry.chunk_frames)
+                self._vae = WanVAE.load(plan.spec.vae, device=plan.decoder_device, dtype=plan.dtype)
+            plan.acceleration.accelerate_decoder(self._vae, plan.decoder_latents)
         return self._vae
 
     def _tiny_vae(self) -> TinyVAE:
         plan, tiny = self.plan, self.plan.tiny_decoder
         if plan.random_weights:
-            return TinyVAE.random(plan.architecture.out_dim, device=plan.device, dtype=plan.dtype, seed=0)
-        return TinyVAE.load(tiny.path, kind=tiny.kind, device=plan.device, dtype=plan.dtype)
+            return TinyVAE.random(plan.architecture.out_dim, device=plan.decoder_device, dtype=plan.dtype, seed=0)
+        return TinyVAE.load(tiny.path, kind=tiny.kind, device=plan.decoder_device, dtype=plan.dtype)
 
     def _pipeline_for(self, batch: int) -> ChunkwisePipeline:
         if self._pipeline is None or self._pipeline[0] != batch:
             self._pipeline = None  # free the old cache before the new one is allocated
             plan = self.plan
-            cache = plan.acceleration.cache(plan.cache_shape(batch), plan.geometry, plan.policy)
+            cache = plan.acceleration.cache(
+                plan.cache_shape(batch), plan.geometry, plan.policy, shared_window=plan.memory.shared_window,
+            )
             pipeline = plan.loop.pipeline(
                 self._model, cache, encode=lambda pixels: self._wan_vae().encode(pixels),
-                recorder=plan.acceleration.recorder,
+                recorder=plan.acceleration.recorder(plan.device),
             )
             pipeline.packer = make_packer(
                 self._model, cache, plan.geometry, plan.policy, plan.sampler.context_time, self._wan_vae, self._branch,
@@ -232,7 +220,8 @@ class _Embeddings:
         words = PromptTokens.load(spec.tokenizer, plan.architecture.text_len, spec.understands)
 
         def load() -> TextEncoder:
-            return TextEncoder.load(spec.text_encoder, words=words, device=plan.device, dtype=plan.dtype)
+            device = torch.device("cpu") if plan.memory.encoder_on_host else plan.device
+            return TextEncoder.load(spec.text_encoder, words=words, device=device, dtype=plan.dtype)
 
         self._known = embed_prompts(texts, cache, words, load)
 

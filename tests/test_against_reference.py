@@ -52,16 +52,16 @@ def ours(tiny: Tiny, policy: dict, text, noise: Given, frames: int, initial):
         commit()
 
     pipeline.cache.commit = watch
-    latents, windows, kept = [], [], []
-    for chunk in pipeline(text, frames, noise, seeds=[0] * len(text), initial_latent=initial):
-        latents.append(chunk.latents)
+    chunks = list(pipeline(text, frames, noise, seeds=[0] * len(text), initial_latent=initial))
+    windows, kept = [], []
+    for chunk, plans_of_layers in zip(chunks, plans, strict=True):
         tokens = chunk.span.frames * tiny.geometry.frame_tokens
-        windows.append(plans[-1][0][0].attend.shape[1] + tokens)
+        windows.append(plans_of_layers[0][0].attend.shape[1] + tokens)
         kept.append([
             [[*plan.retain[b].tolist(), *range(length, length + tokens)] for b in range(len(text))]
-            for plan, length in plans[-1]
+            for plan, length in plans_of_layers
         ])
-    return torch.cat(latents, dim=1), windows, kept
+    return torch.cat([chunk.latents for chunk in chunks], dim=1), windows, kept
 
 
 def assert_agreement(

@@ -15,8 +15,9 @@ import torch
 class StageClock:
     """Sums milliseconds per named stage: CUDA events on a GPU, the wall clock elsewhere.
 
-    Events are read only by `totals_ms`, so a stage costs no synchronisation while it runs. The time of a stage inside
-    another does not count for the outer one.
+    A stage counts what the stream that is current does between its begin and its end; stages of two streams may
+    overlap, and then slow each other. The time of a stage inside another does not count for the outer one. Events are
+    read only by `totals_ms`, so a stage costs no synchronisation while it runs.
     """
 
     def __init__(self, device: torch.device):
@@ -45,10 +46,10 @@ class StageClock:
         return event
 
     def totals_ms(self) -> dict[str, float]:
-        """Milliseconds of every stage so far; waits for the device."""
-        if self._cuda and self._marks:
-            torch.cuda.synchronize()
+        """Milliseconds of every stage so far; waits for their ends."""
         for name, sign, begin, end in self._marks:
+            if self._cuda:
+                end.synchronize()
             self._totals_ms[name] += sign * (begin.elapsed_time(end) if self._cuda else 1000 * (end - begin))
         self._marks.clear()
         return dict(self._totals_ms)

@@ -29,7 +29,7 @@ BT601 = 5
 LIMITED, FULL = 1, 2  # libav colour ranges
 MATRICES = {1: 1, 4: 4, 5: BT601, 6: BT601, 7: 7, 9: 9}  # libav colour space -> libswscale matrix
 HD_HEIGHT = 720  # untagged video is BT.709 from here on, BT.601 below, by common convention
-QUEUE_CHUNKS = 2
+QUEUE_CHUNKS = 6  # some 14 MB each at 832x480: room for moments when the encoder is slower than the maker of frames
 ENCODER_THREADS = 4  # fixed: x264 gives the same bytes everywhere only for the same number of threads
 X264_PARAMS = "mbtree=0"  # with mbtree, equal frames now and then give other bytes (it reads memory nobody set)
 KEYFRAME_SECONDS = 4
@@ -40,7 +40,7 @@ class VideoWriter:
 
     Use as a context manager. Leaving normally finishes the file and renames it to `path`; leaving by an
     exception removes what was written, unless `keep_partial` was called. Encoding runs in a thread of its
-    own, at most two chunks behind, so that the maker of the frames does not wait for it.
+    own, at most QUEUE_CHUNKS behind, so that the maker of the frames does not wait for it.
 
     Arguments: path, ending in .mp4, in an existing folder; fps in pixel frames per second.
     Errors: OSError (disk full, no permission) names the video, the cause, and what is safe; ValueError for

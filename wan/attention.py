@@ -42,8 +42,7 @@ class SelfAttention(_Attention):
 
     def __init__(self, dim: int, num_heads: int, eps: float, backend: AttentionBackend):
         super().__init__(dim, num_heads, eps, backend)
-        self.register_buffer("joint_weight", None, persistent=False)  # [3 C, C], see `join`
-        self.register_buffer("joint_bias", None, persistent=False)
+        self.joint: nn.Module | None = None  # x [B, L, C] -> query, keys and values side by side; see `join`
 
     @torch.no_grad()
     def join(self) -> None:
@@ -51,20 +50,38 @@ class SelfAttention(_Attention):
 
         For finished weights in their final dtype and place: what moves a module afterwards parts them again.
         """
-        parts = (self.q, self.k, self.v)
+        if self.joint is not None and not isinstance(self.joint, _Joint):
+            return
+        parts, joint = (self.q, self.k, self.v), {}
         for name in ("weight", "bias"):
-            joint = torch.cat([getattr(linear, name) for linear in parts])
-            for linear, own in zip(parts, joint.chunk(3), strict=True):
+            joint[name] = torch.cat([getattr(linear, name) for linear in parts])
+            for linear, own in zip(parts, joint[name].chunk(3), strict=True):
                 getattr(linear, name).data = own
-            self.register_buffer(f"joint_{name}", joint, persistent=False)
+        self.joint = _Joint(**joint)
+
+    def part(self) -> None:
+        """Drop q, k and v, for what took the place of their joint product."""
+        del self.q, self.k, self.v
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, L, C] -> query, keys and values [B, L, H, D], the first two normalised."""
-        if self.joint_weight is None:
+        if self.joint is None:
             query, keys, values = self.q(x), self.k(x), self.v(x)
         else:
-            query, keys, values = F.linear(x, self.joint_weight, self.joint_bias).chunk(3, dim=-1)
+            query, keys, values = self.joint(x).chunk(3, dim=-1)
         return self.heads(self.norm_q(query)), self.heads(self.norm_k(keys)), self.heads(values)
+
+
+class _Joint(nn.Module):
+    """Weights [3 C, C] and bias [3 C] of three layers as one; no part of a state dict."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
 class CrossAttention(_Attention):

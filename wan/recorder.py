@@ -21,14 +21,17 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs; all share one pool of memory, so they never run at the same time."""
+    """Records CUDA graphs of one device (None: the current one); all share one pool of memory, so they never run at
+    the same time. What does needs a recorder of its own.
+    """
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def __call__(self, function: Callable[[], None]) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # others may go on
+        mode = "thread_local"  # others may go on
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
             function()
         return graph.replay
 

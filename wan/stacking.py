@@ -20,11 +20,11 @@ from torch import Tensor
 PAST = 2  # frames before the first that a convolution over three sees
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sum:
     """A value that is still to be added up: x + bias + shortcut. x and shortcut [B, T, H, W, C], bias [C]."""
 
-    x: Tensor
+    x: Tensor | None
     bias: Tensor | None = None
     shortcut: Tensor | None = None
 
@@ -41,14 +41,19 @@ class Sum:
             x = x if more is None else x + more
         return x.to(self.x.dtype)
 
+    def release(self) -> None:
+        """Let go of the tensors: it was read for the last time, and whoever still holds it shall hold no memory."""
+        self.x = self.bias = self.shortcut = None
 
-def stack(value: Sum, gamma: Tensor | None, past: Tensor) -> tuple[Tensor, Tensor]:
+
+def stack(value: Sum, gamma: Tensor | None, past: Tensor, keep: bool = True) -> tuple[Tensor, Tensor | None]:
     """Each frame, normalised and activated, behind the two before it.
 
     Args:
         gamma: [C], scale of an RMS norm over channels that SiLU follows; None: neither.
         past: [B, PAST, H, W, C], the frames before the first; overwritten by the last ones of this call.
-    Returns: the stacks [B, T, H, W, 3 C], oldest first, and the settled value [B, T, H, W, C].
+        keep: the settled value is wanted; it may take the place of value.x, which nobody else may need then.
+    Returns: the stacks [B, T, H, W, 3 C], oldest first, and the settled value [B, T, H, W, C] or None.
     """
     settled = value.settled()
     x = settled
@@ -57,7 +62,7 @@ def stack(value: Sum, gamma: Tensor | None, past: Tensor) -> tuple[Tensor, Tenso
     video = torch.cat([past, x], dim=1)
     past.copy_(video[:, -PAST:])
     frames = x.shape[1]
-    return torch.cat([video[:, tap:tap + frames] for tap in range(PAST + 1)], dim=-1), settled
+    return torch.cat([video[:, tap:tap + frames] for tap in range(PAST + 1)], dim=-1), settled if keep else None
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -79,11 +84,13 @@ def spread(value: Sum, times: int) -> Tensor:
 class StackingKernels(Protocol):
     """This module, or its Triton twin."""
 
-    stack: Callable[[Sum, Tensor | None, Tensor], tuple[Tensor, Tensor]]
+    stack: Callable[[Sum, Tensor | None, Tensor, bool], tuple[Tensor, Tensor | None]]
     spread: Callable[[Sum, int], Tensor]
 
 
 def load_kernels(device: torch.device) -> StackingKernels:
     """The fastest for a device."""
+    if device.type == "meta":
+        return import_module("wan.stacking_shapes")
     on_gpu = device.type == "cuda" and find_spec("triton") is not None
     return import_module("wan.stacking_triton" if on_gpu else "wan.stacking")

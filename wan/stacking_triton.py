@@ -1,7 +1,6 @@
 """The Triton twin of wan/stacking.py: one read of every value, one write of each of its copies."""
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -107,19 +106,19 @@ def _check(*tensors: Tensor | None) -> None:
         raise ValueError(f"stacking kernels need contiguous tensors, got strides {[x.stride() for x in given]}.")
 
 
-def stack(value: Sum, gamma: Tensor | None, past: Tensor) -> tuple[Tensor, Tensor]:
+def stack(value: Sum, gamma: Tensor | None, past: Tensor, keep: bool = True) -> tuple[Tensor, Tensor | None]:
     """As wan.stacking.stack; tensors are contiguous."""
     x = value.x
     clips, frames, height, width, channels = x.shape
     _check(x, past, value.bias, value.shortcut, gamma)
     stacked = x.new_empty(clips, frames, height, width, 3 * channels)
-    settled = x if value.is_settled else torch.empty_like(x)
     columns = triton.next_power_of_2(channels)
     rows, pixels = max(1, TILE // columns), height * width
     _stack_kernel[triton.cdiv(pixels, rows), clips](
         x, x if value.bias is None else value.bias, x if value.shortcut is None else value.shortcut,
-        x if gamma is None else gamma, past, stacked, settled, frames, pixels, channels**0.5,
+        x if gamma is None else gamma, past, stacked, x,  # each value is read before it is settled in place
+        frames, pixels, channels**0.5,
         C=channels, HAS_BIAS=value.bias is not None, HAS_SHORTCUT=value.shortcut is not None,
-        NORM=gamma is not None, SETTLE=not value.is_settled, ROWS=rows, COLUMNS=columns,
+        NORM=gamma is not None, SETTLE=keep and not value.is_settled, ROWS=rows, COLUMNS=columns,
     )
-    return stacked, settled
+    return stacked, x if keep else None

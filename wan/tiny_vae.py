@@ -98,6 +98,11 @@ class TinyVAE:
         load_strictly(decoder, tensors, source=Path("random weights"), device=device, dtype=dtype)
         return cls(decoder)
 
+    @classmethod
+    def skeleton(cls, latent_channels: int, dtype: torch.dtype) -> TinyVAE:
+        """On the meta device: shapes without data."""
+        return cls(_network(latent_channels)["decoder"].to(dtype))
+
     def stream(self) -> StreamDecoder:
         """Start decoding a video. Any number of streams can share a decoder without touching each other."""
         return StreamDecoder(self)

@@ -87,8 +87,7 @@ class WanVAE:
         Its architecture is that of `path` (a config.json is enough), or Wan 2.1's if nothing is there.
         """
         path = Path(path)
-        found = _find_config(path)
-        config = found[1] if found else _read_vae(path)[0] if path.exists() else {}
+        config = _architecture(path)
         shapes = {name: value.shape for name, value in _skeleton(config, source=path).named_parameters()}
         generator = torch.Generator().manual_seed(seed)
         tensors = {}
@@ -98,6 +97,11 @@ class WanVAE:
             else:
                 tensors[name] = torch.full(shape, float(name.endswith("gamma")))
         return cls(_build(config, tensors, source=path, device=device, dtype=dtype))
+
+    @classmethod
+    def skeleton(cls, path: Path, dtype: torch.dtype) -> WanVAE:
+        """A VAE on the meta device, of the same architecture as `random`'s: shapes without data."""
+        return cls(torch.nn.Module.to(_skeleton(_architecture(Path(path)), source=Path(path)), dtype))
 
     @property
     def device(self) -> torch.device:
@@ -337,6 +341,12 @@ def _read_vae(path: Path, *, meta: bool = False) -> tuple[dict[str, Any], dict[s
             )
         path = originals[0]
     return _from_original(read_tensors(path, subfolder="vae", meta=meta), source=path)
+
+
+def _architecture(path: Path) -> dict[str, Any]:
+    """The configuration of the VAE at `path`; of Wan 2.1's if nothing is there."""
+    found = _find_config(path)
+    return found[1] if found else _read_vae(path, meta=True)[0] if path.exists() else {}
 
 
 def _find_config(path: Path) -> tuple[Path, dict[str, Any]] | None:

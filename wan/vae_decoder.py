@@ -1,8 +1,8 @@
 """The Wan VAE's decoder for speed: several latents a call, fixed addresses, few passes over memory.
 
 It computes what `VaePasses.decode` does, with diffusers' weights. Every causal convolution is a 2-D one over stacked
-frames, and all that stands between two of them (bias, shortcut, norm, SiLU, stacking) is one kernel. Once time has
-its full rate, frames go through the rest in parts of one latent frame's worth, so that work space stays small.
+frames, and all that stands between two of them (bias, shortcut, norm, SiLU, stacking) is one kernel. From the step
+to the full frame rate on, frames go through the rest in small parts, which keeps the work space small.
 
 B clips, F latent frames, T pixel frames, C channels; activations are [B, T, H, W, C], contiguous.
 """
@@ -37,16 +37,18 @@ class StreamPast:
 class FastDecoder:
     """Decodes raw latents, one stream at a time fastest; streams may take turns."""
 
-    def __init__(self, model: AutoencoderKLWan, kernels: StackingKernels, recorder: Recorder | None):
-        self._decoder, self._kernels = model.decoder, kernels
+    def __init__(
+        self, model: AutoencoderKLWan, kernels: StackingKernels, recorder: Recorder | None, part_frames: int = 1,
+    ):
+        """`part_frames`: frames before the last doubling of the frame rate that go through the rest together."""
+        self._decoder, self._kernels, self._part_frames = model.decoder, kernels, part_frames
         self._weights = {
             module: _stacked_weight(module) for module in [model.post_quant_conv, *self._decoder.modules()]
             if isinstance(module, nn.Conv2d | nn.Conv3d)
         }
         self._quant = model.post_quant_conv
-        rates = [_doubles_time(block) for block in self._decoder.up_blocks]
-        self._whole = max((i + 1 for i, doubles in enumerate(rates) if doubles), default=0)  # levels before parts begin
-        self._part_frames = 2 ** sum(rates)
+        doubling = [i for i, block in enumerate(self._decoder.up_blocks) if _doubles_time(block)]
+        self._last_doubling = doubling[-1] if doubling else 0  # parts begin behind this level's resnets
         self._past: dict[nn.Module, Tensor] = {}
         self._owner: weakref.ref[StreamPast] | None = None
         self._size: tuple[int, ...] | None = None
@@ -86,30 +88,37 @@ class FastDecoder:
         middle = self._decoder.mid_block
         x = self._residual(middle.resnets[0], x)
         for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
-            x = self._residual(resnet, Sum(self._attend(attention, x.settled())))
-        for block in self._decoder.up_blocks[:self._whole]:
-            x = self._up(block, x, first)
-        parts = x.settled().split(self._part_frames, dim=1)
-        return torch.cat([self._finish(Sum(part.contiguous()), first) for part in parts], dim=1)
+            x = self._residual(resnet, Sum(self._attend(attention, self._settled(x))))
+        levels = list(self._decoder.up_blocks)
+        for block in levels[:self._last_doubling]:
+            x = self._upsample(block, self._residuals(block, x), first)
+        parts = self._settled(self._residuals(levels[self._last_doubling], x)).split(self._part_frames, dim=1)
+        return torch.cat([
+            self._finish(Sum(part.contiguous()), first and index == 0) for index, part in enumerate(parts)
+        ], dim=1)
 
     def _finish(self, x: Sum, first: bool) -> Tensor:
-        """All levels at the full frame rate."""
-        for block in self._decoder.up_blocks[self._whole:]:
-            x = self._up(block, x, first)
+        """From the last doubling of the frame rate on."""
+        levels = list(self._decoder.up_blocks)
+        x = self._upsample(levels[self._last_doubling], x, first)
+        for block in levels[self._last_doubling + 1:]:
+            x = self._upsample(block, self._residuals(block, x), first)
         out, bias = self._causal(self._decoder.conv_out, x, self._decoder.norm_out.gamma.flatten())
         return out + bias
 
-    def _up(self, block: WanUpBlock, x: Sum, first: bool) -> Sum:
+    def _residuals(self, block: WanUpBlock, x: Sum) -> Sum:
         for resnet in block.resnets:
             x = self._residual(resnet, x)
-        return self._upsample(block.upsamplers[0], x, first) if block.upsamplers else x
+        return x
 
     def _residual(self, block: WanResidualBlock, x: Sum) -> Sum:
         """The shortcut and the last bias are added by whatever comes next."""
-        h, bias, settled = self._causal_of(block.conv1, x, block.norm1.gamma.flatten())
+        *h, settled = self._causal_of(block.conv1, x, block.norm1.gamma.flatten(), keep=True)
+        inner = Sum(*h)
+        del h  # `inner` is released once it is stacked
         if not isinstance(block.conv_shortcut, nn.Identity):
             settled = self._conv(block.conv_shortcut, settled, bias=True)
-        out, out_bias = self._causal(block.conv2, Sum(h, bias), block.norm2.gamma.flatten())
+        out, out_bias = self._causal(block.conv2, inner, block.norm2.gamma.flatten())
         return Sum(out, out_bias, settled)
 
     def _attend(self, attention: nn.Module, x: Tensor) -> Tensor:
@@ -117,26 +126,43 @@ class FastDecoder:
         images = x.flatten(0, 1).permute(0, 3, 1, 2).unsqueeze(2)
         return attention(images).squeeze(2).permute(0, 2, 3, 1).reshape(x.shape)
 
-    def _upsample(self, layer: WanResample, x: Sum, first: bool) -> Sum:
+    def _upsample(self, block: WanUpBlock, x: Sum, first: bool) -> Sum:
         """Twice the height and width, and of "upsample3d" the frames, but for a video's very first one."""
-        conv = layer.resample[1]
+        if not block.upsamplers:
+            return x
+        layer: WanResample = block.upsamplers[0]
+        conv, frames = layer.resample[1], []
         if layer.mode != "upsample3d":
-            return Sum(self._conv(conv, self._kernels.spread(x, 1)), conv.bias)
-        frames = []
-        if first:
-            x = x.settled()
-            frames.append(self._kernels.spread(Sum(x[:, :1].contiguous()), 1))
-            x = Sum(x[:, 1:].contiguous())
-        if x.x.shape[1]:
-            frames.append(self._kernels.spread(Sum(*self._causal(layer.time_conv, x)), 2))
+            frames.append(self._spread(x, 1))
+        else:
+            if first:
+                settled = self._settled(x)
+                frames.append(self._spread(Sum(settled[:, :1].contiguous()), 1))
+                x = Sum(settled[:, 1:].contiguous())
+            if x.x.shape[1]:
+                frames.append(self._spread(Sum(*self._causal(layer.time_conv, x)), 2))
         return Sum(self._conv(conv, frames[0] if len(frames) == 1 else torch.cat(frames, dim=1)), conv.bias)
 
-    def _causal(self, conv: nn.Conv3d, x: Sum, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._causal_of(conv, x, gamma)[:2]
+    def _spread(self, x: Sum, times: int) -> Tensor:
+        result = self._kernels.spread(x, times)
+        x.release()
+        return result
 
-    def _causal_of(self, conv: nn.Conv3d, x: Sum, gamma: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Result without its bias, the bias, and what x settled to."""
-        stacked, settled = self._kernels.stack(x, gamma, self._past_of(conv, x.x))
+    def _settled(self, x: Sum) -> Tensor:
+        result = x.settled()
+        x.release()
+        return result
+
+    def _causal(self, conv: nn.Conv3d, x: Sum, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Result without its bias, and the bias."""
+        return self._causal_of(conv, x, gamma, keep=False)[:2]
+
+    def _causal_of(
+        self, conv: nn.Conv3d, x: Sum, gamma: Tensor | None, *, keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same, and what x settled to if that is to be kept."""
+        stacked, settled = self._kernels.stack(x, gamma, self._past_of(conv, x.x), keep)
+        x.release()
         return self._conv(conv, stacked), conv.bias, settled
 
     def _past_of(self, conv: nn.Conv3d, x: Tensor) -> Tensor:
@@ -157,8 +183,13 @@ def _doubles_time(block: WanUpBlock) -> bool:
 
 
 def _stacked_weight(conv: nn.Conv2d | nn.Conv3d) -> Tensor:
-    """Weights of the 2-D convolution over stacked frames, oldest first, channels-last."""
+    """Weights of the 2-D convolution over stacked frames, oldest first, channels-last; the module's become a view."""
     weight = conv.weight.detach()
-    if weight.ndim == 5:
-        weight = weight.transpose(1, 2).flatten(1, 2)
-    return weight.contiguous(memory_format=torch.channels_last)
+    if weight.ndim == 4:
+        stacked = weight.contiguous(memory_format=torch.channels_last)
+        conv.weight.data = stacked
+        return stacked
+    taps = weight.shape[2]
+    stacked = weight.transpose(1, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
+    conv.weight.data = stacked.unflatten(1, (taps, -1)).transpose(1, 2)
+    return stacked

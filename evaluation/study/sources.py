@@ -16,8 +16,8 @@ from evaluation.study.settings import Study, config_path
 from pipeline.build import RunPlan, plan_run
 from pipeline.engine import Engine, VideoRequest
 from pipeline.length import video_length
+from pipeline.memory import fit_memory
 from pipeline.noise import SampleSeed
-from pipeline.preflight import check_memory
 from training.world import Clip, World, render, to_frames
 from utils.config import REPOSITORY, Config, ConfigError, load_config
 from wan.kv_cache.policy import build_policy, policy_fields
@@ -166,7 +166,7 @@ def make_sources(study: Study, *, device: torch.device, random_weights: bool) ->
         plan = _plan(study, f"method {name}", config_path(method), method.set, device, random_weights)
         try:
             video_length(plan, pixel_frames, given_frames=0)
-            check_memory(plan, study.batch_size)
+            plan = fit_memory(plan, "auto", study.batch_size)
         except ConfigError as error:
             raise ConfigError(f"method {name}: {error}") from error
         sources[name] = Rollout(plan, pixel_frames, study.seed)

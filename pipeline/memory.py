@@ -1,0 +1,186 @@
+"""What lives where, and how much memory that takes: known before anything is loaded.
+
+Sizes come from the networks themselves, run on the meta device, where tensors have shapes and no data.
+"""
+from __future__ import annotations
+
+import dataclasses
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from pipeline.build import RunPlan
+from pipeline.presets import PRESETS
+from utils.config import ConfigError
+from wan.checkpoint import CheckpointError, weight_files
+from wan.footprint import FastKernels, LiveBytes
+from wan.fp8 import quantise_layers
+from wan.kv_cache.archive import FIRST_PLACES
+from wan.kv_cache.cache import KVCache
+from wan.model import CausalWanModel
+from wan.stream import to_uint8
+from wan.tiny_vae import TinyVAE
+from wan.vae import WanVAE
+
+META = torch.device("meta")
+RESERVE = 2**30  # of a GPU, for what no tensor shows: CUDA's context, libraries' work spaces, gaps between blocks
+PLENTY = 3       # a device so many times as large as networks and cache needs no closer look
+ENCODER = "text_encoder"
+
+
+def estimate_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
+    """Memory on the transformer's device by part: what stays, from shapes alone, and the work space of each network.
+
+    All are held at a time but `text_encoder`, which is freed before the others are loaded. Not in it: RESERVE.
+    """
+    parts = _fixed_bytes(plan, batch) | _transformer_bytes(plan, batch)
+    if plan.decoder_device == plan.device:
+        parts |= decoder_bytes(plan, batch)
+    return parts | encoder_bytes(plan)
+
+
+def needed_bytes(parts: dict[str, int]) -> int:
+    """The most of these `parts` that is held at a time."""
+    return max(parts.get(ENCODER, 0), sum(size for name, size in parts.items() if name != ENCODER))
+
+
+def fit_memory(plan: RunPlan, name: str, batch: int) -> RunPlan:
+    """The same run under the preset `name`; `auto` is the fastest that fits the device.
+
+    Raises:
+        ConfigError: the preset needs more than the device has, or all do.
+    """
+    names = list(PRESETS) if name == "auto" else [name]
+    there, needs = device_bytes(plan.device), {}
+    for preset in names:
+        chosen = dataclasses.replace(plan, memory=PRESETS[preset])
+        if _has_plenty(chosen, batch, there):
+            return chosen
+        needs[preset] = _need(chosen, batch)
+        if needs[preset] <= there:
+            return chosen
+    needs = {other: needs.get(other) or _need(dataclasses.replace(plan, memory=PRESETS[other]), batch)
+             for other in PRESETS}
+    sizes = ", ".join(f"--memory {preset} {_gib(size)}" for preset, size in needs.items())
+    fitting = [preset for preset, size in needs.items() if size <= there]
+    advice = f"Use --memory {fitting[0]}, or lower" if fitting else "Lower"
+    raise ConfigError(
+        f"{plan.geometry.width}x{plan.geometry.height} at --batch_size {batch} does not fit {plan.device}, which has "
+        f"{_gib(there)}. Needed: {sizes}. {advice} the size, --batch_size or kv_cache.window_frames; "
+        "--decoder taehv is approximate and needs far less than the Wan VAE's own; --dry_run on a larger device shows "
+        "what each part needs."
+    )
+
+
+def device_bytes(device: torch.device) -> int:
+    """All memory of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _need(plan: RunPlan, batch: int) -> int:
+    return needed_bytes(estimate_bytes(plan, batch)) + (RESERVE if plan.device.type == "cuda" else 0)
+
+
+def _has_plenty(plan: RunPlan, batch: int, there: int) -> bool:
+    """Whether what stays is so little that work space need not be counted, which takes a second."""
+    return PLENTY * (sum(_fixed_bytes(plan, batch).values()) + sum(encoder_bytes(plan).values())) <= there
+
+
+def _fixed_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
+    """Weights and cache, from shapes alone."""
+    size, a = plan.dtype.itemsize, plan.architecture
+    with META:
+        model = CausalWanModel(a).to(plan.dtype)
+        if plan.acceleration.fp8:
+            quantise_layers(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    sizes = plan.policy.sizes(plan.geometry)
+    token = 2 * a.dim * size * batch  # keys and values of a layer
+    windows = 1 if plan.memory.shared_window else a.num_layers
+    parts = {
+        "transformer": sum(x.nbytes for x in tensors), "kv_store": sizes.capacity_tokens * a.num_layers * token,
+        "kv_window": sizes.window_tokens * windows * token, "text": a.text_len * a.num_layers * token,
+    }
+    archive = sizes.archive
+    if archive is not None and not (archive.offload and plan.device.type == "cuda"):
+        parts["kv_archive"] = (archive.packets or FIRST_PLACES) * archive.grid.tokens * a.num_layers * token
+    return parts
+
+
+def _transformer_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
+    """Work space of a pass: one layer, chunk by chunk until the window has been full and pruned."""
+    a, g = dataclasses.replace(plan.architecture, num_layers=1), plan.geometry
+
+    shape = dataclasses.replace(plan.cache_shape(batch), layers=1, device=META)
+    chunks = plan.policy.sizes(g).window_tokens // (g.frame_tokens * g.chunk_frames) + 3
+    with META, torch.inference_mode(), FastKernels(), LiveBytes() as live:
+        model = CausalWanModel(a).to(plan.dtype)
+        if plan.acceleration.fp8:
+            quantise_layers(model)
+        cache = KVCache(shape, g, plan.policy, shared_window=plan.memory.shared_window)
+        text = model.embed_text(torch.empty(batch, a.text_len, a.text_dim, dtype=plan.dtype))
+        live.restart()
+        begin = live.now
+        for span in g.chunks(_chunk_frames(plan, chunks)):
+            cache.begin(span)
+            noise = torch.empty(batch, span.frames, a.in_dim, g.latent_height, g.latent_width)
+            times = torch.empty(batch, span.frames)
+            latents = plan.sampler.clean(noise, model(noise, times, text, cache), 0)
+            model.remember(latents, times, text, cache)
+            cache.commit()
+    return {"transformer_work": live.peak - begin}
+
+
+def _chunk_frames(plan: RunPlan, chunks: int) -> int:
+    """Latent frames of so many chunks, as far as the policy can go."""
+    g, limit = plan.geometry, plan.policy.max_frames
+    frames = g.whole_chunks(chunks * g.chunk_frames)
+    return frames if limit is None else min(frames, limit)
+
+
+def decoder_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
+    """Weights, past and work space of what makes the pixels, from latents to uint8 frames."""
+    g = plan.geometry
+    with torch.no_grad(), FastKernels(), LiveBytes() as live:
+        if plan.tiny_decoder is None:
+            vae = WanVAE.skeleton(plan.spec.vae, plan.dtype)
+            decoder = plan.acceleration.accelerate_decoder(vae, plan.decoder_latents)
+        else:
+            decoder = TinyVAE.skeleton(plan.architecture.out_dim, plan.dtype)
+        stream, weights = decoder.stream(), live.now
+        live.restart()
+        for _ in range(2):  # of the first chunk less is made
+            size = (batch, g.chunk_frames, plan.architecture.out_dim, g.latent_height, g.latent_width)
+            to_uint8(stream.decode(torch.empty(size, device=META)))
+        past = live.now - weights
+    name = plan.decoder_name
+    return {name: weights, f"{name}_past": past, f"{name}_work": live.peak - weights - past}
+
+
+def encoder_bytes(plan: RunPlan) -> dict[str, int]:
+    """Size of the text encoder's file, where it is used on the device and it is clear which that is."""
+    path = plan.spec.text_encoder
+    if plan.random_weights or plan.memory.encoder_on_host:
+        return {}
+    with suppress(CheckpointError):  # a folder of several networks, which only its loader can read
+        return {ENCODER: sum(file.stat().st_size for file in _files(path))}
+    return {}
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else weight_files(path, subfolder=path.name)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"
+
+
+def words(plan: RunPlan, batch: int) -> str:
+    """The estimate as a line."""
+    parts = estimate_bytes(plan, batch)
+    listed = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())
+    return f"preset {plan.memory.name}: {_gib(needed_bytes(parts))} at most, by estimate: {listed}"

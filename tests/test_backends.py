@@ -1,0 +1,56 @@
+"""Which attention kernel is chosen, by capability, dtype, head size and what is installed; no device is asked."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wan.backends import NAMES, installed, load_backend, pick, sdpa
+
+BF16, FP32 = torch.bfloat16, torch.float32
+ALL = frozenset(NAMES) - {"auto"}
+TORCH = frozenset({"cudnn", "sdpa"})
+CHOICES = [  # capability, dtype, head size, there -> the fastest
+    (None, BF16, 128, ALL, "sdpa"),        # no CUDA device
+    ((9, 0), BF16, 128, ALL, "fa3"),       # Hopper, its own kernel
+    ((9, 0), BF16, 128, TORCH, "cudnn"),
+    ((9, 0), BF16, 128, TORCH | {"fa4", "flash"}, "cudnn"),  # cuDNN is faster there than flash-attn 2
+    ((10, 0), BF16, 128, ALL, "fa4"),      # Blackwell, its own
+    ((10, 3), BF16, 128, ALL, "fa4"),
+    ((10, 0), BF16, 128, TORCH | {"fa3"}, "cudnn"),          # another generation's kernel does not run
+    ((12, 0), BF16, 128, ALL, "cudnn"),    # a generation with no kernel of its own
+    ((8, 0), BF16, 128, ALL, "flash"),     # Ampere
+    ((8, 9), BF16, 128, TORCH | {"flash"}, "flash"),         # Ada
+    ((8, 0), BF16, 128, TORCH, "sdpa"),    # torch's own choice is flash attention there
+    ((7, 5), BF16, 128, ALL, "sdpa"),      # older than bfloat16 kernels
+    ((9, 0), FP32, 128, ALL, "cudnn"),     # the packages take bfloat16 alone
+    ((8, 0), FP32, 128, ALL, "sdpa"),
+    ((9, 0), BF16, 256, ALL, "fa3"),       # the largest head they take
+    ((9, 0), BF16, 264, ALL, "cudnn"),
+    ((9, 0), BF16, 12, ALL, "cudnn"),      # heads come in multiples of 8
+    ((8, 0), BF16, 12, ALL, "sdpa"),
+]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "head_dim", "there", "expected"), CHOICES)
+def test_the_fastest_of_what_is_there(capability, dtype, head_dim, there, expected) -> None:
+    """One row a case; what is picked is there."""
+    assert pick(capability, dtype, head_dim, there) == expected
+    assert expected in there
+
+
+@pytest.mark.parametrize("capability", [None, (7, 5), (8, 0), (9, 0), (10, 0), (11, 0)])
+def test_what_is_picked_can_be_had_on_every_machine(capability) -> None:
+    """Without any package the pick is one of torch's own, for every dtype and head size."""
+    for dtype in (BF16, FP32):
+        for head_dim in (8, 12, 128, 512):
+            assert pick(capability, dtype, head_dim, TORCH) in TORCH <= installed()
+
+
+def test_names_are_checked() -> None:
+    """auto on a processor is torch's own; an unknown name, and a package that is missing, say what to do."""
+    assert load_backend("auto", torch.device("cpu"), BF16, 128) == ("sdpa", sdpa)
+    with pytest.raises(ValueError, match="attention=fast is unknown. Known: auto, "):
+        load_backend("fast", torch.device("cpu"), BF16, 128)
+    for name in ALL - TORCH:
+        with pytest.raises(ValueError, match="not installed. Get it with|needs a GPU and bfloat16"):
+            load_backend(name, torch.device("cpu"), BF16, 128)

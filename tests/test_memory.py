@@ -1,0 +1,164 @@
+"""What lives where: the estimate against what is really allocated, and which preset fits which device."""
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from benchmarks.settings import Setting
+from pipeline import memory
+from pipeline.build import RunPlan
+from pipeline.decoder import TinyDecoder
+from pipeline.engine import Engine, VideoRequest
+from pipeline.noise import SampleSeed
+from pipeline.presets import FULL, PRESETS
+from utils.config import ConfigError
+from wan.footprint import LiveBytes
+from wan.model import CausalWanModel
+from wan.vae import WanVAE
+
+CPU, GIB = torch.device("cpu"), 2**30
+SHORT = ("kv_cache.window_frames=6", "denoising_step_list=[1000,500]")
+
+
+def tiny_plan(preset: str = "full") -> RunPlan:
+    return Setting(policy="self_forcing", model="tiny", memory=preset, overrides=SHORT).plan(CPU)
+
+
+def large_plan(preset: str, *, exact: bool) -> RunPlan:
+    """The 1.3B model at 832x480 in bf16 under Deep Forcing, as on a GPU."""
+    plan = Setting(model="wan2.1_t2v_1.3b", dtype="bfloat16").plan(CPU)
+    speed = replace(plan.acceleration, decoder=exact, graphs=exact, compile=exact)
+    return replace(plan, memory=PRESETS[preset], acceleration=speed)
+
+
+@cache
+def large_estimate(preset: str, *, exact: bool = True, tiny_decoder: bool = False) -> dict[str, int]:
+    plan = large_plan(preset, exact=exact)
+    return memory.estimate_bytes(replace(plan, tiny_decoder=TinyDecoder("taehv", None) if tiny_decoder else None), 1)
+
+
+def test_live_bytes_counts_each_storage_once_while_it_lives() -> None:
+    """Views cost nothing, results count until they go, on the meta device as on the processor."""
+    for device in ("meta", "cpu"):
+        outside = torch.zeros(1000, device=device)
+        with LiveBytes() as live:
+            a = outside + 1
+            b = a.view(10, 100).t()
+            outside.add_(1)
+            assert live.now == live.peak == 4000
+            c = b * 2
+            del a
+            assert live.now == 8000
+            del b, c
+            assert live.now == 0 and live.peak == 8000
+            live.restart()
+            assert live.peak == 0
+
+
+@pytest.mark.parametrize("preset", ["full", "12gb"])
+def test_estimate_equals_what_is_allocated(preset: str) -> None:
+    """The tiny model, made on the processor under the same count: weights and cache to the byte, all of it within
+    15 % (the work space is that of one layer, with a fused attention that keeps its result alone).
+    """
+    plan = tiny_plan(preset)
+    parts = memory.estimate_bytes(plan, 1)
+    engine = Engine(plan)
+    with torch.no_grad(), LiveBytes() as live:
+        engine.prepare(["a red circle"])
+        pipeline = engine._pipeline_for(1)
+        layers = [pipeline.cache.layer(i) for i in range(plan.architecture.num_layers)]
+        stored = [t for layer in layers for t in (layer.store.keys, layer.store.values)]
+        windows = [t for layer in layers for t in (layer.window._keys, layer.window._values)]
+        assert bytes_of(engine._model.parameters()) == parts["transformer"]
+        assert bytes_of(engine._decoder._model.parameters()) == pytest.approx(parts["wan"], rel=1e-3)
+        assert bytes_of(stored) == parts["kv_store"] and bytes_of(windows) == parts["kv_window"]
+        live.restart()
+        for _ in engine.stream([VideoRequest("a red circle", SampleSeed(0))], 15):
+            pass
+    works = parts.pop("transformer_work"), parts.pop("wan_work")  # not at a time here
+    assert live.peak == pytest.approx(sum(parts.values()) + max(works), rel=0.15)
+
+
+def bytes_of(tensors) -> int:
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def test_presets_make_the_same_video() -> None:
+    """Latents and frames, bit for bit: the plain decoder takes one latent a call anyway."""
+    made = []
+    for preset in PRESETS:
+        engine = Engine(tiny_plan(preset))
+        engine.prepare(["a red circle"])
+        made.append(list(engine.stream([VideoRequest("a red circle", SampleSeed(0))], 9)))
+    for other in made[1:]:
+        for ours, theirs in zip(other, made[0], strict=True):
+            assert torch.equal(ours.latents, theirs.latents) and torch.equal(ours.frames, theirs.frames)
+
+
+def test_the_large_model_takes_what_is_known_of_it() -> None:
+    """Known sizes: 1.42e9 parameters, 184,320 bytes of keys and values a token, 24 frames stored, 21 seen."""
+    full, shared = (large_estimate(name) for name in ("full", "24gb"))
+    assert full["transformer"] == pytest.approx(2.84e9, rel=0.01)
+    assert full["kv_store"] == 24 * 1560 * 184_320 and full["kv_window"] == 21 * 1560 * 184_320
+    assert shared["kv_window"] == full["kv_window"] // 30
+    passes = sum(full[name] for name in ("transformer", "kv_store", "kv_window", "text", "transformer_work"))
+    assert passes / GIB == pytest.approx(15.2, abs=0.2)  # peak measured on an H100, eager, benchmarks/RESULTS.md
+
+
+def test_peaks_that_are_asked_for() -> None:
+    """Exact mode: VAE within 3.4 GiB and all within 18.3; 24gb within 15; 12gb not within 11 unless the decoder is
+    tiny, which the estimate says. Passes are counted uncompiled, which need more; libraries' work space is not in it.
+    """
+    exact = large_estimate("full")
+    assert sum(size for name, size in exact.items() if name.startswith("wan")) < 3.4 * GIB
+    assert memory.needed_bytes(exact) < 18.3 * GIB
+    for speed in (True, False):
+        assert memory.needed_bytes(large_estimate("24gb", exact=speed)) < 15 * GIB
+    assert 12 * GIB < memory.needed_bytes(large_estimate("12gb")) < 12.8 * GIB
+    assert memory.needed_bytes(large_estimate("12gb", tiny_decoder=True)) < 11 * GIB
+
+
+def test_parts_keep_the_decoder_small() -> None:
+    """Twice the size of a part costs work space, a call of one latent spares some; the past stays the same."""
+    sizes = {}
+    for latents, part in ((3, 1), (3, 2), (1, 1)):
+        vae = WanVAE.skeleton(large_plan("full", exact=True).spec.vae, torch.bfloat16)
+        vae.accelerate(None, part_frames=latents)
+        vae._fast._part_frames = part
+        stream = vae.stream()
+        with torch.no_grad(), LiveBytes() as live:
+            for _ in range(2):
+                stream.decode(torch.empty(1, 3, 16, 60, 104, device="meta"))
+        sizes[latents, part] = live.peak, live.now
+    assert sizes[1, 1][0] < sizes[3, 1][0] < sizes[3, 2][0] and len({now for _, now in sizes.values()}) == 1
+
+
+def test_auto_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the device's size: plenty, enough, less; too little names all that was tried."""
+    plan = large_plan("full", exact=True)
+    needs = {name: memory.needed_bytes(large_estimate(name)) for name in PRESETS}
+    monkeypatch.setattr(memory, "estimate_bytes", lambda plan, batch: large_estimate(plan.memory.name))
+    assert needs["full"] > needs["24gb"] > needs["12gb"]
+    for name, need in needs.items():
+        monkeypatch.setattr(memory, "device_bytes", lambda device, need=need: need)
+        assert memory.fit_memory(plan, "auto", 1).memory.name == name
+    monkeypatch.setattr(memory, "device_bytes", lambda device: 80 * GIB)
+    assert memory.fit_memory(plan, "auto", 1).memory == FULL
+    monkeypatch.setattr(memory, "device_bytes", lambda device: 11 * GIB)
+    for name in ("auto", "12gb"):
+        with pytest.raises(ConfigError, match=r"11\.0 GiB.*full 18\.2.*24gb 12\.8.*12gb 12\.7.*--decoder taehv"):
+            memory.fit_memory(plan, name, 1)
+    monkeypatch.setattr(memory, "device_bytes", lambda device: 16 * GIB)
+    with pytest.raises(ConfigError, match="Use --memory 24gb"):
+        memory.fit_memory(plan, "full", 1)
+
+
+def test_random_weights_of_both_networks_fit_their_skeletons() -> None:
+    """Counting needs no data: every parameter of the skeletons is on the meta device."""
+    plan = tiny_plan()
+    with torch.device("meta"):
+        networks = [CausalWanModel(plan.architecture), WanVAE.skeleton(plan.spec.vae, torch.float32)._model]
+    assert all(p.is_meta for network in networks for p in network.parameters())
