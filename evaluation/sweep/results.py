@@ -1,0 +1,134 @@
+"""The folder of one sweep: `sweep.json` says what was asked and how it was made, `results.csv` holds every number.
+
+The tidy table has one row per (video, metric, granularity, start_s). It is collected from the rows of all videos,
+sorted, so the same sweep gives the same file however many workers made it. With pyarrow, also `results.parquet`.
+"""
+from __future__ import annotations
+
+import csv
+import io
+import json
+import platform
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation.sweep.make import Task
+from evaluation.sweep.measure import read_rows
+from evaluation.sweep.settings import Sweep
+from utils.config import REPOSITORY, ConfigError
+from utils.files import write_atomically
+from utils.hashing import fingerprint, sha256_file
+
+COLUMNS = (
+    "video", "method", "prompt", "seed", "metric", "granularity", "start_s", "value", "protocol", "error",
+)
+RECORD, TABLE, PARQUET = "sweep.json", "results.csv", "results.parquet"
+PACKAGES = ("torch", "diffusers", "transformers", "av", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a folder holds."""
+
+    folder: Path
+    sweep: dict[str, Any]             # the YAML's content
+    variants: dict[str, Any]          # what decides the pixels of each, in the order of the tables
+    videos: list[dict[str, Any]]      # path, method, prompt, seed of every finished video
+    provenance: dict[str, Any]
+    rows: list[dict[str, Any]]        # the tidy table; start_s and value are floats or None
+
+
+def collect(sweep: Sweep, tasks: Sequence[Task], folder: Path, *, device: torch.device) -> list[dict[str, Any]]:
+    """Write the tidy table and the record; returns the table's rows."""
+    rows = [
+        row for task in tasks for job in task.jobs for group in sweep.metrics
+        for row in read_rows(folder, task, job, group) or ()
+    ]
+    write_atomically(folder / TABLE, to_csv(rows).encode())
+    _write_parquet(rows, folder / PARQUET)
+    videos = [
+        {"video": task.relative(job), "method": task.variant.name, "prompt": job.item.prompt, "seed": job.seed.seed}
+        for task in tasks for job in task.jobs if task.output.record(job.stem) is not None
+    ]
+    record = {
+        "sweep": asdict(sweep), "provenance": _provenance(sweep, tasks, device), "videos": videos,
+        "variants": {
+            task.variant.name: {
+                "seconds": task.variant.seconds, "pixel_frames": task.pixel_frames, "fps": task.plan.geometry.fps,
+                "settings": task.plan.settings(),
+            } for task in tasks
+        },
+    }
+    write_atomically(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+    return rows
+
+
+def load(folder: Path) -> Saved:
+    """Read a folder.
+
+    Raises: ConfigError if no sweep was made there.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_bytes())
+        rows = from_csv((folder / TABLE).read_text())
+        return Saved(folder, record["sweep"], record["variants"], record["videos"], record["provenance"], rows)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{folder}: {RECORD} and {TABLE} cannot be read ({error}): no sweep was finished there. "
+            "Name a folder that `python -m evaluation.sweep run` has written."
+        ) from error
+
+
+def to_csv(rows: Iterable[dict[str, Any]]) -> str:
+    """The tidy table as CSV; nothing is an empty cell."""
+    with io.StringIO() as text:
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+
+def from_csv(text: str) -> list[dict[str, Any]]:
+    """What `to_csv` wrote."""
+    rows = list(csv.DictReader(io.StringIO(text)))
+    for row in rows:
+        for name, kind in (("seed", int), ("start_s", float), ("value", float)):
+            row[name] = kind(row[name]) if row[name] else None
+    return rows
+
+
+def _write_parquet(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:  # an optional extra; the CSV holds the same
+        return
+    kinds = {"seed": pyarrow.int64(), "start_s": pyarrow.float64(), "value": pyarrow.float64()}
+    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in COLUMNS])
+    with io.BytesIO() as buffer:
+        parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=schema), buffer)
+        write_atomically(path, buffer.getvalue())
+
+
+def _provenance(sweep: Sweep, tasks: Sequence[Task], device: torch.device) -> dict[str, Any]:
+    """What a number's reader must know: prompts and their hash, seeds, weights, versions, device."""
+    prompts = [job.item.text for job in tasks[0].jobs]
+    files = {
+        name: sha256_file(REPOSITORY / path)
+        for name, path in (("file", sweep.prompts.file), ("extended", sweep.prompts.extended)) if path is not None
+    }
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):  # one that lies on the path without being installed
+            versions[name] = metadata.version(name)
+    return {
+        "prompts_sha256": fingerprint(prompts), "prompt_files_sha256": files, "seeds": sweep.seeds,
+        "model": tasks[0].plan.spec.name, "weights_sha256": tasks[0].plan.weights, "versions": versions,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+    }
