@@ -1,4 +1,4 @@
-"""The rows of a sweep that are missing: `<folder>/rows/<variant>/<prompt>.<group>.json`, written whole or not at all."""
+"""The rows of a sweep that are missing: `<folder>/rows/<variant>/<prompt>.<metric>.json`, each written whole."""
 from __future__ import annotations
 
 import json
