@@ -1,7 +1,6 @@
 """Sweeps: what they stand for, claims, going on after a kill, the tidy table, failures."""
 from __future__ import annotations
 
-import csv
 import multiprocessing
 import os
 import signal
@@ -10,15 +9,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from small_model import write_small_model
 
+from evaluation.__main__ import main
 from evaluation.analysers import ChunkLayout, analyse
-from evaluation.sweep import metrics
-from evaluation.sweep.__main__ import main
-from evaluation.sweep.metrics import Shown, Value, world
-from evaluation.sweep.results import COLUMNS, RECORD, TABLE, from_csv, load, to_csv
+from evaluation.metrics import catalogue
+from evaluation.metrics.measuring import measure_file
+from evaluation.metrics.protocol import CannotMeasureError, Value
+from evaluation.metrics.videos import Video
+from evaluation.metrics.world import WorldMetric
+from evaluation.sweep.results import TABLE, load
 from evaluation.sweep.settings import items_of, load_sweep, variants_of
 from evaluation.sweep.work import Claims, Unit, start_of, work_off
 from evaluation.sweep.workers import labour, prepare
@@ -30,6 +33,7 @@ from utils.video import VideoWriter
 SWEEPS = sorted((REPOSITORY / "evaluation" / "sweeps").glob("*.yaml"))
 FORK = multiprocessing.get_context("fork")         # for workers that call no library with threads of its own
 SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["evaluation.sweep.workers"])
 WAIT_S = 60
 
 
@@ -55,7 +59,7 @@ def write(tmp_path, small):
 
 def run(path, folder, *arguments):
     """The command line with random weights in this process; returns the exit status."""
-    return main(["run", str(path), "--output_folder", str(folder), "--device", "cpu", "--random_weights", *arguments])
+    return main(["sweep", str(path), "--output_folder", str(folder), "--device", "cpu", "--random_weights", *arguments])
 
 
 def finished(folder: Path) -> list[str]:
@@ -94,7 +98,7 @@ def test_prompts_of_a_file_keep_their_numbers(write):
     ({"prompts": {"captions": [{"split": "nope", "count": 1}]}}, "split='nope' is unknown"),
     ({"prompts": {"file": "prompts/showcase.txt", "count": 99999}}, "Lower prompts.first or prompts.count"),
     ({"prompts": {"file": "prompts/none.txt"}}, "no such file"),
-    ({"metrics": ["vbenchh"]}, "'vbenchh' is unknown. Use some of: world"),
+    ({"metrics": ["vbenchh"]}, "vbenchh: unknown"),
     ({"tables": {"t": {"title": "T", "methods": ["x"]}}}, "'x' is none of this sweep's variants"),
     ({"tables": {"t": {"title": "T", "columns": [{"metric": "drift", "label": "d"}]}}}, "name@granularity"),
     ({"colour": 1}, "colour"),
@@ -205,21 +209,19 @@ def _run_and_exit(path: Path, folder: Path, rank: int) -> None:
     if rank == 0:
         raise SystemExit(run(path, folder))
     sweep = load_sweep(path)
-    tasks = prepare(sweep, folder, device="cpu", local_rank=0, random_weights=True)
-    labour(sweep, tasks, folder, rank=rank, world_size=2)
+    tasks, measures = prepare(sweep, folder, device="cpu", local_rank=0, random_weights=True)
+    labour(sweep, tasks, measures, folder, rank=rank, world_size=2)
 
 
 def test_a_run_goes_on_and_more_may_join(write, tmp_path):
     """A second run makes and measures only what a wider sweep adds."""
     folder = tmp_path / "out"
     assert run(write(prompts={"captions": [{"split": "test", "count": 2}]}), folder) == 0
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.suffix in (".mp4", ".json")
-              and path.name != RECORD}
+    kept = [path for path in folder.rglob("*") if path.suffix in (".mp4", ".json", ".csv") and path.parent != folder]
+    before = {path: path.stat().st_mtime_ns for path in kept}
     assert run(write(seeds=[0, 1]), folder) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert len(finished(folder)) == 6 and len({row["video"] for row in load(folder).rows}) == 6
-    assert len({(row["video"], row["metric"], row["granularity"], row["start_s"]) for row in load(folder).rows}) == len(
-        load(folder).rows)
+    assert len(finished(folder)) == 6 and len({row.video for row in load(folder).rows}) == 6
 
 
 def test_other_settings_are_refused(write, tmp_path, capsys):
@@ -230,18 +232,32 @@ def test_other_settings_are_refused(write, tmp_path, capsys):
 
 def test_a_bad_video_is_a_row_that_says_so(write, tmp_path, monkeypatch):
     """The rest goes on, the exit status says that something is missing, and the next run tries again."""
-    def picky(shown):
-        if shown.prompt.startswith("There is a blue square"):
-            raise ValueError("holds no video frames")
-        return [Value("one", "whole", 0.0, 1.0, "by hand")]
-
-    monkeypatch.setitem(metrics.GROUPS, "picky", picky)
+    monkeypatch.setitem(catalogue.MAKERS, "picky", lambda choices: Picky(refused="There is a blue square"))
     assert run(write(metrics=["picky"]), tmp_path / "out") == 1
-    errors = [row["error"] for row in load(tmp_path / "out").rows]
-    assert sorted(errors) == ["", "", "holds no video frames"]
-    monkeypatch.setitem(metrics.GROUPS, "picky", lambda shown: [Value("one", "whole", 0.0, 1.0, "by hand")])
+    assert sorted(row.error for row in load(tmp_path / "out").rows) == ["", "", "not this one"]
+    monkeypatch.setitem(catalogue.MAKERS, "picky", lambda choices: Picky(refused="-"))
     assert run(write(metrics=["picky"]), tmp_path / "out") == 0
-    assert [row["error"] for row in load(tmp_path / "out").rows] == ["", "", ""]
+    assert [row.error for row in load(tmp_path / "out").rows] == ["", "", ""]
+
+
+class Picky:
+    """A metric that says 1, and refuses prompts that begin so."""
+
+    name, reports, granularities, needs, protocol = "picky", ("one",), ("whole",), (), "by hand"
+
+    def __init__(self, refused: str):
+        self._refused = refused
+
+    def start(self, video):
+        if video.prompt.startswith(self._refused):
+            raise CannotMeasureError("not this one")
+        return self
+
+    def add(self, frame):
+        pass
+
+    def values(self):
+        return [Value("one", "whole", None, 1.0)]
 
 
 # --- the tidy table -------------------------------------------------------------------------------------------
@@ -252,23 +268,8 @@ def test_the_record_says_how_the_numbers_came_about(write, tmp_path):
     assert saved.provenance["seeds"] == [3] and len(saved.provenance["prompts_sha256"]) == 64
     assert saved.provenance["weights_sha256"]["transformer"] == "random" and "torch" in saved.provenance["versions"]
     assert saved.variants["rolling"]["settings"]["config"]["kv_cache"]["policy"] == "rolling"
-    with (tmp_path / "out" / TABLE).open() as file:
-        assert tuple(next(csv.reader(file))) == COLUMNS
-    assert {row["protocol"] for row in saved.rows} == {"evaluation.analysers, every frame of the decoded file"}
-    for video in saved.videos:
-        assert (tmp_path / "out" / video["video"]).is_file()
-
-
-def test_the_table_reads_back_as_it_was_written():
-    row = dict.fromkeys(COLUMNS, "x, \"y\"\nz") | {"seed": 3, "start_s": 0.1, "value": 1 / 3}
-    nothing = row | {"seed": None, "start_s": None, "value": None}
-    assert from_csv(to_csv([row, nothing])) == [row, nothing]
-
-
-def test_parquet_equals_the_csv(write, tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    assert run(write(), tmp_path / "out") == 0
-    assert parquet.read_table(tmp_path / "out" / "results.parquet").to_pylist() == load(tmp_path / "out").rows
+    assert {row.protocol for row in saved.rows} == {WorldMetric.protocol} and {row.seed for row in saved.rows} == {"3"}
+    assert len(saved.videos) == 3 and all(saved.path_of(video["video"]).is_file() for video in saved.videos)
 
 
 def test_a_file_shows_what_its_frames_do(tmp_path):
@@ -277,12 +278,20 @@ def test_a_file_shows_what_its_frames_do(tmp_path):
     frames = to_frames(render([clip.scene])).numpy()[0]
     with VideoWriter(tmp_path / "clip.mp4", fps=16) as writer:
         writer.write(frames)
-    rows = world(Shown(tmp_path / "clip.mp4", clip.caption, 16.0, ChunkLayout()))
+    video = Video(tmp_path / "clip.mp4", "", clip.caption, "0", ChunkLayout())
+    rows = measure_file(video, [WorldMetric()], "")
     whole = {row.metric: row.value for row in rows if row.granularity == "whole"}
     direct = analyse(frames, clip.said, 16.0, ChunkLayout()).to_json()["video"]
     assert whole["rate_colour"] == pytest.approx(direct["rate"]["colour"], abs=0.05) and whole["holds_shape"] == 1
     assert whole["background_drift"] == pytest.approx(direct["background_drift"], abs=0.01)
     assert len([row for row in rows if (row.metric, row.granularity) == ("speed", "second")]) == 5
+
+
+def test_prompts_of_another_world_are_told(tmp_path):
+    with VideoWriter(tmp_path / "clip.mp4", fps=16) as writer:
+        writer.write(np.zeros((17, 32, 32, 3), np.uint8))
+    rows = measure_file(Video(tmp_path / "clip.mp4", "", "A red panda.", "0", ChunkLayout()), [WorldMetric()], "")
+    assert "no caption of the embedded model's world" in rows[-1].error
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
@@ -299,7 +308,7 @@ def test_ray_workers_share_a_sweep_and_one_is_killed(write, tmp_path):
     assert run(path, tmp_path / "alone") == 0
     folder = tmp_path / "shared"
     driver = subprocess.Popen(
-        [sys.executable, "-m", "evaluation.sweep", "run", str(path), "--output_folder", str(folder), "--device", "cpu",
+        [sys.executable, "-m", "evaluation", "sweep", str(path), "--output_folder", str(folder), "--device", "cpu",
          "--random_weights", "--ray", "local", "--workers", "3"],
         cwd=REPOSITORY,
     )

@@ -14,8 +14,15 @@ def _picture(choices: Choices) -> Metric:
     return Picture()
 
 
+def _world(choices: Choices) -> Metric:
+    from evaluation.metrics.world import WorldMetric
+
+    return WorldMetric()
+
+
 MAKERS: dict[str, Callable[[Choices], Metric]] = {
     "picture": _picture,
+    "world": _world,
 }
 FREE = ("picture",)  # what `--metrics free` means: they need no download and no optional package
 

@@ -73,15 +73,15 @@ def measure_videos(videos: Sequence[Video], metrics: Sequence[Metric], table: Pa
         known.setdefault(row.video, []).append(row)
     failed, skipped = 0, 0
     for number, video in enumerate(videos, 1):
-        content = _content(video.path)
+        content = content_of(video.path)
         before = known.get(video.name, [])
         unchanged = any(row.metric == FILE and row.protocol == content for row in before)
-        todo = [metric for metric in metrics if not (unchanged and _has(metric, before))]
+        todo = [metric for metric in metrics if not (unchanged and has_values(metric, before))]
         if not todo:
             skipped += 1
             continue
         logger.info("[%d/%d] %s", number, len(videos), video.name)
-        rows = _measure_file(video, todo, content)
+        rows = measure_file(video, todo, content)
         append(table, rows, replacing=() if unchanged or not before else {video.name})
         for row in rows:
             if row.error:
@@ -92,7 +92,7 @@ def measure_videos(videos: Sequence[Video], metrics: Sequence[Metric], table: Pa
     return failed + _note_sizes(videos, table)
 
 
-def _measure_file(video: Video, metrics: Sequence[Metric], content: str) -> list[Row]:
+def measure_file(video: Video, metrics: Sequence[Metric], content: str) -> list[Row]:
     """The rows of one video; a file that cannot be decoded is one row with the error."""
     try:
         with open_video(video.path) as stream:
@@ -121,7 +121,7 @@ def _row(video: Video, metric: str, granularity: str, start_s, value, protocol: 
     )
 
 
-def _has(metric: Metric, rows: Sequence[Row]) -> bool:
+def has_values(metric: Metric, rows: Sequence[Row]) -> bool:
     good = {row.metric for row in rows if row.protocol == metric.protocol and not row.error}
     return set(metric.reports) <= good
 
@@ -158,7 +158,7 @@ def _check_finite(values: Sequence[Value]) -> None:
             raise CannotMeasureError(f"{value.metric} ({value.granularity}) came out as {value.value}")
 
 
-def _content(path: Path) -> str:
+def content_of(path: Path) -> str:
     with path.open("rb") as file:
         return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:HASH_DIGITS]}"
 

@@ -86,6 +86,11 @@ def append(path: Path, rows: Sequence[Row], *, replacing: Collection[str] = ()) 
         write_atomically(path, before + _csv([_texts(row) for row in rows]))
 
 
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Write a whole table, atomically; what was there goes."""
+    write_atomically(path, _csv([COLUMNS, *map(_texts, rows)]))
+
+
 def write_parquet(rows: Sequence[Row], path: Path) -> bool:
     """Write the rows as Parquet, atomically; False if pyarrow is not installed."""
     try:

@@ -36,10 +36,6 @@ class Task:
     jobs: list[Job]
     output: OutputFolder
 
-    def relative(self, job: Job) -> str:
-        """The video's path in the sweep's folder, as the tidy table names it."""
-        return f"{VIDEOS}/{self.variant.name}/{job.stem}.mp4"
-
 
 def make_tasks(sweep: Sweep, folder: Path, *, device: torch.device, random_weights: bool) -> list[Task]:
     """Every variant, checked before anything is computed.

@@ -1,79 +1,70 @@
-"""The rows of a sweep that are missing: `<folder>/rows/<variant>/<prompt>.<metric>.json`, each written whole."""
+"""The rows of a sweep that are missing: `<folder>/rows/<variant>/<prompt>.<metric>.csv`, each written whole."""
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
+from evaluation.metrics.measuring import FILE, content_of, measure_file
+from evaluation.metrics.protocol import Metric
+from evaluation.metrics.table import Row, read_table, write_csv
+from evaluation.metrics.videos import Video
 from evaluation.study.sources import chunk_layout
 from evaluation.sweep.make import Task
-from evaluation.sweep.metrics import GROUPS, Shown
 from evaluation.sweep.work import Unit
-from pipeline.render import Job, is_finished, reason
-from utils.config import ConfigError
-from utils.files import write_atomically
+from pipeline.render import Job, is_finished
 
 ROWS = "rows"
 
 
-def check_metrics(groups: Sequence[str]) -> None:
-    """Raise ConfigError for a group of metrics that is not known."""
-    for group in groups:
-        if group not in GROUPS:
-            raise ConfigError(f"metrics: {group!r} is unknown. Use some of: {', '.join(GROUPS)}.")
+class MeasureError(ValueError):
+    """Metrics that gave no values; the message says why."""
 
 
-def rows_path(folder: Path, task: Task, job: Job, group: str) -> Path:
-    return folder / ROWS / task.variant.name / f"{job.stem}.{group}.json"
-
-
-def measure_units(folder: Path, task: Task, groups: Sequence[str]) -> list[Unit]:
-    """One unit a video and group."""
+def measure_units(folder: Path, task: Task, metrics: Sequence[Metric]) -> list[Unit]:
+    """One unit a video: it is decoded once for all metrics that lack rows."""
     return [
         Unit(
-            f"measure.{task.variant.name}.{job.stem}.{group}",
-            lambda job=job, group=group: _is_measured(folder, task, job, group),
-            lambda job=job, group=group: _measure(folder, task, job, group),
+            f"measure.{task.variant.name}.{job.stem}",
+            lambda job=job: not _missing(folder, task, job, metrics),
+            lambda job=job: _measure(folder, task, job, metrics),
         )
-        for job in task.jobs for group in groups
+        for job in task.jobs
     ]
 
 
-def read_rows(folder: Path, task: Task, job: Job, group: str) -> list[dict] | None:
-    """Rows of one video; None if they are missing, damaged, or of a video made otherwise."""
-    try:
-        saved = json.loads(rows_path(folder, task, job, group).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return saved["rows"] if saved.get("fingerprint") == job.fingerprint else None
+def read_rows(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> list[Row]:
+    """What is known of one video, errors included."""
+    return [row for metric in metrics for row in read_table(rows_path(folder, task, job, metric))]
 
 
-def _is_measured(folder: Path, task: Task, job: Job, group: str) -> bool:
-    rows = read_rows(folder, task, job, group)
-    return rows is not None and not any(row["error"] for row in rows)
+def rows_path(folder: Path, task: Task, job: Job, metric: Metric) -> Path:
+    return folder / ROWS / task.variant.name / f"{job.stem}.{metric.name}.csv"
 
 
-def _measure(folder: Path, task: Task, job: Job, group: str) -> None:
+def _missing(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> list[Metric]:
+    """Metrics without rows, or whose rows are an error, or were made by another protocol."""
+    def is_there(metric: Metric) -> bool:
+        rows = [row for row in read_table(rows_path(folder, task, job, metric)) if row.metric != FILE]
+        return bool(rows) and all(row.protocol == metric.protocol and not row.error for row in rows)
+
+    return [metric for metric in metrics if not is_there(metric)]
+
+
+def _measure(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> None:
     """Measure one video; what is wrong with it becomes a row that says so, and is raised."""
-    who = {
-        "video": task.relative(job), "method": task.variant.name, "prompt": job.item.prompt, "seed": job.seed.seed,
-    }
-    nothing = {"metric": group, "granularity": "", "start_s": None, "value": None, "protocol": ""}
-    failure = None
-    try:
-        if not is_finished(task.output, job):
-            raise ValueError("the video was not made")
-        shown = Shown(task.output.video_path(job.stem), job.item.text, task.plan.geometry.fps, chunk_layout(task.plan))
-        rows = [who | asdict(value) | {"error": ""} for value in GROUPS[group](shown)]
-        for row in rows:
-            row["value"] = row["value"] if math.isfinite(row["value"]) else None
-    except Exception as error:
-        failure = error
-        rows = [who | nothing | {"error": reason(error)}]
-    path = rows_path(folder, task, job, group)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"fingerprint": job.fingerprint, "rows": rows}).encode())
-    if failure is not None:
-        raise failure
+    path = task.output.video_path(job.stem)
+    video = Video(path, task.variant.name, job.item.text, str(job.seed.seed), chunk_layout(task.plan))
+    errors = []
+    for metric in (missing := _missing(folder, task, job, metrics)):
+        rows_path(folder, task, job, metric).parent.mkdir(parents=True, exist_ok=True)
+    if not is_finished(task.output, job):
+        error = "the video was not made"
+        found = [Row(video.name, video.method, video.prompt, video.seed, FILE, "", None, None, "", error)]
+    else:
+        found = measure_file(video, missing, content_of(path))
+    for metric in missing:
+        rows = [row for row in found if row.protocol == metric.protocol or (row.metric == FILE and row.error)]
+        write_csv(rows, rows_path(folder, task, job, metric))
+        errors += [row.error for row in rows if row.error]
+    if errors:
+        raise MeasureError("; ".join(dict.fromkeys(errors)))

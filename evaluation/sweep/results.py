@@ -5,11 +5,9 @@ sorted, so the same sweep gives the same file however many workers made it. With
 """
 from __future__ import annotations
 
-import csv
-import io
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -18,16 +16,15 @@ from typing import Any
 
 import torch
 
-from evaluation.sweep.make import Task
+from evaluation.metrics.protocol import Metric
+from evaluation.metrics.table import Row, read_table, write_csv, write_parquet
+from evaluation.sweep.make import VIDEOS, Task
 from evaluation.sweep.measure import read_rows
 from evaluation.sweep.settings import Sweep
 from utils.config import REPOSITORY, ConfigError
 from utils.files import write_atomically
 from utils.hashing import fingerprint, sha256_file
 
-COLUMNS = (
-    "video", "method", "prompt", "seed", "metric", "granularity", "start_s", "value", "protocol", "error",
-)
 RECORD, TABLE, PARQUET = "sweep.json", "results.csv", "results.parquet"
 PACKAGES = ("torch", "diffusers", "transformers", "av", "numpy", "pillow")
 
@@ -39,21 +36,27 @@ class Saved:
     folder: Path
     sweep: dict[str, Any]             # the YAML's content
     variants: dict[str, Any]          # what decides the pixels of each, in the order of the tables
-    videos: list[dict[str, Any]]      # path, method, prompt, seed of every finished video
+    videos: list[dict[str, Any]]      # video, method, prompt, seed of every finished one, as the rows have them
     provenance: dict[str, Any]
-    rows: list[dict[str, Any]]        # the tidy table; start_s and value are floats or None
+    rows: list[Row]                   # the tidy table
+
+    def path_of(self, video: str) -> Path:
+        """The file of a row's video."""
+        return self.folder / VIDEOS / video
 
 
-def collect(sweep: Sweep, tasks: Sequence[Task], folder: Path, *, device: torch.device) -> list[dict[str, Any]]:
+def collect(
+    sweep: Sweep, tasks: Sequence[Task], metrics: Sequence[Metric], folder: Path, *, device: torch.device,
+) -> list[Row]:
     """Write the tidy table and the record; returns the table's rows."""
-    rows = [
-        row for task in tasks for job in task.jobs for group in sweep.metrics
-        for row in read_rows(folder, task, job, group) or ()
-    ]
-    write_atomically(folder / TABLE, to_csv(rows).encode())
-    _write_parquet(rows, folder / PARQUET)
+    rows = [row for task in tasks for job in task.jobs for row in read_rows(folder, task, job, metrics)]
+    write_csv(rows, folder / TABLE)
+    write_parquet(rows, folder / PARQUET)
     videos = [
-        {"video": task.relative(job), "method": task.variant.name, "prompt": job.item.prompt, "seed": job.seed.seed}
+        {
+            "video": f"{task.variant.name}/{job.stem}.mp4", "method": task.variant.name, "prompt": job.item.text,
+            "seed": str(job.seed.seed),
+        }
         for task in tasks for job in task.jobs if task.output.record(job.stem) is not None
     ]
     record = {
@@ -76,44 +79,13 @@ def load(folder: Path) -> Saved:
     """
     try:
         record = json.loads((folder / RECORD).read_bytes())
-        rows = from_csv((folder / TABLE).read_text())
+        rows = read_table(folder / TABLE)
         return Saved(folder, record["sweep"], record["variants"], record["videos"], record["provenance"], rows)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{folder}: {RECORD} and {TABLE} cannot be read ({error}): no sweep was finished there. "
-            "Name a folder that `python -m evaluation.sweep run` has written."
+            "Name a folder that `python -m evaluation sweep` has written."
         ) from error
-
-
-def to_csv(rows: Iterable[dict[str, Any]]) -> str:
-    """The tidy table as CSV; nothing is an empty cell."""
-    with io.StringIO() as text:
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
-
-
-def from_csv(text: str) -> list[dict[str, Any]]:
-    """What `to_csv` wrote."""
-    rows = list(csv.DictReader(io.StringIO(text)))
-    for row in rows:
-        for name, kind in (("seed", int), ("start_s", float), ("value", float)):
-            row[name] = kind(row[name]) if row[name] else None
-    return rows
-
-
-def _write_parquet(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:  # an optional extra; the CSV holds the same
-        return
-    kinds = {"seed": pyarrow.int64(), "start_s": pyarrow.float64(), "value": pyarrow.float64()}
-    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in COLUMNS])
-    with io.BytesIO() as buffer:
-        parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=schema), buffer)
-        write_atomically(path, buffer.getvalue())
 
 
 def _provenance(sweep: Sweep, tasks: Sequence[Task], device: torch.device) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from training.world import SPLITS, Clip, World, sample
 from utils.config import REPOSITORY, ConfigError, load_structured
 from utils.prompts import PromptItem, load_prompts
 
-METRIC = re.compile(r"[a-z0-9_.]+@[a-z0-9]+")  # name@granularity, as tables write it
+METRIC = re.compile(r"[a-z0-9_]+@[a-z0-9_]+")  # name@granularity, as tables write it
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Sweep:
     checkpoint: str | None = None                       # transformer weights in place of the model's own
     use_ema: bool = False
     batch_size: int = 1                                 # videos made side by side
-    metrics: list[str] = field(default_factory=list)    # groups of evaluation/sweep/metrics.py
+    metrics: list[str] = field(default_factory=list)    # as --metrics of `python -m evaluation measure`
     tables: dict[str, Table] = field(default_factory=dict)
     ablations: dict[str, Ablation] = field(default_factory=dict)
     record: Recording = field(default_factory=Recording)

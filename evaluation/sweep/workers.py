@@ -4,8 +4,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from evaluation.metrics.catalogue import make_metrics
+from evaluation.metrics.protocol import Choices, Metric
 from evaluation.sweep.make import Maker, Task, make_tasks
-from evaluation.sweep.measure import check_metrics, measure_units
+from evaluation.sweep.measure import measure_units
 from evaluation.sweep.settings import Sweep
 from evaluation.sweep.work import Claims, start_of, work_off
 from pipeline.build import choose_device
@@ -15,19 +17,24 @@ CLAIMS = ".claims"
 RETRIES = 8  # of a Ray task whose worker or machine died
 
 
-def prepare(sweep: Sweep, folder: Path, *, device: str, local_rank: int, random_weights: bool) -> list[Task]:
-    """All tasks of a sweep, checked; raises as `make_tasks` does."""
-    check_metrics(sweep.metrics)
-    return make_tasks(sweep, folder, device=choose_device(device, local_rank), random_weights=random_weights)
+def prepare(
+    sweep: Sweep, folder: Path, *, device: str, local_rank: int, random_weights: bool,
+) -> tuple[list[Task], list[Metric]]:
+    """All tasks of a sweep and its metrics, checked; raises as `make_metrics` and `make_tasks` do."""
+    chosen = choose_device(device, local_rank)
+    metrics = make_metrics(sweep.metrics, Choices(str(chosen)))
+    return make_tasks(sweep, folder, device=chosen, random_weights=random_weights), metrics
 
 
-def labour(sweep: Sweep, tasks: Sequence[Task], folder: Path, *, rank: int, world_size: int) -> dict[str, str]:
+def labour(
+    sweep: Sweep, tasks: Sequence[Task], metrics: Sequence[Metric], folder: Path, *, rank: int, world_size: int,
+) -> dict[str, str]:
     """Make and measure what no other worker does, until all is done; returns what failed here, and why."""
     claims, maker = Claims(folder / CLAIMS), Maker(sweep.batch_size)
     make = [unit for task in tasks for unit in maker.units(task)]
     failed = work_off(make, claims, start=start_of(make, rank, world_size))
     maker.release()
-    measure = [unit for task in tasks for unit in measure_units(folder, task, sweep.metrics)]
+    measure = [unit for task in tasks for unit in measure_units(folder, task, metrics)]
     return failed | work_off(measure, claims, start=start_of(measure, rank, world_size))
 
 
@@ -65,5 +72,5 @@ def _ray_task(
     sweep: Sweep, folder: str, device: str, random_weights: bool, rank: int, world_size: int,
 ) -> dict[str, str]:
     path = Path(folder)
-    tasks = prepare(sweep, path, device=device, local_rank=0, random_weights=random_weights)
-    return labour(sweep, tasks, path, rank=rank, world_size=world_size)
+    tasks, metrics = prepare(sweep, path, device=device, local_rank=0, random_weights=random_weights)
+    return labour(sweep, tasks, metrics, path, rank=rank, world_size=world_size)
