@@ -108,7 +108,7 @@ class Engine:
             FloatingPointError: the networks made something that is no number.
         """
         clock = clock or StageClock(self.plan.device)
-        pipeline = self._pipeline_for(len(requests))
+        pipeline = self.pipeline_for(len(requests))
         embeddings = torch.stack([self._embeddings.get(request.text) for request in requests])
         g, seeds = self.plan.geometry, [request.seed for request in requests]
         noise = SeededNoise(seeds, (self.plan.architecture.in_dim, g.latent_height, g.latent_width), self.plan.device)
@@ -135,6 +135,16 @@ class Engine:
                 )
             yield FrameChunk(chunk.span, chunk.latents, frames, chunk.given)
 
+    def pipeline_for(self, batch: int) -> ChunkwisePipeline:
+        """The loop for so many videos at once, its memory included; kept until another number is asked for."""
+        if self._pipeline is None or self._pipeline[0] != batch:
+            self._pipeline = None  # free the old cache before the new one is allocated
+            plan = self.plan
+            self._pipeline = (batch, plan.acceleration.pipeline(
+                self._model, plan.sampler, plan.geometry, plan.cache_shape(batch), plan.policy,
+            ))
+        return self._pipeline[1]
+
     def release(self) -> None:
         """Free the cache after a failure, so that the next video starts from a clean device."""
         self._pipeline = None
@@ -158,15 +168,6 @@ class Engine:
         if plan.random_weights:
             return TinyVAE.random(plan.architecture.out_dim, device=plan.device, dtype=plan.dtype, seed=0)
         return TinyVAE.load(tiny.path, kind=tiny.kind, device=plan.device, dtype=plan.dtype)
-
-    def _pipeline_for(self, batch: int) -> ChunkwisePipeline:
-        if self._pipeline is None or self._pipeline[0] != batch:
-            self._pipeline = None  # free the old cache before the new one is allocated
-            plan = self.plan
-            self._pipeline = (batch, plan.acceleration.pipeline(
-                self._model, plan.sampler, plan.geometry, plan.cache_shape(batch), plan.policy,
-            ))
-        return self._pipeline[1]
 
 
 class _Embeddings:

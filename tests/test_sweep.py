@@ -282,9 +282,10 @@ def test_a_file_shows_what_its_frames_do(tmp_path):
     rows = measure_file(video, [WorldMetric()], "")
     whole = {row.metric: row.value for row in rows if row.granularity == "whole"}
     direct = analyse(frames, clip.said, 16.0, ChunkLayout()).to_json()["video"]
-    assert whole["rate_colour"] == pytest.approx(direct["rate"]["colour"], abs=0.05) and whole["holds_shape"] == 1
-    assert whole["background_drift"] == pytest.approx(direct["background_drift"], abs=0.01)
-    assert len([row for row in rows if (row.metric, row.granularity) == ("speed", "second")]) == 5
+    assert whole["world_rate_colour"] == pytest.approx(direct["rate"]["colour"], abs=0.05)
+    assert whole["world_holds_shape"] == 1
+    assert whole["world_background_drift"] == pytest.approx(direct["background_drift"], abs=0.01)
+    assert len([row for row in rows if (row.metric, row.granularity) == ("world_speed", "second")]) == 5
 
 
 def test_prompts_of_another_world_are_told(tmp_path):

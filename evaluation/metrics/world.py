@@ -19,14 +19,14 @@ SHARES = ("rate", "holds")          # of each property: share of frames in which
 
 
 class WorldMetric:
-    """Numbers of evaluation.analysers: per second every per-frame value, per video what PerVideo holds.
+    """Numbers of evaluation.analysers, called world_*: per second every per-frame value, per video what PerVideo holds.
 
     `rate_<property>` and `holds_<property>` are shares; `pace` is the speed at which the caption's motion shows, and
     `pace_ratio` that of the last five seconds over that of the first. What a caption leaves unsaid has no row.
     """
 
     name = "world"
-    reports = ("background_drift", "survival", "jumps")
+    reports = ("world_background_drift", "world_survival", "world_jumps")
     granularities = ("second", "whole")
     needs = ()
     protocol = "evaluation.analysers on every frame of the decoded file, against the caption"
@@ -61,9 +61,10 @@ class WorldReader:
         whole["pace_ratio"] = last / first if first else None
         curves = {field.name: row["curves"][field.name] for field in fields(PerFrame)}
         curves["pace"] = curves[pace_name(row)]
-        found = [Value(name, "whole", None, float(value)) for name, value in whole.items() if is_known(value)]
-        return found + [
-            Value(name, "second", float(second), float(value))
+        return [
+            Value(f"world_{name}", "whole", None, float(value)) for name, value in whole.items() if is_known(value)
+        ] + [
+            Value(f"world_{name}", "second", float(second), float(value))
             for name, curve in curves.items() for second, value in enumerate(curve) if is_known(value)
         ]
 

@@ -15,7 +15,7 @@ and every result is written whole or not at all. Any number of workers may come,
     record     what attention sees and selection keeps, watched from outside
     workers    this process, torchrun's ranks, or tasks on Ray
     results    the folder: the tidy table, the record of how it came about
-    tables, quoted, figures, page   from the tidy table to what people read
+    numbers, tables, quoted, figures, recorded, page   from the tidy table to what people read
 
 A study (evaluation.study) stays beside it: it measures the embedded model against the world it was trained on, in
 memory, where a sweep measures files. Both share statistics, methods and analysers.

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evaluation.study.settings import NAME, CaptionSet, Method
+from evaluation.sweep.quoted import read_quoted
 from training.world import SPLITS, Clip, World, sample
 from utils.config import REPOSITORY, ConfigError, load_structured
 from utils.prompts import PromptItem, load_prompts
 
-METRIC = re.compile(r"[a-z0-9_]+@[a-z0-9_]+")  # name@granularity, as tables write it
+METRIC = re.compile(r"[a-z0-9_]+@[a-z0-9_]+(:[0-9.]+)?")  # name@granularity, and :start of a window
 
 
 @dataclass
@@ -198,6 +199,8 @@ def _output_fault(sweep: Sweep) -> str | None:
         if not METRIC.fullmatch(metric):
             return f"{where}: {metric!r} names no metric. Write name@granularity, such as background_drift@whole."
     for name, table in sweep.tables.items():
+        if table.quoted is not None:
+            read_quoted(table.quoted)
         for column in table.columns:
             if column.better not in ("lower", "higher", "none"):
                 return f"tables.{name}: better={column.better!r} is unknown. Use lower, higher or none."

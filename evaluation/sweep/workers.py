@@ -8,6 +8,7 @@ from evaluation.metrics.catalogue import make_metrics
 from evaluation.metrics.protocol import Choices, Metric
 from evaluation.sweep.make import Maker, Task, make_tasks
 from evaluation.sweep.measure import measure_units
+from evaluation.sweep.record import record_units
 from evaluation.sweep.settings import Sweep
 from evaluation.sweep.work import Claims, start_of, work_off
 from pipeline.build import choose_device
@@ -34,6 +35,8 @@ def labour(
     make = [unit for task in tasks for unit in maker.units(task)]
     failed = work_off(make, claims, start=start_of(make, rank, world_size))
     maker.release()
+    record = record_units(folder, tasks, sweep.record)
+    failed |= work_off(record, claims, start=start_of(record, rank, world_size))
     measure = [unit for task in tasks for unit in measure_units(folder, task, metrics)]
     return failed | work_off(measure, claims, start=start_of(measure, rank, world_size))
 
