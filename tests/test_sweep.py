@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from small_model import write_small_model
@@ -17,9 +16,8 @@ from small_model import write_small_model
 from evaluation.__main__ import main
 from evaluation.analysers import ChunkLayout, analyse
 from evaluation.metrics import catalogue
-from evaluation.metrics.measuring import measure_file
-from evaluation.metrics.protocol import CannotMeasureError, Value
-from evaluation.metrics.videos import Video
+from evaluation.metrics.measuring import measure
+from evaluation.metrics.protocol import CannotMeasureError, Value, VideoInfo
 from evaluation.metrics.world import WorldMetric
 from evaluation.sweep.results import TABLE, load
 from evaluation.sweep.settings import items_of, load_sweep, variants_of
@@ -28,7 +26,7 @@ from evaluation.sweep.workers import labour, prepare
 from training.world import render, sample, to_frames
 from utils.config import REPOSITORY
 from utils.outputs import read_json_lines
-from utils.video import VideoWriter
+from utils.video import VideoWriter, open_video
 
 SWEEPS = sorted((REPOSITORY / "evaluation" / "sweeps").glob("*.yaml"))
 FORK = multiprocessing.get_context("fork")         # for workers that call no library with threads of its own
@@ -232,10 +230,13 @@ def test_other_settings_are_refused(write, tmp_path, capsys):
 
 def test_a_bad_video_is_a_row_that_says_so(write, tmp_path, monkeypatch):
     """The rest goes on, the exit status says that something is missing, and the next run tries again."""
-    monkeypatch.setitem(catalogue.MAKERS, "picky", lambda choices: Picky(refused="There is a blue square"))
+    make = catalogue._made
+    monkeypatch.setitem(catalogue.EVERY, "picky", ("", ""))
+    monkeypatch.setattr(
+        catalogue, "_made", lambda name, choices: Picky() if name == "picky" else make(name, choices))
     assert run(write(metrics=["picky"]), tmp_path / "out") == 1
     assert sorted(row.error for row in load(tmp_path / "out").rows) == ["", "", "not this one"]
-    monkeypatch.setitem(catalogue.MAKERS, "picky", lambda choices: Picky(refused="-"))
+    monkeypatch.setattr(Picky, "refused", "-")
     assert run(write(metrics=["picky"]), tmp_path / "out") == 0
     assert [row.error for row in load(tmp_path / "out").rows] == ["", "", ""]
 
@@ -243,13 +244,11 @@ def test_a_bad_video_is_a_row_that_says_so(write, tmp_path, monkeypatch):
 class Picky:
     """A metric that says 1, and refuses prompts that begin so."""
 
+    refused = "There is a blue square"
     name, reports, granularities, needs, protocol = "picky", ("one",), ("whole",), (), "by hand"
 
-    def __init__(self, refused: str):
-        self._refused = refused
-
     def start(self, video):
-        if video.prompt.startswith(self._refused):
+        if video.prompt.startswith(self.refused):
             raise CannotMeasureError("not this one")
         return self
 
@@ -278,8 +277,9 @@ def test_a_file_shows_what_its_frames_do(tmp_path):
     frames = to_frames(render([clip.scene])).numpy()[0]
     with VideoWriter(tmp_path / "clip.mp4", fps=16) as writer:
         writer.write(frames)
-    video = Video(tmp_path / "clip.mp4", "", clip.caption, "0", ChunkLayout())
-    rows = measure_file(video, [WorldMetric()], "")
+    with open_video(tmp_path / "clip.mp4") as stream:
+        info = VideoInfo("clip", stream.fps, stream.height, stream.width, clip.caption, ChunkLayout())
+        rows = measure(stream.frames, info, [WorldMetric()]).values["world"]
     whole = {row.metric: row.value for row in rows if row.granularity == "whole"}
     direct = analyse(frames, clip.said, 16.0, ChunkLayout()).to_json()["video"]
     assert whole["world_rate_colour"] == pytest.approx(direct["rate"]["colour"], abs=0.05)
@@ -288,11 +288,9 @@ def test_a_file_shows_what_its_frames_do(tmp_path):
     assert len([row for row in rows if (row.metric, row.granularity) == ("world_speed", "second")]) == 5
 
 
-def test_prompts_of_another_world_are_told(tmp_path):
-    with VideoWriter(tmp_path / "clip.mp4", fps=16) as writer:
-        writer.write(np.zeros((17, 32, 32, 3), np.uint8))
-    rows = measure_file(Video(tmp_path / "clip.mp4", "", "A red panda.", "0", ChunkLayout()), [WorldMetric()], "")
-    assert "no caption of the embedded model's world" in rows[-1].error
+def test_prompts_of_another_world_are_told():
+    with pytest.raises(CannotMeasureError, match="no caption of the embedded model's world"):
+        WorldMetric().start(VideoInfo("clip", 16.0, 32, 32, "A red panda.", ChunkLayout()))
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)

@@ -15,12 +15,13 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from evaluation.metrics.catalogue import FREE, MAKERS
+    from evaluation.metrics.catalogue import BASIC, EVERY, FREE
 
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a folder of videos, or METHOD=FOLDER")
     parser.add_argument(
-        "--metrics", nargs="+", default=["free"], metavar="NAME",
-        help=f"free ({', '.join(FREE)}), all, or some of: {', '.join(MAKERS)} (default: free)",
+        "--metrics", nargs="+", default=["basic"], metavar="NAME",
+        help=f"basic ({', '.join(BASIC)}), free (also {', '.join(FREE[len(BASIC):])}: no download, but optional "
+        f"packages), all, or some of: {', '.join(EVERY)} (default: basic)",
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/metrics.csv"), help="the table, a .csv")
     parser.add_argument("--prompts", type=Path, help="prompts of videos without a JSON: .json by name, .txt by number")
@@ -30,11 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weights", type=Path, default=Path("."), help="the --folder of `python -m utils.download`")
     parser.add_argument("--device", default="auto", help="of metrics that are networks: auto, cpu, cuda or cuda:N")
+    parser.add_argument("--workers", type=int, default=1, help="videos measured side by side, one a process (default 1)")
 
 
 def run(options: argparse.Namespace) -> int:
     from evaluation.analysers.stability import ChunkLayout
-    from evaluation.metrics.catalogue import make_metrics
     from evaluation.metrics.measuring import measure_videos
     from evaluation.metrics.protocol import Choices
     from evaluation.metrics.table import read_table, write_parquet
@@ -43,8 +44,8 @@ def run(options: argparse.Namespace) -> int:
 
     chunks = None if options.chunk_frames is None else ChunkLayout(*options.chunk_frames)
     videos = find_videos(options.folders, prompts=options.prompts, chunks=chunks)
-    metrics = make_metrics(options.metrics, Choices(str(choose_device(options.device)), options.weights))
-    failed = measure_videos(videos, metrics, options.output)
+    choices = Choices(str(choose_device(options.device)), options.weights)
+    failed = measure_videos(videos, options.metrics, choices, options.output, workers=options.workers)
     write_parquet(read_table(options.output), options.output.with_suffix(".parquet"))
     logger.info("%d videos, %d with errors; the table: %s", len(videos), failed, options.output)
     return 1 if failed else 0

@@ -1,44 +1,51 @@
-"""All metrics by name. Makers import what they need only when they are called: some need heavy or optional packages."""
+"""All metrics by name. Each is imported when it is chosen: some need heavy or optional packages."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Sequence
 
 from evaluation.metrics.protocol import Choices, Metric
 from utils.config import ConfigError
 from utils.config_schema import nearest
 
-
-def _picture(choices: Choices) -> Metric:
-    from evaluation.metrics.picture import Picture
-
-    return Picture()
-
-
-def _world(choices: Choices) -> Metric:
-    from evaluation.metrics.world import WorldMetric
-
-    return WorldMetric()
-
-
-MAKERS: dict[str, Callable[[Choices], Metric]] = {
-    "picture": _picture,
-    "world": _world,
+METRICS = {  # name: module of evaluation.metrics and class, made without arguments
+    "picture": ("picture", "Picture"),
+    "drift": ("drift", "Drift"),
+    "flicker": ("steps", "Flicker"),
+    "borders": ("steps", "Borders"),
+    "frozen": ("steps", "Frozen"),
+    "returns": ("returns", "Returns"),
+    "flow": ("flow", "Flow"),
+    "brisque": ("brisque", "Brisque"),
+    "world": ("world", "WorldMetric"),
 }
-FREE = ("picture",)  # what `--metrics free` means: they need no download and no optional package
+ON_DEVICE = {"shots": ("shots", "Shots")}  # made with the device
+MODELS: dict[str, tuple[str, str]] = {}    # made with the choices; they need downloaded weights
+EVERY = {**METRICS, **ON_DEVICE, **MODELS}
+BASIC = ("picture", "drift", "flicker", "borders", "frozen", "returns")  # no download, no optional package
+FREE = (*BASIC, "flow", "brisque", "shots")                              # no download
 
 
 def make_metrics(names: Sequence[str], choices: Choices) -> list[Metric]:
-    """The metrics of these names, ready to measure; `free` stands for all of FREE, `all` for every one.
+    """The metrics of these names, ready to measure; `basic`, `free` and `all` stand for several.
 
     Raises:
         ConfigError: an unknown name; weights or an optional package that are missing, and how to get them.
     """
+    groups = {"basic": BASIC, "free": FREE, "all": tuple(EVERY)}
     wanted: dict[str, None] = {}
     for name in names:
-        wanted |= dict.fromkeys({"free": FREE, "all": tuple(MAKERS)}.get(name, (name,)))
+        wanted |= dict.fromkeys(groups.get(name, (name,)))
     for name in wanted:
-        if name not in MAKERS:
-            raise ConfigError(
-                f"--metrics {name}: unknown.{nearest(name, MAKERS)} Known: free, all, {', '.join(MAKERS)}."
-            )
-    return [MAKERS[name](choices) for name in wanted]
+        if name not in EVERY:
+            known = [*groups, *EVERY]
+            raise ConfigError(f"--metrics {name}: unknown.{nearest(name, known)} Known: {', '.join(known)}.")
+    return [_made(name, choices) for name in wanted]
+
+
+def _made(name: str, choices: Choices) -> Metric:
+    module, kind = EVERY[name]
+    maker = getattr(importlib.import_module(f"evaluation.metrics.{module}"), kind)
+    if name in METRICS:
+        return maker()
+    return maker(choices.device) if name in ON_DEVICE else maker(choices)

@@ -4,14 +4,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import multiprocessing
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from evaluation.metrics.protocol import CannotMeasureError, Frame, Metric, Value, VideoInfo
+from evaluation.metrics.catalogue import make_metrics
+from evaluation.metrics.protocol import CannotMeasureError, Choices, Frame, Metric, Value, VideoInfo
 from evaluation.metrics.table import Row, append, read_table
 from evaluation.metrics.videos import Video
 from utils.video import open_video
@@ -63,37 +67,82 @@ def measure(frames: Iterable[np.ndarray], video: VideoInfo, metrics: Sequence[Me
     return measured
 
 
-def measure_videos(videos: Sequence[Video], metrics: Sequence[Metric], table: Path) -> int:
+def measure_videos(
+    videos: Sequence[Video], names: Sequence[str], choices: Choices, table: Path, *, workers: int = 1,
+) -> int:
     """Measure what the table lacks and add it, video by video; returns how many videos had an error.
 
     A video counts as measured if its file is unchanged and every chosen metric has values of its protocol.
+    Arguments: names as `make_metrics` takes them; workers, processes that measure a video each.
+    Raises: ConfigError, before any video is opened, for metrics that cannot be made.
     """
+    metrics = make_metrics(names, choices)
     known: dict[str, list[Row]] = {}
     for row in read_table(table):
         known.setdefault(row.video, []).append(row)
-    failed, skipped = 0, 0
-    for number, video in enumerate(videos, 1):
-        content = content_of(video.path)
-        before = known.get(video.name, [])
+    jobs = []
+    for video in videos:
+        content, before = _content(video.path), known.get(video.name, [])
         unchanged = any(row.metric == FILE and row.protocol == content for row in before)
-        todo = [metric for metric in metrics if not (unchanged and has_values(metric, before))]
-        if not todo:
-            skipped += 1
-            continue
-        logger.info("[%d/%d] %s", number, len(videos), video.name)
-        rows = measure_file(video, todo, content)
-        append(table, rows, replacing=() if unchanged or not before else {video.name})
+        todo = tuple(metric.name for metric in metrics if not (unchanged and _has(metric, before)))
+        if todo:
+            jobs.append(_Job(video, todo, content, stale=bool(before) and not unchanged))
+    if len(jobs) < len(videos):
+        logger.info("%d of %d videos are measured already and are skipped", len(videos) - len(jobs), len(videos))
+    failed = 0
+    for number, (job, rows) in enumerate(_results(jobs, metrics, choices, min(workers, len(jobs))), 1):
+        append(table, rows, replacing={job.video.name} if job.stale else ())
+        logger.info("[%d/%d] %s", number, len(jobs), job.video.name)
         for row in rows:
             if row.error:
-                logger.error("%s: %s: %s", video.name, row.metric, row.error)
+                logger.error("%s: %s: %s", job.video.name, row.metric, row.error)
         failed += any(row.error for row in rows)
-    if skipped:
-        logger.info("%d of %d videos are measured already and were skipped", skipped, len(videos))
     return failed + _note_sizes(videos, table)
 
 
-def measure_file(video: Video, metrics: Sequence[Metric], content: str) -> list[Row]:
+@dataclass(frozen=True)
+class _Job:
+    """One video to measure."""
+
+    video: Video
+    metrics: tuple[str, ...]
+    content: str
+    stale: bool  # the table has rows of another file of this name
+
+
+def _results(
+    jobs: Sequence[_Job], metrics: Sequence[Metric], choices: Choices, workers: int,
+) -> Iterator[tuple[_Job, list[Row]]]:
+    """Jobs and their rows, in the order in which they are done."""
+    if workers <= 1:
+        for job in jobs:
+            yield job, _measure_file(job, metrics)
+        return
+    names = [metric.name for metric in metrics]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(names, choices)) as pool:
+        waiting = {pool.submit(_work, job): job for job in jobs}
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
+
+
+_METRICS: list[Metric] = []  # of a worker process, made once
+
+
+def _prepare(names: Sequence[str], choices: Choices) -> None:
+    """One thread a worker: the videos are what runs side by side."""
+    torch.set_num_threads(1)
+    _METRICS.extend(make_metrics(names, choices))
+
+
+def _work(job: _Job) -> list[Row]:
+    return _measure_file(job, _METRICS)
+
+
+def _measure_file(job: _Job, made: Sequence[Metric]) -> list[Row]:
     """The rows of one video; a file that cannot be decoded is one row with the error."""
+    video, content = job.video, job.content
+    metrics = [metric for metric in made if metric.name in job.metrics]
     try:
         with open_video(video.path) as stream:
             info = VideoInfo(video.name, stream.fps, stream.height, stream.width, video.prompt, video.chunks)
@@ -121,7 +170,7 @@ def _row(video: Video, metric: str, granularity: str, start_s, value, protocol: 
     )
 
 
-def has_values(metric: Metric, rows: Sequence[Row]) -> bool:
+def _has(metric: Metric, rows: Sequence[Row]) -> bool:
     good = {row.metric for row in rows if row.protocol == metric.protocol and not row.error}
     return set(metric.reports) <= good
 
@@ -158,7 +207,7 @@ def _check_finite(values: Sequence[Value]) -> None:
             raise CannotMeasureError(f"{value.metric} ({value.granularity}) came out as {value.value}")
 
 
-def content_of(path: Path) -> str:
+def _content(path: Path) -> str:
     with path.open("rb") as file:
         return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:HASH_DIGITS]}"
 

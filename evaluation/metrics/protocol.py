@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
+from PIL import Image
 
 from evaluation.analysers.stability import ChunkLayout
 
 Granularity = Literal["second", "clip2s", "window10s", "whole", "first_last_5s", "first_last_15pct"]
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
+THUMBNAIL = 48
 
 
 class CannotMeasureError(ValueError):
@@ -53,6 +55,12 @@ class Frame:
         height, width = self.luma.shape[0] // 2 * 2, self.luma.shape[1] // 2 * 2
         luma = self.luma[:height, :width]
         return (luma[::2, ::2] + luma[1::2, ::2] + luma[::2, 1::2] + luma[1::2, 1::2]) / 4
+
+    @cached_property
+    def thumbnail(self) -> np.ndarray:
+        """The picture averaged over squares of pixels, its shorter side about THUMBNAIL pixels: uint8 [h, w, 3]."""
+        factor = max(1, min(self.rgb.shape[:2]) // THUMBNAIL)
+        return np.asarray(Image.fromarray(self.rgb).reduce(factor))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ WHOLE_ENOUGH = 0.5            # a last window shorter than this share of a windo
 def windows(num_frames: int, fps: float, length_s: float) -> list[tuple[int, int]]:
     """First frame and one past the last, of windows of `length_s`; a short rest is left out, unless all is short."""
     edges = [round(k * length_s * fps) for k in range(int(num_frames / (length_s * fps)) + 2)]
-    found = [(start, min(stop, num_frames)) for start, stop in zip(edges, edges[1:], strict=False) if start < num_frames]
+    spans = zip(edges, edges[1:], strict=False)
+    found = [(start, min(stop, num_frames)) for start, stop in spans if start < num_frames]
     if len(found) > 1 and found[-1][1] - found[-1][0] < WHOLE_ENOUGH * length_s * fps:
         found.pop()
     return found

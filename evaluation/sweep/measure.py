@@ -1,19 +1,23 @@
-"""The rows of a sweep that are missing: `<folder>/rows/<variant>/<prompt>.<metric>.csv`, each written whole."""
+"""The rows of a sweep that are missing: `<folder>/rows/<variant>/<video>.<settings>.<metric>.csv`, each written whole.
+
+`settings` is the beginning of the fingerprint of all that decides the pixels, so rows never outlive their video.
+"""
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.metrics.measuring import FILE, content_of, measure_file
-from evaluation.metrics.protocol import Metric
+from evaluation.metrics.measuring import measure
+from evaluation.metrics.protocol import Metric, VideoInfo
 from evaluation.metrics.table import Row, read_table, write_csv
-from evaluation.metrics.videos import Video
 from evaluation.study.sources import chunk_layout
 from evaluation.sweep.make import Task
 from evaluation.sweep.work import Unit
-from pipeline.render import Job, is_finished
+from pipeline.render import Job, is_finished, reason
+from utils.video import open_video
 
 ROWS = "rows"
+DIGITS = 8
 
 
 class MeasureError(ValueError):
@@ -38,13 +42,13 @@ def read_rows(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> 
 
 
 def rows_path(folder: Path, task: Task, job: Job, metric: Metric) -> Path:
-    return folder / ROWS / task.variant.name / f"{job.stem}.{metric.name}.csv"
+    return folder / ROWS / task.variant.name / f"{job.stem}.{job.fingerprint[:DIGITS]}.{metric.name}.csv"
 
 
 def _missing(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> list[Metric]:
     """Metrics without rows, or whose rows are an error, or were made by another protocol."""
     def is_there(metric: Metric) -> bool:
-        rows = [row for row in read_table(rows_path(folder, task, job, metric)) if row.metric != FILE]
+        rows = read_table(rows_path(folder, task, job, metric))
         return bool(rows) and all(row.protocol == metric.protocol and not row.error for row in rows)
 
     return [metric for metric in metrics if not is_there(metric)]
@@ -52,19 +56,36 @@ def _missing(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> l
 
 def _measure(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> None:
     """Measure one video; what is wrong with it becomes a row that says so, and is raised."""
-    path = task.output.video_path(job.stem)
-    video = Video(path, task.variant.name, job.item.text, str(job.seed.seed), chunk_layout(task.plan))
-    errors = []
-    for metric in (missing := _missing(folder, task, job, metrics)):
-        rows_path(folder, task, job, metric).parent.mkdir(parents=True, exist_ok=True)
-    if not is_finished(task.output, job):
-        error = "the video was not made"
-        found = [Row(video.name, video.method, video.prompt, video.seed, FILE, "", None, None, "", error)]
-    else:
-        found = measure_file(video, missing, content_of(path))
+    missing, errors = _missing(folder, task, job, metrics), []
+    values, failed = _values(task, job, missing)
     for metric in missing:
-        rows = [row for row in found if row.protocol == metric.protocol or (row.metric == FILE and row.error)]
-        write_csv(rows, rows_path(folder, task, job, metric))
-        errors += [row.error for row in rows if row.error]
+        def row(name: str, granularity: str, start_s: float | None, value: float | None, error: str = "",
+                protocol: str = metric.protocol) -> Row:
+            who = f"{task.variant.name}/{job.stem}.mp4", task.variant.name, job.item.text, str(job.seed.seed)
+            return Row(*who, name, granularity, start_s, value, protocol, error)
+
+        rows = [row(v.metric, v.granularity, v.start_s, v.value) for v in values.get(metric.name, ())]
+        if metric.name in failed:
+            rows.append(row(metric.reports[0], "", None, None, failed[metric.name]))
+            errors.append(failed[metric.name])
+        path = rows_path(folder, task, job, metric)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(rows, path)
     if errors:
         raise MeasureError("; ".join(dict.fromkeys(errors)))
+
+
+def _values(task: Task, job: Job, metrics: Sequence[Metric]) -> tuple[dict, dict[str, str]]:
+    """Values and errors, both by metric; a file that cannot be read is an error of every metric."""
+    path = task.output.video_path(job.stem)
+    try:
+        if not is_finished(task.output, job):
+            raise MeasureError("the video was not made")
+        with open_video(path) as stream:
+            info = VideoInfo(
+                path.name, stream.fps, stream.height, stream.width, job.item.text, chunk_layout(task.plan),
+            )
+            measured = measure(stream.frames, info, metrics)
+    except (ValueError, OSError) as error:
+        return {}, dict.fromkeys((metric.name for metric in metrics), reason(error))
+    return measured.values, measured.errors
