@@ -222,6 +222,18 @@ def test_a_run_goes_on_and_more_may_join(write, tmp_path):
     assert len(finished(folder)) == 6 and len({row.video for row in load(folder).rows}) == 6
 
 
+def test_only_what_a_table_needs(write, tmp_path, capsys):
+    """One table's methods are made now, the others later, and then all are in the results."""
+    methods = {name: {"config": "configs/self_forcing.yaml"} for name in ("a", "b")}
+    path, out = write(methods=methods, tables={"t": {"title": "T", "methods": ["b"]}}), tmp_path / "out"
+    assert run(path, out, "--only", "t") == 0
+    assert {row.method for row in load(out).rows} == {"b"}
+    assert run(path, out, "--only", "a") == 0
+    assert {row.method for row in load(out).rows} == {"a", "b"} and len(finished(out)) == 6
+    assert run(path, out, "--only", "nope") == 2
+    assert "--only nope: unknown. Name some of: " in capsys.readouterr().err
+
+
 def test_other_settings_are_refused(write, tmp_path, capsys):
     assert run(write(), tmp_path / "out") == 0
     assert run(write(seconds=[0.7]), tmp_path / "out") == 2

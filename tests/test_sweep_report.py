@@ -17,7 +17,7 @@ from small_model import write_small_model
 from test_against_reference import BASE, Given
 
 from evaluation.__main__ import main
-from evaluation.metrics.table import Row
+from evaluation.metrics.table import Row, write_csv
 from evaluation.sweep.figures import draw_ablation, moments_of
 from evaluation.sweep.numbers import MetricName, Numbers
 from evaluation.sweep.page import PAGE, write_page
@@ -67,9 +67,21 @@ def test_windows_alone_and_averaged(numbers):
     assert numbers.metrics_over_time("window10s") == ["clip_score"] and numbers.metrics_over_time("second") == []
 
 
+def test_protocols_are_never_mixed(numbers):
+    """Two roads to one name: refused until the column says which it means."""
+    both = Numbers([row("a", 0, "d", "whole", None, 1.0),
+                    Row("a/0.mp4", "a", "", "0", "d", "whole", None, 5.0, "VBench-Long")])
+    name = MetricName.parse("d@whole")
+    with pytest.raises(ConfigError, match="2 protocols .VBench-Long; by hand."):
+        both.mean("a", name)
+    assert both.mean("a", name, "VBench").value == 5 and both.mean("a", name, "hand").value == 1
+    assert both.protocol(name, "VBench") == "VBench-Long"
+
+
 # --- tables ---------------------------------------------------------------------------------------------------
 
-COLUMN = {"metric": "drift@whole", "label": "Drift_1 & <more>", "better": "lower", "scale": 10.0, "digits": 1}
+COLUMN = {"metric": "drift@whole", "label": "Drift_1 & <more>", "better": "lower", "scale": 10.0, "digits": 1,
+          "protocol": ""}
 
 
 def saved_of(tmp_path: Path, **sweep) -> Saved:
@@ -78,7 +90,8 @@ def saved_of(tmp_path: Path, **sweep) -> Saved:
 
 
 def test_a_table_marks_the_best_of_ours_and_what_is_quoted(tmp_path, numbers):
-    columns = [COLUMN, {"metric": "dynamic_degree@clip2s", "label": "Dyn", "better": "none", "scale": 100, "digits": 2}]
+    columns = [COLUMN, {"metric": "dynamic_degree@clip2s", "label": "Dyn", "better": "none", "scale": 100, "digits": 2,
+                         "protocol": ""}]
     table = {"title": "T", "methods": [], "columns": columns, "quoted": "deep_forcing_table1"}
     grid = make_grid(table, saved_of(tmp_path), numbers)
     ours, quoted = [line for line in grid.lines if not line.quoted], [line for line in grid.lines if line.quoted]
@@ -92,7 +105,8 @@ def test_a_table_marks_the_best_of_ours_and_what_is_quoted(tmp_path, numbers):
 
 
 def test_other_granularities_are_never_set_beside_each_other(tmp_path, numbers):
-    column = {"metric": "dynamic_degree@whole", "label": "Dyn", "better": "none", "scale": 1, "digits": 2}
+    column = {"metric": "dynamic_degree@whole", "label": "Dyn", "better": "none", "scale": 1, "digits": 2,
+              "protocol": ""}
     table = {"title": "T", "methods": ["a"], "columns": [column], "quoted": "deep_forcing_table1"}
     assert {line.cells[1].text for line in make_grid(table, saved_of(tmp_path), numbers).lines} == {"–"}
 
@@ -291,6 +305,16 @@ def test_an_ablation_needs_numbers_on_its_axis(done, tmp_path):
     saved = load(done)
     with pytest.raises(ConfigError, match=r"kv_cache.policy of rolling is 'rolling', no number"):
         draw_ablation(saved, Numbers(saved.rows), "policy", ["rolling"], [], tmp_path / "x.png")
+
+
+def test_other_tools_numbers_join_ours(done, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(done, folder)
+    video = load(folder).videos[0]
+    (folder / "imported").mkdir()
+    write_csv([Row(video["video"], "rolling", "", "0", "imaging_quality", "clip2s", None, 0.7, "VBench-Long")],
+              folder / "imported" / "vbench.csv")
+    assert load(folder).rows[-1].value == 0.7 and len(load(folder).rows) == len(load(done).rows) + 1
 
 
 def test_a_folder_without_a_sweep_is_refused(tmp_path, capsys):

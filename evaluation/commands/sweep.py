@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("sweep", type=Path, help="a YAML of evaluation/sweeps/")
     add("--output_folder", type=Path, help="where all goes (default: outputs/<name of the sweep>)")
+    add("--only", nargs="+", default=[], metavar="NAME", help="what these tables, ablations or methods need; or record")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="such as batch_size=4")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--ray", metavar="ADDRESS", help="work on this Ray cluster: auto, local, or ray://host:port")
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from evaluation.sweep.results import collect
-    from evaluation.sweep.settings import load_sweep
+    from evaluation.sweep.settings import chosen_of, load_sweep
     from evaluation.sweep.workers import labour, labour_on_ray, prepare
     from pipeline.build import choose_device
     from utils.config import ConfigError
@@ -39,12 +40,16 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--ray and --workers go together, such as --ray local --workers 4.")
     if options.workers is not None and options.workers < 1:
         raise ConfigError(f"--workers {options.workers} is too small. Ask for 1 or more.")
+    chosen_of(sweep, options.only)
     common = {"device": options.device, "random_weights": options.random_weights}
     tasks, metrics = prepare(sweep, folder, local_rank=launch.local_rank, **common)
     if options.ray is not None:
-        failed = labour_on_ray(sweep, folder, address=options.ray, workers=options.workers, **common)
+        failed = labour_on_ray(sweep, folder, address=options.ray, workers=options.workers, only=options.only,
+                               **common)
     else:
-        failed = labour(sweep, tasks, metrics, folder, rank=launch.rank, world_size=launch.world_size)
+        failed = labour(
+            sweep, tasks, metrics, folder, rank=launch.rank, world_size=launch.world_size, only=options.only,
+        )
     if launch.is_main:
         rows = collect(sweep, tasks, metrics, folder, device=choose_device(options.device, launch.local_rank))
         failed |= {row.video: row.error for row in rows if row.error}

@@ -9,6 +9,7 @@ import numpy as np
 
 from evaluation.metrics.table import Row
 from evaluation.study.statistics import Interval, bootstrap_curves, bootstrap_mean
+from utils.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,20 @@ class Numbers:
         for row in rows:
             self._rows.setdefault((row.method, row.metric, row.granularity), []).append(row)
 
-    def per_video(self, method: str, name: MetricName) -> dict[str, float]:
-        """One number a video: the mean over the windows that `name` means."""
+    def per_video(self, method: str, name: MetricName, protocol: str = "") -> dict[str, float]:
+        """One number a video: the mean over the windows that `name` means, made by a protocol that holds `protocol`.
+
+        Raises: ConfigError if that leaves several protocols: their numbers are not comparable.
+        """
         found: dict[str, list[float]] = {}
-        for row in self._rows.get((method, name.metric, name.granularity), ()):
+        for row in self._of(method, name.metric, name.granularity, protocol):
             if name.fits(row):
                 found.setdefault(row.video, []).append(row.value)
         return {video: float(np.mean(values)) for video, values in found.items()}
 
-    def mean(self, method: str, name: MetricName) -> Interval | None:
+    def mean(self, method: str, name: MetricName, protocol: str = "") -> Interval | None:
         """The mean over the videos with its bootstrapped 95 % interval; None if no video has the number."""
-        values = [*self.per_video(method, name).values()]
+        values = [*self.per_video(method, name, protocol).values()]
         return bootstrap_mean(values) if values else None
 
     def curve(self, method: str, metric: str, granularity: str) -> Curve | None:
@@ -74,7 +78,7 @@ class Numbers:
     def curves(self, method: str, metric: str, granularity: str) -> dict[str, dict[float, float]]:
         """video -> start_s -> value."""
         found: dict[str, dict[float, float]] = {}
-        for row in self._rows.get((method, metric, granularity), ()):
+        for row in self._of(method, metric, granularity):
             if row.start_s is not None and row.value is not None:
                 found.setdefault(row.video, {})[row.start_s] = row.value
         return found
@@ -86,8 +90,18 @@ class Numbers:
             if row.granularity == granularity and row.start_s is not None
         ))
 
-    def protocol(self, name: MetricName) -> str:
+    def protocol(self, name: MetricName, protocol: str = "") -> str:
         """How the number was made; empty if nobody has it."""
         said = {row.protocol for (_, metric, granularity), rows in self._rows.items() for row in rows
-                if (metric, granularity) == (name.metric, name.granularity)}
+                if (metric, granularity) == (name.metric, name.granularity) and protocol in row.protocol}
         return "; ".join(sorted(said))
+
+    def _of(self, method: str, metric: str, granularity: str, protocol: str = "") -> list[Row]:
+        rows = [row for row in self._rows.get((method, metric, granularity), ()) if protocol in row.protocol]
+        protocols = sorted({row.protocol for row in rows})
+        if len(protocols) > 1:
+            raise ConfigError(
+                f"{metric}@{granularity} of {method} was measured by {len(protocols)} protocols "
+                f"({'; '.join(protocols)}), which are not comparable. Name a part of the one that is meant as the column's protocol."
+            )
+        return rows

@@ -127,15 +127,14 @@ class Recorded:
 
 
 def record_units(folder: Path, tasks: Sequence[Task], recording: Recording) -> list[Unit]:
-    """One unit a method to watch."""
-    chosen = [task for task in tasks if task.variant.name in recording.methods]
+    """One unit a task."""
     return [
         Unit(
             f"record.{task.variant.name}",
             lambda task=task: _is_recorded(folder, task, recording),
             lambda task=task: _record(folder, task, recording),
         )
-        for task in chosen
+        for task in tasks
     ]
 
 

@@ -1,7 +1,8 @@
 """The folder of one sweep: `sweep.json` says what was asked and how it was made, `results.csv` holds every number.
 
-The tidy table has one row per (video, metric, granularity, start_s). It is collected from the rows of all videos,
-sorted, so the same sweep gives the same file however many workers made it. With pyarrow, also `results.parquet`.
+The tidy table has one row per (video, metric, granularity, start_s). It is collected from the rows of all videos in
+a fixed order, so the same sweep gives the same file however many workers made it. With pyarrow, also
+`results.parquet`. Tables that lie in `imported/` are read beside it.
 """
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ from utils.config import REPOSITORY, ConfigError
 from utils.files import write_atomically
 from utils.hashing import fingerprint, sha256_file
 
+IMPORTED = "imported"  # tables that other tools wrote of the same videos, such as the official VBench suite
 RECORD, TABLE, PARQUET = "sweep.json", "results.csv", "results.parquet"
 PACKAGES = ("torch", "diffusers", "transformers", "av", "numpy", "pillow")
 
@@ -80,6 +82,8 @@ def load(folder: Path) -> Saved:
     try:
         record = json.loads((folder / RECORD).read_bytes())
         rows = read_table(folder / TABLE)
+        for other in sorted((folder / IMPORTED).glob("*.csv")):
+            rows += read_table(other)
         return Saved(folder, record["sweep"], record["variants"], record["videos"], record["provenance"], rows)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(

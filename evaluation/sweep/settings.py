@@ -36,6 +36,7 @@ class Column:
     better: str = "none"                                # lower | higher | none: which end is set in bold
     scale: float = 1.0
     digits: int = 2
+    protocol: str = ""                                  # part of the protocol meant, where there are several
 
 
 @dataclass
@@ -121,6 +122,24 @@ def variants_of(sweep: Sweep) -> list[Variant]:
         full = f"{full}.{seconds:g}s" if len(sweep.seconds) > 1 else full
         found.append(Variant(full, method, tuple(overrides), seconds))
     return found
+
+
+def chosen_of(sweep: Sweep, only: Sequence[str]) -> tuple[set[str], set[str]]:
+    """Variants to make and measure, and those to watch, for some tables, ablations, variants or `record`; empty: all.
+
+    Raises: ConfigError for a name that is none of these.
+    """
+    every = {variant.name for variant in variants_of(sweep)}
+    if not only:
+        return every, set(sweep.record.methods)
+    groups = {name: {name} for name in every}
+    groups |= {name: set(ablation.methods) for name, ablation in sweep.ablations.items()}
+    groups |= {name: set(table.methods) or every for name, table in sweep.tables.items()}
+    groups["record"] = set(sweep.record.methods)
+    for name in only:
+        if name not in groups:
+            raise ConfigError(f"--only {name}: unknown. Name some of: {', '.join(groups)}.")
+    return set().union(*(groups[name] for name in only)), groups["record"] if "record" in only else set()
 
 
 def items_of(sweep: Sweep) -> list[PromptItem]:

@@ -47,10 +47,10 @@ class Grid:
 def make_grid(table: Mapping[str, Any], saved: Saved, numbers: Numbers) -> Grid:
     """One table of a sweep; columns that no line has a number for stay, so that what is missing is seen."""
     columns, methods = table["columns"], table["methods"] or list(saved.variants)
-    names = [MetricName.parse(column["metric"]) for column in columns]
-    found = [[numbers.mean(method, name) for name in names] for method in methods]
+    names = [(MetricName.parse(column["metric"]), column["protocol"]) for column in columns]
+    found = [[numbers.mean(method, *name) for name in names] for method in methods]
     best = [_best([line[i] for line in found], column["better"]) for i, column in enumerate(columns)]
-    counts = [max((len(numbers.per_video(method, name)) for name in names), default=0) for method in methods]
+    counts = [max((len(numbers.per_video(method, *name)) for name in names), default=0) for method in methods]
     lines = [
         Line(method, [Cell(str(count)), *(
             _cell(value, column, best[i] == row) for i, (value, column) in enumerate(zip(values, columns, strict=True))
@@ -68,7 +68,7 @@ def make_grid(table: Mapping[str, Any], saved: Saved, numbers: Numbers) -> Grid:
         ]
         notes.append(f"Rows marked {MARK} are not ours: {paper['source']}, as printed.")
     for column, name in zip(columns, names, strict=True):
-        said = numbers.protocol(name)
+        said = numbers.protocol(*name)
         notes.append(f"{column['label']}: {column['metric']}, {said or 'not measured in this sweep'}.")
     return Grid(table["title"], ["method", "videos", *(_headed(column) for column in columns)], lines, notes)
 

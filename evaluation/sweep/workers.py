@@ -1,7 +1,7 @@
 """Who does the work: this process, the ranks of torchrun, or tasks on a Ray cluster. All run `labour` on one folder."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from evaluation.metrics.catalogue import make_metrics
@@ -9,7 +9,7 @@ from evaluation.metrics.protocol import Choices, Metric
 from evaluation.sweep.make import Maker, Task, make_tasks
 from evaluation.sweep.measure import measure_units
 from evaluation.sweep.record import record_units
-from evaluation.sweep.settings import Sweep
+from evaluation.sweep.settings import Sweep, chosen_of
 from evaluation.sweep.work import Claims, start_of, work_off
 from pipeline.build import choose_device
 from utils.config import REPOSITORY, ConfigError
@@ -29,13 +29,21 @@ def prepare(
 
 def labour(
     sweep: Sweep, tasks: Sequence[Task], metrics: Sequence[Metric], folder: Path, *, rank: int, world_size: int,
+    only: Collection[str] = (),
 ) -> dict[str, str]:
-    """Make and measure what no other worker does, until all is done; returns what failed here, and why."""
+    """Make and measure what no other worker does, until all is done; returns what failed here, and why.
+
+    Args:
+        only: names that `chosen_of` knows; empty is all.
+    """
+    wanted, seen = chosen_of(sweep, [*only])
+    watched = [task for task in tasks if task.variant.name in seen]
+    tasks = [task for task in tasks if task.variant.name in wanted]
     claims, maker = Claims(folder / CLAIMS), Maker(sweep.batch_size)
     make = [unit for task in tasks for unit in maker.units(task)]
     failed = work_off(make, claims, start=start_of(make, rank, world_size))
     maker.release()
-    record = record_units(folder, tasks, sweep.record)
+    record = record_units(folder, watched, sweep.record)
     failed |= work_off(record, claims, start=start_of(record, rank, world_size))
     measure = [unit for task in tasks for unit in measure_units(folder, task, metrics)]
     return failed | work_off(measure, claims, start=start_of(measure, rank, world_size))
@@ -43,6 +51,7 @@ def labour(
 
 def labour_on_ray(
     sweep: Sweep, folder: Path, *, address: str, workers: int, device: str, random_weights: bool,
+    only: Collection[str] = (),
 ) -> dict[str, str]:
     """The same by `workers` tasks on the cluster at `address` (`local` starts one on this machine).
 
@@ -63,7 +72,7 @@ def labour_on_ray(
     task = ray.remote(max_retries=RETRIES, **resources)(_ray_task)
     try:
         waiting = [
-            task.remote(sweep, str(folder.absolute()), device, random_weights, rank, workers)
+            task.remote(sweep, str(folder.absolute()), device, random_weights, rank, workers, [*only])
             for rank in range(workers)
         ]
         return {name: why for failed in ray.get(waiting) for name, why in failed.items()}
@@ -72,8 +81,8 @@ def labour_on_ray(
 
 
 def _ray_task(
-    sweep: Sweep, folder: str, device: str, random_weights: bool, rank: int, world_size: int,
+    sweep: Sweep, folder: str, device: str, random_weights: bool, rank: int, world_size: int, only: list[str],
 ) -> dict[str, str]:
     path = Path(folder)
     tasks, metrics = prepare(sweep, path, device=device, local_rank=0, random_weights=random_weights)
-    return labour(sweep, tasks, metrics, path, rank=rank, world_size=world_size)
+    return labour(sweep, tasks, metrics, path, rank=rank, world_size=world_size, only=only)
