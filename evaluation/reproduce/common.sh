@@ -15,7 +15,7 @@ reproduce() {  # reproduce SWEEP FOLDER ARGUMENT...   evaluation/sweeps/SWEEP.ya
     shift 2
     gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
     WORKERS="${WORKERS:-$([ "$gpus" -gt 0 ] && echo "$gpus" || nproc)}"
-    ${LIMIT_S:+timeout --kill-after=20 "$LIMIT_S"} "$PYTHON" -m torch.distributed.run --nproc_per_node="$WORKERS" \
+    ${LIMIT_S:+timeout --kill-after=45 "$LIMIT_S"} "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$WORKERS" \
         -m evaluation sweep "evaluation/sweeps/$sweep.yaml" --output_folder "$folder" "$@" || status=$?
     if [ "$status" = 124 ] || [ "$status" = 137 ]; then
         echo "stopped after $LIMIT_S s; the same command goes on from here" >&2

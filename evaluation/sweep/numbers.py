@@ -102,6 +102,7 @@ class Numbers:
         if len(protocols) > 1:
             raise ConfigError(
                 f"{metric}@{granularity} of {method} was measured by {len(protocols)} protocols "
-                f"({'; '.join(protocols)}), which are not comparable. Name a part of the one that is meant as the column's protocol."
+                f"({'; '.join(protocols)}), which are not comparable. "
+                "Name a part of the one that is meant as the column's protocol."
             )
         return rows
