@@ -15,13 +15,14 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from evaluation.metrics.catalogue import BASIC, EVERY, FREE
+    from evaluation.metrics.catalogue import BASIC, FREE, PAPERS
 
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a folder of videos, or METHOD=FOLDER")
     parser.add_argument(
         "--metrics", nargs="+", default=["basic"], metavar="NAME",
-        help=f"basic ({', '.join(BASIC)}), free (also {', '.join(FREE[len(BASIC):])}: no download, but optional "
-        f"packages), all, or some of: {', '.join(EVERY)} (default: basic)",
+        help=f"basic ({', '.join(BASIC)}); free (also {', '.join(FREE[len(BASIC):])}: no download, but optional "
+        f"packages); papers ({', '.join(PAPERS)}: downloaded weights); visual_stability (needs --vlm); or "
+        "any of these by name (default: basic)",
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/metrics.csv"), help="the table, a .csv")
     parser.add_argument("--prompts", type=Path, help="prompts of videos without a JSON: .json by name, .txt by number")
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weights", type=Path, default=Path("."), help="the --folder of `python -m utils.download`")
     parser.add_argument("--device", default="auto", help="of metrics that are networks: auto, cpu, cuda or cuda:N")
+    parser.add_argument("--vlm", default="", metavar="MODULE:FUNCTION", help="the model that visual_stability asks")
     parser.add_argument("--workers", type=int, default=1, help="videos measured side by side, one a process (default 1)")
 
 
@@ -44,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
 
     chunks = None if options.chunk_frames is None else ChunkLayout(*options.chunk_frames)
     videos = find_videos(options.folders, prompts=options.prompts, chunks=chunks)
-    choices = Choices(str(choose_device(options.device)), options.weights)
+    choices = Choices(str(choose_device(options.device)), options.weights, options.vlm)
     failed = measure_videos(videos, options.metrics, choices, options.output, workers=options.workers)
     write_parquet(read_table(options.output), options.output.with_suffix(".parquet"))
     logger.info("%d videos, %d with errors; the table: %s", len(videos), failed, options.output)

@@ -20,19 +20,26 @@ METRICS = {  # name: module of evaluation.metrics and class, made without argume
     "world": ("world", "WorldMetric"),
 }
 ON_DEVICE = {"shots": ("shots", "Shots")}  # made with the device
-MODELS: dict[str, tuple[str, str]] = {}    # made with the choices; they need downloaded weights
+MODELS = {                                 # made with the choices; they need downloaded weights, or a model of yours
+    "subject_consistency": ("consistency", "subject"),
+    "background_consistency": ("consistency", "background"),
+    "clip_score": ("likeness", "clip_score"),
+    "aesthetic_quality": ("likeness", "aesthetic_quality"),
+    "visual_stability": ("stability", "visual_stability"),
+}
 EVERY = {**METRICS, **ON_DEVICE, **MODELS}
 BASIC = ("picture", "drift", "flicker", "borders", "frozen", "returns")  # no download, no optional package
 FREE = (*BASIC, "flow", "brisque", "shots")                              # no download
+PAPERS = tuple(name for name in MODELS if name != "visual_stability")    # the papers' own, with downloaded weights
 
 
 def make_metrics(names: Sequence[str], choices: Choices) -> list[Metric]:
-    """The metrics of these names, ready to measure; `basic`, `free` and `all` stand for several.
+    """The metrics of these names, ready to measure; `basic`, `free` and `papers` stand for several.
 
     Raises:
         ConfigError: an unknown name; weights or an optional package that are missing, and how to get them.
     """
-    groups = {"basic": BASIC, "free": FREE, "all": tuple(EVERY)}
+    groups = {"basic": BASIC, "free": FREE, "papers": PAPERS}
     wanted: dict[str, None] = {}
     for name in names:
         wanted |= dict.fromkeys(groups.get(name, (name,)))

@@ -102,3 +102,4 @@ class Choices:
 
     device: str = "cpu"
     weights: Path = Path(".")   # the --folder of `python -m utils.download`
+    vlm: str = ""               # MODULE:FUNCTION of a vision-language model, see stability.py

@@ -82,6 +82,7 @@ class Sweep:
     use_ema: bool = False
     batch_size: int = 1                                 # videos made side by side
     metrics: list[str] = field(default_factory=list)    # as --metrics of `python -m evaluation measure`
+    vlm: str = ""                                       # MODULE:FUNCTION that visual_stability asks
     tables: dict[str, Table] = field(default_factory=dict)
     ablations: dict[str, Ablation] = field(default_factory=dict)
     record: Recording = field(default_factory=Recording)

@@ -23,7 +23,7 @@ def prepare(
 ) -> tuple[list[Task], list[Metric]]:
     """All tasks of a sweep and its metrics, checked; raises as `make_metrics` and `make_tasks` do."""
     chosen = choose_device(device, local_rank)
-    metrics = make_metrics(sweep.metrics, Choices(str(chosen)))
+    metrics = make_metrics(sweep.metrics, Choices(str(chosen), vlm=sweep.vlm))
     return make_tasks(sweep, folder, device=chosen, random_weights=random_weights), metrics
 
 
