@@ -15,12 +15,14 @@ reproduce() {  # reproduce SWEEP FOLDER ARGUMENT...   evaluation/sweeps/SWEEP.ya
     shift 2
     gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
     WORKERS="${WORKERS:-$([ "$gpus" -gt 0 ] && echo "$gpus" || nproc)}"
-    ${LIMIT_S:+timeout --kill-after=45 "$LIMIT_S"} "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$WORKERS" \
-        -m evaluation sweep "evaluation/sweeps/$sweep.yaml" --output_folder "$folder" "$@" || status=$?
+    ${LIMIT_S:+timeout --kill-after=45 "$LIMIT_S"} \
+        "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$WORKERS" -m evaluation \
+        sweep "evaluation/sweeps/$sweep.yaml" --output_folder "$folder" "$@" || status=$?
     if [ "$status" = 124 ] || [ "$status" = 137 ]; then
         echo "stopped after $LIMIT_S s; the same command goes on from here" >&2
         return 124
     fi
+    [ "$status" -le 1 ] || return "$status"
     "$PYTHON" -m evaluation report "$folder" || return
     return "$status"
 }

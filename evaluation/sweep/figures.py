@@ -83,7 +83,8 @@ def draw_ablation(
     order = np.argsort(places, kind="stable")
     with saved_figure(path, (5 * len(metrics), 3.8)) as figure:
         for axes, text in zip(np.atleast_1d(figure.subplots(1, len(metrics))), metrics, strict=True):
-            known = [(places[i], numbers.mean(methods[i], MetricName.parse(text))) for i in order]
+            name, _, protocol = text.partition(" ")
+            known = [(places[i], numbers.mean(methods[i], MetricName.parse(name), protocol)) for i in order]
             known = [(x, mean) for x, mean in known if mean is not None]
             if known:
                 values = np.array([[x, mean.value, mean.value - mean.low, mean.high - mean.value] for x, mean in known])
