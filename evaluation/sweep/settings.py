@@ -214,7 +214,10 @@ def _output_fault(sweep: Sweep) -> str | None:
             if name not in known:
                 return f"{where}: {name!r} is none of this sweep's variants. Known: {', '.join(sorted(known))}."
     metrics = [(f"tables.{name}", c.metric) for name, table in sweep.tables.items() for c in table.columns]
-    metrics += [(f"ablations.{name}", m.partition(" ")[0]) for name, ablation in sweep.ablations.items() for m in ablation.metrics]
+    metrics += [
+        (f"ablations.{name}", metric.partition(" ")[0])
+        for name, ablation in sweep.ablations.items() for metric in ablation.metrics
+    ]
     for where, metric in metrics:
         if not METRIC.fullmatch(metric):
             return f"{where}: {metric!r} names no metric. Write name@granularity, such as background_drift@whole."
