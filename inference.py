@@ -25,7 +25,8 @@ from pipeline.acceleration import MODES
 from pipeline.build import RunPlan, choose_device, plan_run
 from pipeline.decoder import NAMES as DECODERS
 from pipeline.engine import Engine
-from pipeline.preflight import asked_pixel_frames, check_memory, describe, video_length
+from pipeline.length import asked_pixel_frames, check_timelines, video_length
+from pipeline.preflight import check_memory, describe
 from pipeline.render import Summary, check_number, make_jobs, pending_jobs, reason, refuse_other_settings, render
 from utils.config import load_config
 from utils.launch import Launch, read_launch, wait_for_others
@@ -54,10 +55,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config_path", type=Path, default=DEFAULT_CONFIG, help="method: a YAML (default: configs/deep_forcing.yaml)")
     add("--prompt", help="one prompt, instead of --data_path")
-    add("--data_path", type=Path, help="prompts: .txt (one a line), .jsonl, or a folder (default: the model's own)")
+    add("--data_path", type=Path, help="prompts: .txt (one a line), .jsonl, .yaml or a folder (default: the model's)")
     add("--extended_prompt_path", type=Path, help="longer prompts, line by line; the short ones name the files")
     add("--output_folder", type=Path, default=Path("videos"), help="where videos and their records go")
     add("--checkpoint_path", type=Path, help="transformer weights, any known layout (default: the model's own)")
+    add("--lora_path", type=Path, help="a LoRA that is merged into the transformer (default: the model's own, if any)")
+    add("--lora_alpha", type=float, help="scales it, over its rank (default: its rank, a scale of 1)")
     add("--decoder", choices=DECODERS, default="wan", help="wan (the VAE), or a tiny, approximate one")
     add("--decoder_path", type=Path, help="weights of the tiny decoder (default: where the model's YAML says)")
     add("--use_ema", action="store_true", help="take the averaged weights of a .pt checkpoint")
@@ -112,6 +115,7 @@ def make_plan(options: argparse.Namespace, launch: Launch) -> RunPlan:
         config, checkpoint=options.checkpoint_path, use_ema=options.use_ema,
         device=choose_device(options.device, launch.local_rank), random_weights=options.random_weights,
         decoder=options.decoder, decoder_path=options.decoder_path,
+        lora=options.lora_path, lora_alpha=options.lora_alpha,
         acceleration=MODES[options.acceleration](attention=options.attention),
     )
 
@@ -134,6 +138,7 @@ def run(options: argparse.Namespace) -> int:
     pixel_frames = asked_pixel_frames(plan, latent_frames=options.num_output_frames, seconds=options.seconds)
     items = read_prompts(options, plan)
     length = video_length(plan, pixel_frames, given_frames=1 if options.i2v else 0)  # a source is one frame at least
+    check_timelines(plan, items, length, given_frames=1 if options.i2v else 0)
     check_memory(plan, options.batch_size)
     check_number(len(items), options.num_samples)
     if options.dry_run:
@@ -150,7 +155,7 @@ def run(options: argparse.Namespace) -> int:
     summary = Summary()
     if jobs:
         engine = Engine(plan)
-        engine.prepare([job.item.text for job in jobs])
+        engine.prepare([text for job in jobs for text in job.item.texts])
         summary = render(engine, folder, jobs, pixel_frames, batch_size=options.batch_size)
         logger.info("finished %d of %d videos in %s", len(summary.finished), len(jobs), folder.folder)
     for stem, why in summary.failed.items():

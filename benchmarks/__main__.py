@@ -5,6 +5,7 @@
     python -m benchmarks sweep --policy self_forcing --measure dit --lengths 5 60 600
     python -m benchmarks exactness --seconds 60
     python -m benchmarks endurance --seconds 600
+    python -m benchmarks memory --policy packforcing_4 --seconds 120
 
 The unit of steady time is a prune cycle: the chunks from one prune to the next. A warm-up video runs through every
 window length first. Each task prints a table and writes a JSON with device, versions, revision and command.
@@ -27,12 +28,14 @@ from benchmarks.clock import clock_of
 from benchmarks.cycles import LEAST_CYCLES, Schedule, schedule_of_cycles, schedule_of_seconds
 from benchmarks.endurance import endure
 from benchmarks.exactness import EXACT, REFERENCE, compare_latents
+from benchmarks.memory import measure_memory
 from benchmarks.plots import Panel, draw
 from benchmarks.report import (
     comparison_table,
     difference_table,
     environment,
     length_table,
+    memory_table,
     speed_table,
     window_table,
     write_json,
@@ -146,6 +149,12 @@ def run_endurance(options: argparse.Namespace, base: Setting, device: torch.devi
     return "\n".join(words), {"setting": base.describe(plan), "seconds": options.seconds, "endurance": endurance}
 
 
+def run_memory(options: argparse.Namespace, base: Setting, device: torch.device) -> Result:
+    plan = base.plan(device)
+    cost = measure_memory(Subject(base, plan), schedule_of_seconds(plan, options.seconds), clock_of(device))
+    return memory_table(cost), {"setting": base.describe(plan), "seconds": options.seconds, "memory": cost}
+
+
 def _schedule(options: argparse.Namespace, plan: RunPlan) -> Schedule:
     if options.seconds is not None:
         return schedule_of_seconds(plan, options.seconds)
@@ -167,7 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; bad input is an error on stderr and exit status 2."""
     options = parse_arguments(__doc__, arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    tasks = {"speed": run_speed, "sweep": run_sweep, "exactness": run_exactness, "endurance": run_endurance}
+    tasks = {"speed": run_speed, "sweep": run_sweep, "exactness": run_exactness, "endurance": run_endurance,
+             "memory": run_memory}
     begin = time.perf_counter()
     try:
         device = choose_device(options.device)

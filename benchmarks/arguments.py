@@ -42,6 +42,9 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
 
     endurance = _task(tasks, "endurance", "ten minutes of the transformer: speed and memory at the end, host waits")
     endurance.add_argument("--seconds", type=float, default=600.0, help="length of the video (default %(default)s)")
+
+    memory = _task(tasks, "memory", "what remembering costs: choosing, windows, compressing; bytes")
+    memory.add_argument("--seconds", type=float, default=120.0, help="length of the video (default %(default)s)")
     return parser.parse_args(arguments)
 
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from pipeline.build import RunPlan
-from pipeline.preflight import Length, asked_pixel_frames, preview_windows, video_length
+from pipeline.length import asked_pixel_frames, video_length
+from pipeline.loops import Length
+from pipeline.preflight import preview_windows
 from utils.config import ConfigError
 
 LEAST_CYCLES = 12   # fewer say little about spread

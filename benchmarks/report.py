@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.exactness import Differences
+from benchmarks.memory import MemoryCost, kv_lines
 from benchmarks.speed import Comparison
 from benchmarks.summary import Speed, Spread
 from benchmarks.sweep import LengthPoint, WindowSweep
@@ -145,6 +146,21 @@ def window_table(lines: Mapping[str, WindowSweep]) -> str:
     }
     refused = {frames: why for sweep in lines.values() for frames, why in sweep.refused.items()}
     return "\n".join([_speed_rows(speeds), *(f"window {frames} left out: {why}" for frames, why in refused.items())])
+
+
+def memory_table(cost: MemoryCost) -> str:
+    """Time of each part, then keys and values in three lines."""
+    rows = [("", "ms a chunk (quartiles)", "share of a chunk")]
+    rows.append(("chunk", _middle(cost.chunk_ms), "-"))
+    for name, ms in cost.part_ms.items():
+        share = f"{100 * cost.share[name]:.3f} %" if name in cost.share else "-"
+        rows.append((name, _middle(ms, 3), share))
+    rows.append(("rotation", "window less gather", f"{100 * cost.share['rotation']:.3f} %"))
+    growth = ", ".join(f"{nbytes / 1e9:.3f} GB from chunk {chunk}" for chunk, nbytes in cost.archive_bytes.items())
+    return "\n".join([
+        table(rows), f"at most {max(cost.context_tokens):,} tokens of context, {cost.context_tokens[-1]:,} at the end",
+        f"last minute over first: {cost.last_over_first:.4f}", *kv_lines(cost.nbytes), f"archive: {growth}",
+    ])
 
 
 def difference_table(pairs: Mapping[str, Differences]) -> str:

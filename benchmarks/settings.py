@@ -96,6 +96,11 @@ class Setting:
             REPOSITORY / "configs" / f"{self.policy}.yaml", policy_fields=policy_fields(), build_policy=build_policy,
             overrides=[default, *self.overrides, *flags],
         )
+        if config.pipeline != "chunkwise":
+            raise ConfigError(
+                f"{self.policy}: its pipeline is {config.pipeline}; what is measured here are the passes of a chunk. "
+                "Choose a config whose pipeline is chunkwise."
+            )
         return plan_run(
             config, checkpoint=None, use_ema=False, device=device, random_weights=True,
             acceleration=Acceleration(

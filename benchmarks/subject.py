@@ -20,9 +20,11 @@ from benchmarks.settings import Setting
 from pipeline.build import RunPlan
 from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.noise import SampleSeed, SeededNoise
+from pipeline.packets import make_packer
 from pipeline.preflight import check_memory
 from wan.geometry import ChunkSpan
 from wan.model import CausalWanModel, TextContext, randomize
+from wan.vae import WanVAE
 
 Stages = dict[str, float]  # milliseconds by name, in order; their sum is the chunk's time
 STAGES = ("denoise", "context", "decode", "copy")  # in order; without a decoder the first two
@@ -47,9 +49,15 @@ def make_pipeline(plan: RunPlan, setting: Setting) -> ChunkwisePipeline:
         model = CausalWanModel(plan.architecture, plan.attention_backend)
     randomize(model, seed=0)
     model = model.to(plan.dtype).eval().requires_grad_(False)
-    return plan.acceleration.pipeline(
+    pipeline = plan.acceleration.pipeline(
         model, plan.sampler, plan.geometry, plan.cache_shape(setting.batch), plan.policy,
     )
+    pipeline.packer = make_packer(
+        model, pipeline.cache, plan.geometry, plan.policy, plan.sampler.context_time,
+        lambda: WanVAE.random(plan.spec.vae, device=plan.device, dtype=plan.dtype, seed=0),
+        plan.branch and plan.branch.load(random=True, device=plan.device, dtype=plan.dtype),
+    )
+    return pipeline
 
 
 class Subject:
@@ -82,6 +90,8 @@ class Subject:
         with torch.inference_mode():
             self.text = self.pipeline.model.embed_text(self._embeddings)
         self._decode = self._open() if self._open else None
+        if self.pipeline.packer is not None:
+            self.pipeline.packer.start(None)
         self._spans = self.plan.geometry.chunks(latent_frames)
 
     def advance(self, clock: Clock, guard: Callable[[], AbstractContextManager] = nullcontext) -> Made:
@@ -101,6 +111,18 @@ class Subject:
         clock.wait(marks[-1])
         times = [clock.ms(begin, end) for begin, end in pairwise(marks)]
         return Made(latents, dict(zip(STAGES, times, strict=False)))
+
+    def denoise(self) -> Tensor:
+        """The denoising passes alone of the next chunk, which stays in the making."""
+        return self.pipeline.denoise(next(self._spans), self.text, self.noise)
+
+    def pixels_like(self, latents: Tensor) -> Tensor | None:
+        """Pixels of the size that these latents decode to, where the compressor reads pixels."""
+        g, compression = self.plan.geometry, self.plan.policy.compression
+        if not compression.reads_pixels:
+            return None
+        frames = g.pixel_frames(latents.shape[1], first=False)
+        return torch.zeros(len(latents), frames, 3, g.height, g.width, device=latents.device)
 
     def first_frames(self, clock: Clock) -> tuple[float, int] | None:
         """Milliseconds from the call to the first chunk's frames on the host, and how many those are.

@@ -23,7 +23,8 @@ from torch import Tensor
 from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.sampler import FewStepSampler, schedule
 from wan.geometry import ChunkSpan, VideoGeometry
-from wan.kv_cache.cache import CacheShape, KVCache
+from wan.kv_cache.cache import KVCache
+from wan.kv_cache.layer import CacheShape
 from wan.kv_cache.policy import build_policy
 from wan.model import CausalWanModel, WanConfig
 from wan.text_encoder import TextEncoder

@@ -20,10 +20,11 @@ from utils.files import user_cache_dir
 from wan.backends import AttentionBackend, load_backend
 from wan.compiler import Compiler, inductor, keep_compiled, plain
 from wan.geometry import VideoGeometry
-from wan.kv_cache.cache import CacheShape, KVCache
+from wan.kv_cache.cache import KVCache
+from wan.kv_cache.layer import CacheShape
 from wan.kv_cache.policy import KVPolicy
 from wan.model import CausalWanModel
-from wan.recorder import CudaRecorder
+from wan.recorder import CudaRecorder, Recorder
 from wan.vae import WanVAE
 
 
@@ -71,15 +72,23 @@ class Acceleration:
         keep_compiled(user_cache_dir() / "compiled")
         return inductor
 
+    @property
+    def recorder(self) -> Recorder | None:
+        """Who records the passes as graphs; None where they run as they are."""
+        return CudaRecorder() if self.graphs else None
+
+    def cache(self, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy) -> KVCache:
+        return KVCache(shape, geometry, policy, compiler=self.compiler)
+
     def pipeline(
         self, model: CausalWanModel, sampler: FewStepSampler, geometry: VideoGeometry, shape: CacheShape,
         policy: KVPolicy,
     ) -> ChunkwisePipeline:
         """The loop over a cache of its own. For loaded weights; the model is accelerated in place."""
         model.accelerate(self.compiler)
-        cache = KVCache(shape, geometry, policy, compiler=self.compiler)
+        cache = self.cache(shape, geometry, policy)
         if self.graphs:
-            return GraphedPipeline(model, sampler, geometry, cache, CudaRecorder())
+            return GraphedPipeline(model, sampler, geometry, cache, self.recorder)
         return ChunkwisePipeline(model, sampler, geometry, cache)
 
     def accelerate_decoder(self, vae: WanVAE, chunk_frames: int) -> WanVAE:

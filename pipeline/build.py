@@ -18,14 +18,17 @@ import torch
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.acceleration import Acceleration
 from pipeline.decoder import TinyDecoder, choose_decoder
+from pipeline.loops import Loop, make_loop
+from pipeline.packets import TrainedBranch, choose_branch
 from pipeline.sampler import FewStepSampler
 from utils.config import Config, ConfigError, ModelSpec, load_model_spec
 from utils.hashing import fingerprint, sha256_file
 from wan.backends import AttentionBackend
 from wan.checkpoint import CheckpointError, check_transformer
 from wan.geometry import VideoGeometry
-from wan.kv_cache.cache import CacheShape
+from wan.kv_cache.layer import CacheShape
 from wan.kv_cache.policy import KVPolicy, build_policy
+from wan.lora import check_lora
 from wan.model import CausalWanModel, WanConfig
 from wan.prompt_tokens import load_tokenizer
 from wan.text_encoder import check_text_encoder
@@ -47,11 +50,13 @@ class RunPlan:
     geometry: VideoGeometry
     policy: KVPolicy
     sampler: FewStepSampler
+    loop: Loop
     device: torch.device
     dtype: torch.dtype
     use_ema: bool  # only where the checkpoint has something to choose from
     random_weights: bool  # seeded noise instead of files, for benchmarks
     tiny_decoder: TinyDecoder | None = None  # None: the VAE decodes
+    branch: TrainedBranch | None = None      # of a compressor that was trained
     acceleration: Acceleration = EAGER
 
     @property
@@ -74,12 +79,13 @@ class RunPlan:
     def weights(self) -> dict[str, str]:
         """Content hash of each part's files; large files are hashed once and remembered."""
         spec = self.spec
-        tiny = {} if self.tiny_decoder is None else {self.tiny_decoder.kind: self.tiny_decoder.path}
+        more = {} if self.tiny_decoder is None else {self.tiny_decoder.kind: self.tiny_decoder.path}
+        more |= {} if self.branch is None else {"compressor": self.branch.path}
         if self.random_weights:
-            return dict.fromkeys(["transformer", "text_encoder", "vae", *tiny], "random")
+            return dict.fromkeys(["transformer", "text_encoder", "vae", *more], "random")
         parts = {
             "transformer": spec.checkpoint, "text_encoder": spec.text_encoder, "tokenizer": spec.tokenizer,
-            "vae": spec.vae, **tiny,
+            "vae": spec.vae, **more, **({} if spec.lora is None else {"lora": spec.lora}),
         }
         return {part: content_hash(path) for part, path in parts.items()}
 
@@ -90,18 +96,23 @@ class RunPlan:
         return {
             "config": config | chosen, "transformer": dataclasses.asdict(self.architecture), "fps": self.geometry.fps,
             "use_ema": self.use_ema, "weights": self.weights,
+            **({} if self.spec.lora is None else {"lora_alpha": self.spec.lora_alpha}),
         }
 
 
 def plan_run(
     config: Config, *, checkpoint: Path | None, use_ema: bool, device: torch.device, random_weights: bool,
     decoder: str = "wan", decoder_path: Path | None = None, acceleration: Acceleration = EAGER,
+    lora: Path | None = None, lora_alpha: float | None = None,
 ) -> RunPlan:
     """Decide and check everything that needs no weights.
 
     Args:
         checkpoint: transformer weights that replace the model's own; None for those.
         device: from `choose_device`.
+        use_ema: of a checkpoint that has averaged weights, those; the model's own checkpoint may ask for them as well.
+        lora: merged into the transformer, scaled by `lora_alpha` over its rank (None: 1); without it the model's own,
+            if the checkpoint is not replaced.
         decoder: one of pipeline.decoder.NAMES; `wan` is the VAE's own.
         decoder_path: weights of a tiny decoder that replace those that the model names.
         acceleration: as asked for.
@@ -109,7 +120,11 @@ def plan_run(
         ConfigError: a model or size that cannot be used, or files that are missing, with the command that gets them.
         wan.checkpoint.CheckpointError: a checkpoint that is damaged or belongs to another network.
     """
-    spec = choose_model(config.model, checkpoint, random_weights)
+    if lora_alpha is not None and (lora is None or not lora_alpha > 0):
+        raise ConfigError(f"--lora_alpha {lora_alpha:g} scales --lora_path: give both, and a number above 0.")
+    spec = choose_model(config, checkpoint, random_weights)
+    if lora is not None:
+        spec = dataclasses.replace(spec, lora=Path(lora), lora_alpha=lora_alpha)
     try:
         architecture = WanConfig(**spec.transformer)
         geometry = VideoGeometry(
@@ -120,9 +135,12 @@ def plan_run(
         )
         settings = dict(config.kv_cache)
         policy = build_policy(settings.pop("policy"), settings)
-        policy.sizes(geometry)
         sampler = FewStepSampler(
             config.denoising_step_list, config.timestep_shift, config.warp_denoising_step, config.context_noise,
+        )
+        loop = make_loop(
+            config.pipeline, geometry=geometry, policy=policy, sampler=sampler, on_switch=config.on_switch,
+            overlap_frames=config.overlap_frames,
         )
     except ConfigError:
         raise
@@ -131,20 +149,21 @@ def plan_run(
     dtype = choose_dtype(config.dtype, device)
     plan = RunPlan(
         config=config, spec=spec, architecture=architecture, geometry=geometry, policy=policy, sampler=sampler,
-        device=device, dtype=dtype, use_ema=use_ema, random_weights=random_weights,
+        loop=loop, device=device, dtype=dtype, use_ema=use_ema or spec.use_ema, random_weights=random_weights,
         tiny_decoder=choose_decoder(spec, decoder, decoder_path, random_weights),
+        branch=choose_branch(policy, geometry, architecture, spec),
         acceleration=acceleration.resolved(device, dtype, architecture.head_dim),
     )
     chosen = False if random_weights else check_files(plan, named=checkpoint is not None)
-    return dataclasses.replace(plan, use_ema=use_ema and chosen)
+    return dataclasses.replace(plan, use_ema=plan.use_ema and chosen)
 
 
-def choose_model(name: str, checkpoint: Path | None, random_weights: bool) -> ModelSpec:
-    """The model that `name` means; `auto` is the 1.3B model if its checkpoint is there or named, else the tiny one."""
-    if name != "auto":
-        spec = load_model_spec(name)
+def choose_model(config: Config, checkpoint: Path | None, random_weights: bool) -> ModelSpec:
+    """The config's model; `auto` is its base_model if that one's checkpoint is there or named, else the tiny one."""
+    if config.model != "auto":
+        spec = load_model_spec(config.model)
     else:
-        spec = load_model_spec(REAL)
+        spec = load_model_spec(config.base_model)
         embedded = load_model_spec(EMBEDDED)
         if not (random_weights or checkpoint or spec.checkpoint.exists()):
             if not embedded.checkpoint.exists():
@@ -157,8 +176,11 @@ def choose_model(name: str, checkpoint: Path | None, random_weights: bool) -> Mo
             )
             spec = embedded
         elif checkpoint:
-            logger.info("--checkpoint_path without --set model=... is taken for the model %s", REAL)
-    return spec if checkpoint is None else dataclasses.replace(spec, checkpoint=Path(checkpoint))
+            logger.info("--checkpoint_path without --set model=... is taken for the model %s", config.base_model)
+    if checkpoint is None:
+        return spec
+    # What goes with the model's own checkpoint does not go with another.
+    return dataclasses.replace(spec, checkpoint=Path(checkpoint), use_ema=False, lora=None, lora_alpha=None)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -222,8 +244,13 @@ def check_files(plan: RunPlan, *, named: bool) -> bool:
             spec.vae, latent_channels=a.out_dim, temporal_stride=spec.temporal_stride,
             spatial_stride=spec.spatial_stride,
         )
+    if spec.lora is not None:
+        with _advice(spec, "LoRA", spec.lora):
+            check_lora(spec.lora, expected)
     if plan.tiny_decoder is not None:
         plan.tiny_decoder.check(a.out_dim)
+    if plan.branch is not None:
+        plan.branch.check()
     return chosen
 
 
@@ -249,9 +276,3 @@ def content_hash(path: Path) -> str:
         return sha256_file(path)
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
     return fingerprint({file.relative_to(path).as_posix(): sha256_file(file) for file in files})
-
-
-# --- length -------------------------------------------------------------------------------------------
-
-
-# --- what a run will do -------------------------------------------------------------------------------

@@ -4,17 +4,28 @@ Source: Self Forcing, arXiv:2506.08009, Algorithm 2; Deep Forcing changes the ca
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pipeline.noise import NoiseSource, draw
+from pipeline.packets import Decode, Packer
 from pipeline.sampler import FewStepSampler
+from pipeline.timeline import OnSwitch, PromptSwitch, PromptTrack
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.cache import KVCache
 from wan.model import CausalWanModel, TextContext
+
+
+@dataclass(frozen=True)
+class Splice:
+    """How a chunk's pixels join the video where decoding does not simply run on."""
+
+    restarts: bool = False            # a new stream of the decoder begins with this chunk
+    shown_frames: int | None = None   # only so many of its pixel frames are shown; None is all
+    watch: Callable[[Tensor], None] | None = None  # is given all its pixels [B, T, 3, H, W] before the next chunk
 
 
 @dataclass(frozen=True)
@@ -24,17 +35,24 @@ class Chunk:
     span: ChunkSpan
     latents: Tensor      # [B, F, C, h, w] clean, in the dtype of the noise
     given: bool = False  # an image or a clip to continue, not generated
+    splice: Splice | None = None
 
 
 class ChunkwisePipeline:
     """Streams a batch of videos as latent chunks; memory does not grow with their length."""
 
-    def __init__(self, model: CausalWanModel, sampler: FewStepSampler, geometry: VideoGeometry, cache: KVCache):
+    def __init__(
+        self, model: CausalWanModel, sampler: FewStepSampler, geometry: VideoGeometry, cache: KVCache,
+        on_switch: OnSwitch = "keep",
+    ):
         self.model, self.sampler, self.geometry, self.cache = model, sampler, geometry, cache
+        self.on_switch = on_switch
+        self.packer: Packer | None = None  # compresses chunks, for policies that keep packets
 
     def __call__(
         self, embeddings: Tensor, num_frames: int, noise: NoiseSource, seeds: list[int],
-        initial_latent: Tensor | None = None,
+        initial_latent: Tensor | None = None, switches: Sequence[PromptSwitch] = (),
+        decode: Decode | None = None,
     ) -> Iterator[Chunk]:
         """Generate from an empty memory.
 
@@ -42,6 +60,8 @@ class ChunkwisePipeline:
         Args:
             num_frames: latent frames in all, the given ones included; whole chunks after the given ones.
             seeds: one per sample, for policies that choose at random.
+            switches: later prompts, in order; `on_switch` says what becomes of the memory.
+            decode: makes a chunk's pixels, for a policy that compresses them; None: the compressor decodes by itself.
         Yields: given chunks, then generated ones, in order.
         Raises:
             ValueError: lengths or shapes that do not fit the geometry or the model.
@@ -49,17 +69,27 @@ class ChunkwisePipeline:
         given_frames = 0 if initial_latent is None else initial_latent.shape[1]
         spans = list(self.geometry.chunks(num_frames, prefilled=given_frames))
         self.cache.reset(seeds)
-        with torch.inference_mode():
-            text = self.model.embed_text(embeddings)
+        if self.packer is not None:
+            self.packer.start(decode)
+        track = self.prompt_track(embeddings, switches)
         for span in self.geometry.prefill_chunks(given_frames):
             latents = initial_latent[:, span.start:span.stop].to(self.model.device)
             self.cache.begin(span)
-            self.remember(span, latents, text)
+            self.remember(span, latents, track.text)
+            track.note(span, latents)
             yield Chunk(span, latents, given=True)
         for span in spans:
+            text = track.text_at(span.start)
             latents = self.denoise(span, text, noise)
             self.remember(span, latents, text)
+            track.note(span, latents)
             yield Chunk(span, latents)
+
+    def prompt_track(self, embeddings: Tensor, switches: Sequence[PromptSwitch]) -> PromptTrack:
+        """The prompts of one rollout, the first of them embedded."""
+        return PromptTrack(
+            self.model, self.cache, self.sampler.context_time, embeddings, switches, self.on_switch,
+        )
 
     @torch.inference_mode()
     def denoise(self, span: ChunkSpan, text: TextContext, noise: NoiseSource) -> Tensor:
@@ -70,7 +100,12 @@ class ChunkwisePipeline:
     @torch.inference_mode()
     def remember(self, span: ChunkSpan, latents: Tensor, text: TextContext) -> None:
         """The context pass: clean keys and values of the chunk that has begun become memory."""
-        self._remember(latents, text)
+        if self.packer is None:
+            self._remember(latents, text)
+            return
+        self._see_clean(latents, text)
+        self.packer.remember(latents, text)
+        self.cache.commit()
 
     def _denoise(self, noise: Callable[[int], Tensor], text: TextContext) -> Tensor:
         """All denoising passes; `noise` of pass 0 is what it starts from, of a later one what is mixed in."""
@@ -82,8 +117,11 @@ class ChunkwisePipeline:
         return x0
 
     def _remember(self, latents: Tensor, text: TextContext) -> None:
-        self.model.remember(latents, self._times(latents, self.sampler.context_time), text, self.cache)
+        self._see_clean(latents, text)
         self.cache.commit()
+
+    def _see_clean(self, latents: Tensor, text: TextContext) -> None:
+        self.model.remember(latents, self._times(latents, self.sampler.context_time), text, self.cache)
 
     def _times(self, x: Tensor, time: float) -> Tensor:
         return torch.full(x.shape[:2], time, device=x.device)

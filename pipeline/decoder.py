@@ -4,7 +4,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from utils.config import ConfigError, ModelSpec
+from utils.profiling import StageClock
+from wan.stream import StreamDecoder
 from wan.tiny_vae import TinyKind, TinyVAE, check_tiny_vae
 
 SOURCES: dict[TinyKind, str] = {
@@ -66,3 +71,20 @@ def choose_decoder(spec: ModelSpec, name: str, path: Path | None, random_weights
     if published != name:  # the tensors look alike, and the wrong latents make grey frames
         raise ConfigError(f"--decoder_path {path} is, by its name, a {published}. Use --decoder {published}.")
     return TinyDecoder(name, path)
+
+
+class OnceDecoder:
+    """A stream whose chunks may be asked for twice, by whoever compresses them and by whoever shows them."""
+
+    def __init__(self, stream: StreamDecoder, clock: StageClock):
+        self._stream, self._clock = stream, clock
+        self._latents: Tensor | None = None
+        self._pixels: Tensor | None = None
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels of the next chunk, or again of the last one."""
+        if self._latents is not latents:
+            with self._clock.stage("vae"), torch.inference_mode(False):  # its buffers serve callers outside of it too
+                self._pixels = self._stream.decode(latents)
+            self._latents = latents
+        return self._pixels

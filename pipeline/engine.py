@@ -15,15 +15,21 @@ import torch
 from torch import Tensor
 
 from pipeline.build import RunPlan
-from pipeline.chunkwise import Chunk, ChunkwisePipeline
+from pipeline.chunkwise import Chunk, ChunkwisePipeline, Splice
+from pipeline.decoder import OnceDecoder
 from pipeline.noise import SampleSeed, SeededNoise
+from pipeline.packets import make_packer
+from pipeline.timeline import PromptSwitch, switch_frames
 from utils.files import user_cache_dir
 from utils.hashing import fingerprint
 from utils.profiling import StageClock
 from utils.prompts import IMAGE_SUFFIXES
+from utils.timelines import Later
 from utils.video import fit_to, read_image, read_video
 from wan.checkpoint import load_transformer
+from wan.compressor import HighResolutionBranch
 from wan.geometry import ChunkSpan
+from wan.lora import read_lora
 from wan.model import CausalWanModel, randomize
 from wan.prompt_tokens import PromptTokens
 from wan.stream import to_uint8
@@ -41,6 +47,7 @@ class VideoRequest:
     text: str
     seed: SampleSeed
     source: Path | None = None  # an image or a video; its frames begin the result
+    later: Later = ()           # prompts that follow, each with the second at which it begins
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class Engine:
         self._pipeline: tuple[int, ChunkwisePipeline] | None = None
         self._vae: WanVAE | None = None
         self._decoder: WanVAE | TinyVAE | None = None
+        self._branch: HighResolutionBranch | None = None
 
     def prepare(self, texts: Sequence[str]) -> None:
         """Embed every prompt (the encoder leaves the device again), then load transformer and decoder."""
@@ -74,8 +82,15 @@ class Engine:
             model = model.to_empty(device=plan.device).to(plan.dtype)
             randomize(model, seed=0)
         else:
-            load_transformer(model, plan.spec.checkpoint, use_ema=plan.use_ema, device=plan.device, dtype=plan.dtype)
+            spec = plan.spec
+            lora = None if spec.lora is None else read_lora(spec.lora, alpha=spec.lora_alpha)
+            load_transformer(
+                model, spec.checkpoint, use_ema=plan.use_ema, device=plan.device, dtype=plan.dtype,
+                change=None if lora is None else lora.merged,
+            )
         self._decoder = self._wan_vae() if plan.tiny_decoder is None else self._tiny_vae()
+        if plan.branch is not None:
+            self._branch = plan.branch.load(random=plan.random_weights, device=plan.device, dtype=plan.dtype)
         self._model = model.eval().requires_grad_(False)
 
     def source_latents(self, source: Path, pixel_frames: int) -> Tensor:
@@ -105,6 +120,7 @@ class Engine:
             clock: adds up the stages `dit` and `vae`.
             initial: latents [B, F0, C, h, w] to continue, from `source_latents`.
         Raises:
+            ValueError: the prompts of the batch do not change at the same moments.
             FloatingPointError: the networks made something that is no number.
         """
         clock = clock or StageClock(self.plan.device)
@@ -112,16 +128,25 @@ class Engine:
         embeddings = torch.stack([self._embeddings.get(request.text) for request in requests])
         g, seeds = self.plan.geometry, [request.seed for request in requests]
         noise = SeededNoise(seeds, (self.plan.architecture.in_dim, g.latent_height, g.latent_width), self.plan.device)
-        chunks = pipeline(embeddings, latent_frames, noise, [seed.key() for seed in seeds], initial_latent=initial)
-        decoder = self._decoder.stream()
+        decoder = OnceDecoder(self._decoder.stream(), clock)
+        chunks = pipeline(
+            embeddings, latent_frames, noise, [seed.key() for seed in seeds], initial_latent=initial,
+            switches=self._switches(requests, latent_frames, 0 if initial is None else initial.shape[1]),
+            decode=lambda latents: decoder.decode(latents),
+        )
         while True:
             with clock.stage("dit"):
                 chunk: Chunk | None = next(chunks, None)
             if chunk is None:
                 return
+            splice = chunk.splice or Splice()
+            if splice.restarts:
+                decoder = OnceDecoder(self._decoder.stream(), clock)
+            pixels = decoder.decode(chunk.latents)
             with clock.stage("vae"):
-                pixels = decoder.decode(chunk.latents)
-                frames = to_uint8(pixels).cpu()
+                if splice.watch is not None:
+                    splice.watch(pixels)
+                frames = to_uint8(pixels[:, :splice.shown_frames]).cpu()
             if not chunk.latents.isfinite().all():  # the passes are over: the device may be asked now
                 raise FloatingPointError(
                     f"latent frames {chunk.span.start}..{chunk.span.stop - 1} hold values that are not finite. "
@@ -135,15 +160,18 @@ class Engine:
                 )
             yield FrameChunk(chunk.span, chunk.latents, frames, chunk.given)
 
-    def pipeline_for(self, batch: int) -> ChunkwisePipeline:
-        """The loop for so many videos at once, its memory included; kept until another number is asked for."""
-        if self._pipeline is None or self._pipeline[0] != batch:
-            self._pipeline = None  # free the old cache before the new one is allocated
-            plan = self.plan
-            self._pipeline = (batch, plan.acceleration.pipeline(
-                self._model, plan.sampler, plan.geometry, plan.cache_shape(batch), plan.policy,
-            ))
-        return self._pipeline[1]
+    def _switches(self, requests: Sequence[VideoRequest], latent_frames: int, given_frames: int) -> list[PromptSwitch]:
+        """The later prompts of a batch, all of whose videos change prompts at the same moments."""
+        times = [time for time, _ in requests[0].later]
+        if any([time for time, _ in request.later] != times for request in requests):
+            raise ValueError("the videos of one batch change their prompts together: give them the same times.")
+        g = self.plan.geometry
+        starts = self.plan.loop.starts(latent_frames, given_frames)
+        frames = switch_frames(g, times, starts, g.pixel_frames(latent_frames))
+        return [
+            PromptSwitch(frame, torch.stack([self._embeddings.get(request.later[i][1]) for request in requests]))
+            for i, frame in enumerate(frames)
+        ]
 
     def release(self) -> None:
         """Free the cache after a failure, so that the next video starts from a clean device."""
@@ -168,6 +196,22 @@ class Engine:
         if plan.random_weights:
             return TinyVAE.random(plan.architecture.out_dim, device=plan.device, dtype=plan.dtype, seed=0)
         return TinyVAE.load(tiny.path, kind=tiny.kind, device=plan.device, dtype=plan.dtype)
+
+    def pipeline_for(self, batch: int) -> ChunkwisePipeline:
+        """The loop for so many videos at once, its memory included; kept until another number is asked for."""
+        if self._pipeline is None or self._pipeline[0] != batch:
+            self._pipeline = None  # free the old cache before the new one is allocated
+            plan = self.plan
+            cache = plan.acceleration.cache(plan.cache_shape(batch), plan.geometry, plan.policy)
+            pipeline = plan.loop.pipeline(
+                self._model, cache, encode=lambda pixels: self._wan_vae().encode(pixels),
+                recorder=plan.acceleration.recorder,
+            )
+            pipeline.packer = make_packer(
+                self._model, cache, plan.geometry, plan.policy, plan.sampler.context_time, self._wan_vae, self._branch,
+            )
+            self._pipeline = (batch, pipeline)
+        return self._pipeline[1]
 
 
 class _Embeddings:

@@ -16,8 +16,10 @@ from torch import Tensor
 from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.noise import NoiseSource, draw
 from pipeline.sampler import FewStepSampler
+from pipeline.timeline import OnSwitch
 from wan.geometry import ChunkSpan, VideoGeometry
-from wan.kv_cache.cache import KVCache, LayerState
+from wan.kv_cache.cache import KVCache
+from wan.kv_cache.layer import LayerState
 from wan.model import CausalWanModel, TextContext
 from wan.recorder import Recorder, Replay
 
@@ -33,9 +35,9 @@ class GraphedPipeline(ChunkwisePipeline):
 
     def __init__(
         self, model: CausalWanModel, sampler: FewStepSampler, geometry: VideoGeometry, cache: KVCache,
-        recorder: Recorder,
+        recorder: Recorder, on_switch: OnSwitch = "keep",
     ):
-        super().__init__(model, sampler, geometry, cache)
+        super().__init__(model, sampler, geometry, cache, on_switch=on_switch)
         self._record = recorder
         self._met: set[Hashable] = set()
         self._recorded: dict[Hashable, _Recorded] = {}
@@ -61,8 +63,13 @@ class GraphedPipeline(ChunkwisePipeline):
 
     @torch.inference_mode()
     def remember(self, span: ChunkSpan, latents: Tensor, text: TextContext) -> None:
-        text, latents = self._settled_text(text), self._place("clean", latents).copy_(latents)
-        self._run(("remember", *self.cache.shapes()), lambda: self._remember(latents, text), committed=True)
+        given, text, clean = latents, self._settled_text(text), self._place("clean", latents).copy_(latents)
+        if self.packer is None:
+            self._run(("remember", *self.cache.shapes()), lambda: self._remember(clean, text), committed=True)
+            return
+        self._run(("see clean", *self.cache.shapes()), lambda: self._see_clean(clean, text), committed=False)
+        self.packer.remember(given, text)  # decodes and encodes: what it remembers is not the cache's
+        self.cache.commit()
 
     def _run(self, key: Hashable, passes: Callable[[], None], *, committed: bool) -> None:
         """Do what `passes` does, in the fastest way that is known for `key`."""

@@ -1,100 +1,26 @@
-"""What a run will be, before anything loads: how long its videos are, what memory it needs, in words."""
+"""What a run will be, before anything loads: what its attention sees, what memory it needs, in words."""
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 
 import torch
 
 from pipeline.build import RunPlan, dtype_name
+from pipeline.loops import Length
 from utils.config import ConfigError
 from wan.checkpoint import CheckpointError, weight_files
-from wan.kv_cache.cache import CacheShape, KVCache
+from wan.kv_cache.archive import FIRST_PLACES
 from wan.model import CausalWanModel
 
 PREVIEW_CHUNKS = 24
-MOST_PIXEL_FRAMES = 2**31 - 1
 
 
-@dataclass(frozen=True)
-class Length:
-    """How long a video becomes."""
-
-    pixel_frames: int   # what the file is cut to
-    asked_frames: int   # fewest latent frames that hold them
-    latent_frames: int  # whole chunks, given frames included
-
-    @property
-    def notice(self) -> str | None:
-        """One line if more is computed than was asked for."""
-        if self.latent_frames == self.asked_frames:
-            return None
-        return (
-            f"{self.asked_frames} latent frames are rounded up to {self.latent_frames}, whole chunks; "
-            f"the file is cut to {self.pixel_frames} pixel frames"
-        )
-
-
-def asked_pixel_frames(plan: RunPlan, *, latent_frames: int, seconds: float | None) -> int:
-    """The length asked for, in pixel frames; `seconds` goes before `latent_frames`.
-
-    Raises:
-        ConfigError: nothing, no number, or more than a video file can count.
-    """
-    g = plan.geometry
-    if seconds is None:
-        flag, amount = f"--num_output_frames {latent_frames}", latent_frames * g.temporal_stride
-    else:
-        flag, amount = f"--seconds {seconds}", seconds * g.fps
-    if not 0 < amount <= MOST_PIXEL_FRAMES:
-        raise ConfigError(
-            f"{flag} is no length that a video can have. Ask for more than 0, and at most "
-            f"{MOST_PIXEL_FRAMES // g.fps} seconds: an mp4 counts its frames in 32 bits."
-        )
-    return g.pixel_frames(latent_frames) if seconds is None else g.pixel_frames_of_seconds(seconds)
-
-
-def video_length(plan: RunPlan, pixel_frames: int, *, given_frames: int) -> Length:
-    """The length of a video that begins with `given_frames` latent frames, rounded up to whole chunks.
-
-    Raises:
-        ConfigError: nothing is left to generate, or it is longer than the policy can go.
-    """
-    g, limit = plan.geometry, plan.policy.max_frames
-    asked = g.latent_frames(pixel_frames)
-    if asked <= given_frames:
-        raise ConfigError(
-            f"the length asked for is {asked} latent frames, and {given_frames} are given: nothing is left to "
-            "generate. Ask for more with --num_output_frames or --seconds."
-        )
-    whole = g.whole_chunks(asked, prefilled=given_frames)
-    if limit is not None and whole > limit:
-        raise ConfigError(
-            f"the video needs {whole} latent frames, but kv_cache.policy=full keeps every frame and has a window of "
-            f"{limit} (local_attn_size: -1 is defined up to the length of a training clip). Choose a policy that "
-            "forgets, such as --policy rolling or configs/deep_forcing.yaml, or pay for the memory with "
-            f"--set kv_cache.policy=full --set kv_cache.window_frames={whole}."
-        )
-    return Length(pixel_frames, asked, whole)
-
-
-def preview_windows(plan: RunPlan, length: Length) -> Iterator[int]:
+def preview_windows(plan: RunPlan, length: Length) -> Iterator[float]:
     """Frames that attention sees in each chunk, by running the real policy on a cache of one token a frame."""
-    g = plan.geometry
-    unit = dataclasses.replace(
-        g, height=g.spatial_stride * g.patch[0], width=g.spatial_stride * g.patch[1],
-    )
-    shape = CacheShape(layers=1, heads=1, head_dim=12, batch=1, device=torch.device("cpu"), dtype=torch.float32)
-    cache = KVCache(shape, unit, plan.policy)
-    for span in unit.chunks(length.latent_frames):
-        cache.begin(span)
-        token = torch.ones(1, span.frames, 1, 12)
-        yield cache.layer(0).extend(token, token, token).keys.shape[1]
-        cache.commit()
+    yield from plan.loop.windows(length.latent_frames)
 
 
 def estimate_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
@@ -104,10 +30,13 @@ def estimate_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
         parameters = sum(p.numel() for p in CausalWanModel(plan.architecture).parameters())
     sizes = plan.policy.sizes(plan.geometry)
     token = 2 * plan.architecture.dim * plan.architecture.num_layers * size * batch  # keys and values of all layers
-    return {
+    parts = {
         "transformer": parameters * size, "kv_store": sizes.capacity_tokens * token,
         "kv_window": sizes.window_tokens * token,
     }
+    if sizes.archive is not None and not (sizes.archive.offload and plan.device.type == "cuda"):
+        parts["kv_archive"] = (sizes.archive.packets or FIRST_PLACES) * sizes.archive.grid.tokens * token
+    return parts
 
 
 def file_bytes(plan: RunPlan) -> dict[str, int]:
@@ -146,16 +75,19 @@ def describe(plan: RunPlan, length: Length, batch: int) -> str:
     """The resolved plan in words, for --dry_run."""
     g, sizes = plan.geometry, plan.policy.sizes(plan.geometry)
     windows = list(islice(preview_windows(plan, length), PREVIEW_CHUNKS + 1))
-    shown = ", ".join(map(str, windows[:PREVIEW_CHUNKS])) + (", ..." if len(windows) > PREVIEW_CHUNKS else "")
+    shown = ", ".join(f"{frames:g}" for frames in windows[:PREVIEW_CHUNKS])
+    shown += ", ..." if len(windows) > PREVIEW_CHUNKS else ""
     times = ", ".join(f"{time:g}" for time in plan.sampler.times)
     parts = estimate_bytes(plan, batch) | file_bytes(plan)
     memory = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())
-    weights = "random weights" if plan.random_weights else plan.spec.checkpoint
+    files = [plan.spec.checkpoint, *([] if plan.spec.lora is None else [plan.spec.lora])]
+    weights = "random weights" if plan.random_weights else " + ".join(map(str, files))
     seconds = length.pixel_frames / g.fps
     lines = [
         f"model     {plan.spec.name}, {weights}, {dtype_name(plan.dtype)} on {plan.device}",
         f"video     {g.width}x{g.height} at {g.fps} FPS, {length.pixel_frames} pixel frames = {seconds:.2f} s, "
         f"{length.latent_frames} latent frames of {g.frame_tokens} tokens",
+        f"pipeline  {plan.config.pipeline}; a later prompt of a timeline: {plan.config.on_switch}",
         f"sampling  chunks of {g.chunk_frames}; timesteps {times}; context pass at {plan.sampler.context_time:g}",
         f"decoder   {plan.decoder_name}{'' if plan.tiny_decoder is None else ', approximate'}",
         f"policy    {plan.policy}",

@@ -16,8 +16,9 @@ import torch
 
 from pipeline.build import RunPlan
 from pipeline.engine import Engine, VideoRequest
+from pipeline.length import video_length
+from pipeline.loops import Length
 from pipeline.noise import SampleSeed
-from pipeline.preflight import Length, video_length
 from utils.config import ConfigError
 from utils.files import BeingWrittenError
 from utils.hashing import fingerprint, sha256_file
@@ -48,7 +49,7 @@ class Job:
 
     @property
     def request(self) -> VideoRequest:
-        return VideoRequest(self.item.text, self.seed, self.item.source)
+        return VideoRequest(self.item.text, self.seed, self.item.source, self.item.later)
 
 
 @dataclass
@@ -93,7 +94,7 @@ def make_jobs(
         for sample in range(num_samples):
             identity = {
                 "text": item.text, "source": source, "seed": seed, "sample": sample, "settings": settings,
-                "pixel_frames": pixel_frames,
+                "pixel_frames": pixel_frames, **({"later": item.later} if item.later else {}),
             }
             stem = video_stem(item, item.index, sample, seed, with_index=with_index)
             jobs.append(Job(item, SampleSeed(seed, sample), stem, identity, fingerprint(identity)))
@@ -152,11 +153,17 @@ def pending_jobs(folder: OutputFolder, jobs: Sequence[Job]) -> list[Job]:
 
 
 def batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
-    """Jobs in order, up to `size` at a time; a job that continues an image or video runs alone."""
+    """Jobs in order, up to `size` at a time, whose prompts change at the same moments.
+
+    A job that continues an image or video runs alone.
+    """
+    def alike(job: Job, other: Job) -> bool:
+        moments = ([time for time, _ in j.item.later] for j in (job, other))
+        return job.item.source is None and other.item.source is None and next(moments) == next(moments)
+
     grouped: list[list[Job]] = []
     for job in jobs:
-        joins = grouped and len(grouped[-1]) < size and job.item.source is None and grouped[-1][-1].item.source is None
-        if joins:
+        if grouped and len(grouped[-1]) < size and alike(job, grouped[-1][-1]):
             grouped[-1].append(job)
         else:
             grouped.append([job])
@@ -226,7 +233,7 @@ def _render_batch(
     if length.notice and length.notice not in told:
         logger.info("%s", length.notice)
         told.add(length.notice)
-    chunks = sum(1 for _ in plan.geometry.chunks(length.latent_frames, prefilled=given_frames))
+    chunks = len(plan.loop.starts(length.latent_frames, given_frames))
     left, whole = length.pixel_frames, True
     with ExitStack() as stack:
         progress = stack.enter_context(VideoProgress(batch[0].stem, num_chunks=chunks, fps=plan.geometry.fps))
@@ -263,6 +270,7 @@ def _record(plan: RunPlan, job: Job, length: Length, pixel_frames: int, clock: S
         "fingerprint": job.fingerprint,
         "prompt": job.item.prompt,
         "extended_prompt": job.item.extended,
+        "later_prompts": [{"time": time, "prompt": prompt} for time, prompt in job.item.later],
         "prompt_index": job.item.index,
         "source": job.item.source,
         "seed": job.seed.seed,
@@ -272,6 +280,7 @@ def _record(plan: RunPlan, job: Job, length: Length, pixel_frames: int, clock: S
         "seconds": pixel_frames / plan.geometry.fps,
         "model": plan.spec.name,
         "checkpoint": None if plan.random_weights else plan.spec.checkpoint,
+        "lora": None if plan.random_weights else plan.spec.lora,
         "decoder": plan.decoder_name,
         "settings": plan.settings(),
         "stage_ms": {name: round(ms, 1) for name, ms in clock.totals_ms().items()},

@@ -16,7 +16,8 @@ from pipeline.chunkwise import ChunkwisePipeline  # noqa: E402
 from pipeline.noise import SampleSeed, SeededNoise  # noqa: E402
 from pipeline.sampler import FewStepSampler  # noqa: E402
 from wan.geometry import VideoGeometry  # noqa: E402
-from wan.kv_cache.cache import CacheShape, KVCache  # noqa: E402
+from wan.kv_cache.cache import KVCache  # noqa: E402
+from wan.kv_cache.layer import CacheShape  # noqa: E402
 from wan.kv_cache.policy import KVPolicy, build_policy  # noqa: E402
 from wan.model import CausalWanModel, WanConfig, randomize  # noqa: E402
 
@@ -29,6 +30,7 @@ SMALL = WanConfig(
 EVERY_POLICY = {
     "full": {"policy": "full", "window_frames": 48},
     "rolling": {"policy": "rolling", "window_frames": 12},
+    "anchored": {"policy": "anchored", "window_frames": 12, "anchor_frames": 3},
     "naive_sink": {"policy": "sink", "window_frames": 12, "sink_frames": 3, "positions": "original"},
     "deep_sink": {"policy": "sink", "window_frames": 12, "sink_frames": 6},
     "deep_sink_contiguous": {"policy": "sink", "window_frames": 12, "sink_frames": 6, "positions": "contiguous"},
@@ -42,6 +44,18 @@ EVERY_POLICY = {
     "deep_forcing_random": {
         "policy": "participative", "window_frames": 12, "sink_frames": 4, "budget_frames": 9, "recent_frames": 4,
         "positions": "contiguous", "selection": "random",
+    },
+    "packforcing": {
+        "policy": "packforcing", "sink_frames": 3, "recent_frames": 3, "top_chunks": 2, "archive_chunks": 4,
+        "space_reduction": 2, "compressor": "kv_pool",
+    },
+    "packforcing_newest": {
+        "policy": "packforcing", "sink_frames": 4, "recent_frames": 6, "top_chunks": 2, "archive_chunks": 5,
+        "space_reduction": 1, "compressor": "kv_pool", "selection": "newest", "positions": "original",
+    },
+    "packforcing_squeezed": {
+        "policy": "packforcing", "sink_frames": 3, "recent_frames": 3, "top_chunks": 3, "archive_chunks": 0,
+        "space_reduction": 2, "compressor": "kv_pool", "mid_span": "squeeze", "squeeze_frames": 12, "offload": True,
     },
 }
 

@@ -326,6 +326,7 @@ def test_exactness_and_endurance_json(tmp_path, model: str) -> None:
 @pytest.mark.parametrize(("flags", "message"), [
     ("speed --policy full", "never forgets"),
     ("speed --policy deep_forcin", "Did you mean deep_forcing"),
+    ("speed --policy rolling_forcing", "Choose a config whose pipeline is chunkwise"),
     ("speed --attention flush", "attention=flush is unknown. Known: auto, fa3"),
     ("speed --resolution 480", "HEIGHTxWIDTH"),
     ("speed --resolution 15x16", "height=15"),

@@ -9,7 +9,8 @@ from conftest import EVERY_POLICY, Tiny, make_tiny, policy_of
 from test_policy_contract import walk
 
 from wan.geometry import ChunkSpan
-from wan.kv_cache.cache import CacheShape, KVCache
+from wan.kv_cache.cache import KVCache
+from wan.kv_cache.layer import CacheShape
 from wan.kv_cache.policy import build_policy
 from wan.kv_cache.store import KVStore, take
 from wan.rope import rotate_time, time_phase

@@ -26,7 +26,9 @@ def check_policy(config):
     fields = dict(config.kv_cache)
     geometry = VideoGeometry(height=96, width=160, fps=16, chunk_frames=config.num_frame_per_block)
     sizes = build_policy(fields.pop("policy"), fields).sizes(geometry)
-    assert sizes.window_tokens == fields["window_frames"] * geometry.frame_tokens
+    if "window_frames" in fields:
+        assert sizes.window_tokens == fields["window_frames"] * geometry.frame_tokens
+    assert geometry.chunk_frames * geometry.frame_tokens < sizes.window_tokens
 
 
 def released():

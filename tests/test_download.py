@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from utils import download as module
-from utils.download import FILES, LOCK, REVISIONS, SELF_FORCING, WAN, RemoteFile, download, main
-from utils.download_sources import DownloadError, FileInfo, GitHub, HuggingFaceHub, _told
+from utils.download import DEFAULT_GROUPS, FILES, LOCK, REVISIONS, SELF_FORCING, WAN, RemoteFile, download, main
+from utils.download_sources import METHOD_FILES, DownloadError, FileInfo, GitHub, HuggingFaceHub, _told
 
 CONTENT = {"config.json": b"{}", "vae.pth": b"v" * 5000, "google/umt5-xxl/tokenizer.json": b"t" * 300}
 PIN = REVISIONS[WAN]
@@ -291,15 +291,21 @@ def test_options_choose_groups_and_revisions(tmp_path, capsys):
 
 
 def test_table_is_sane():
-    """Pins are full commits and SHA-256, targets are unique and where inference looks for them."""
-    assert all(re.fullmatch("[0-9a-f]{40}", revision) for revision in REVISIONS.values())
+    """Pins are full commits and SHA-256, targets are unique and where inference looks for them.
+
+    Other methods' checkpoints are not pinned, and no default download asks for them.
+    """
+    unpinned = {group for group, *_ in METHOD_FILES}
+    assert not unpinned & set(DEFAULT_GROUPS)
+    floating = {repo for _, repo, *_ in METHOD_FILES}
+    assert all(REVISIONS[repo] == "main" for repo in floating)
+    assert all(re.fullmatch("[0-9a-f]{40}", REVISIONS[repo]) for repo in set(REVISIONS) - floating)
     assert len({file.target for file in FILES}) == len(FILES)
     targets = {file.target for file in FILES}
     assert {"checkpoints/self_forcing_dmd.pt", "wan_models/Wan2.1-T2V-1.3B/Wan2.1_VAE.pth"} <= targets
     for file in FILES:
-        if file.group != "prompts":
-            assert re.fullmatch("[0-9a-f]{64}", file.pinned.sha256)
-            assert file.pinned.size_bytes is None or file.pinned.size_bytes > 0
+        if file.group not in {"prompts", *unpinned}:
+            assert re.fullmatch("[0-9a-f]{64}", file.pinned.sha256) and file.pinned.size_bytes != 0
 
 
 # GitHub, over a real connection to this machine ---------------------------------------------------

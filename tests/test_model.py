@@ -40,7 +40,7 @@ def test_patches_equal_the_convolution() -> None:
     model = make_tiny().model
     x = torch.randn(1, 3, SMALL.in_dim, 4, 6)
     expected = model.patch_embedding(x.transpose(1, 2)).flatten(3).permute(0, 2, 3, 1)
-    assert_close(model._patchify(x), expected, rtol=0, atol=1e-5)
+    assert_close(model.patchify(x), expected, rtol=0, atol=1e-5)
     tokens = x.unflatten(-1, (3, 2)).unflatten(3, (2, 2)).permute(0, 1, 3, 5, 4, 6, 2).flatten(4).flatten(2, 3)
     assert torch.equal(model._unpatchify(tokens, torch.Size((4, 6))), x)
 

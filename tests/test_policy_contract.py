@@ -7,7 +7,8 @@ from torch.testing import assert_close
 
 from pipeline.noise import SampleSeed
 from wan.geometry import ChunkSpan
-from wan.kv_cache.cache import CacheShape, KVCache
+from wan.kv_cache.cache import KVCache
+from wan.kv_cache.layer import CacheShape
 from wan.kv_cache.policy import KVPolicy, policy_fields
 
 FRAMES = 30  # ten chunks: windows of 12 frames roll or prune several times
@@ -58,7 +59,8 @@ def test_the_shapes_of_a_stream_repeat(policy: KVPolicy) -> None:
     if policy.max_frames is not None:
         return
     numbers = [
-        (view.length, plan.attend.shape[1], plan.retain.shape[1], plan.query_position, view.seen_frames)
+        (view.length, plan.attend.shape[1], plan.retain.shape[1], plan.query_position, view.seen_frames,
+         view.packets and view.packets.known, plan.packets is not None and plan.packets.shape[1])
         for _, view, plan, _ in walk(policy, chunks=60)
     ]
     assert set(numbers[20:40]) == set(numbers[40:])

@@ -160,6 +160,11 @@ def test_watching_changes_no_bit_and_shares_are_whole(tiny, policy):
     torch.testing.assert_close(attention.sum(-1), torch.ones(10, 2, SMALL.num_heads))
     if policy == policy_of({"policy": "rolling", "window_frames": 12}):  # 9 frames of past, 3 of its own
         assert (attention[-1, ..., :18] == 0).all() and (attention[-1, ..., 18:] > 0).all()
+    if policy.compression is not None:  # chunks are shown whole or not at all
+        for layer, chosen in enumerate(watcher.tensors()["chosen"][-1]):
+            shown = [attention[-1, layer, :, start:start + 3] for start in chosen.tolist() if start >= 0]
+            assert len(shown) >= 2 and all((share > 0).all() for share in shown)
+        assert watcher.event_chunks[-1] == 9
 
 
 def test_chosen_tokens_are_those_of_the_reference(tiny):

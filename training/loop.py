@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from training.parallel import is_main, largest, rank
 from utils.files import temp_path
 
 PACKED_BYTES = 15 * 2**20
@@ -64,7 +65,9 @@ def copy_tensors(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write training state atomically."""
+    """Write training state atomically; of several processes, which all hold the same, the first does."""
+    if not is_main():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temp_path(path)
     torch.save(state, temporary)
@@ -119,7 +122,7 @@ def run_stage(
     """Run a stage from where it stands until its last step or until `seconds` are over; returns whether it is done.
 
     State goes to `folder/<stage>.pt`, losses to `folder/<stage>.jsonl`. Where there is no state but files that
-    `pack` wrote, weights and averages go on from there.
+    `pack` wrote, weights and averages go on from there. Under torchrun the first process alone writes.
     """
     path = folder / f"{stage.name}.pt"
     first = 0
@@ -133,8 +136,8 @@ def run_stage(
         logger.info("%s: going on at step %d of %d, with a fresh optimiser", stage.name, first, stage.steps)
     begin = saved_at = time.monotonic()
     with (
-        (folder / f"{stage.name}.jsonl").open("a") as log,
-        tqdm(total=stage.steps, initial=first, desc=stage.name, mininterval=5) as bar,
+        (folder / f"{stage.name}.jsonl" if is_main() else Path(os.devnull)).open("a") as log,
+        tqdm(total=stage.steps, initial=first, desc=stage.name, mininterval=5, disable=not is_main()) as bar,
     ):
         window: dict[str, list[Tensor]] = defaultdict(list)
         index = first
@@ -149,7 +152,7 @@ def run_stage(
                 log.flush()
                 bar.update(index - bar.n)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
-                now = time.monotonic()
+                now = largest(time.monotonic() - begin, device) + begin  # all processes end together
                 if seconds is not None and now - begin > seconds:
                     break
                 if now - saved_at > checkpoint_seconds:
@@ -160,8 +163,12 @@ def run_stage(
 
 
 def step_seed(seed: int, stage: str, index: int) -> int:
-    """The seed of one step's random numbers, so that a resumed run draws what an unbroken one would."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{stage}/{index}".encode(), digest_size=8).digest(), "little") >> 1
+    """The seed of one step's random numbers, so that a resumed run draws what an unbroken one would.
+
+    Each process of a launch draws its own.
+    """
+    text = f"{seed}/{stage}/{index}" + (f"/{rank()}" if rank() else "")
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def learning_rate(index: int, steps: int, decay_from: float = 0.6) -> float:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from wan.geometry import ChunkSpan, VideoGeometry
+from wan.geometry import ChunkSpan, PacketGrid, VideoGeometry
+from wan.kv_cache.packets import PacketMemory
 from wan.kv_cache.window import Window
 from wan.rope import Phase, rotate_space, rotate_time, space_phase, time_phase
 
@@ -128,3 +129,100 @@ class RolloutLayer:
                 torch.cat([past, new], dim=1) for past, new in zip(self._past, self._staged, strict=True)
             )
         self._past = self._staged
+
+
+class PackedRollout:
+    """Memory of a rollout in three partitions: sink, packets of the chunks between, recent chunks.
+
+    As RolloutMemory, but what PackForcing shows while no packet is left out. Full-size keys and values carry no
+    gradient; a packet's do, into every later chunk that sees it, so that a compressor can learn from them.
+    """
+
+    def __init__(
+        self, rotation: Rotation, packet: PacketRotation, layers: int, device: torch.device, *, sink_chunks: int,
+        recent_chunks: int,
+    ):
+        self._rotation, self._packet, self._device, self._sink = rotation, packet, device, sink_chunks
+        self._layers = [PackedLayer(rotation, packet, sink_chunks, recent_chunks) for _ in range(layers)]
+        self._made = 0
+
+    def begin(self, chunk: ChunkSpan) -> None:
+        time = self._rotation.time(torch.arange(chunk.start, chunk.stop, device=self._device))
+        for layer in self._layers:
+            layer.time, layer.packet_time = time, self._packet.time(chunk.start)
+
+    def layer(self, index: int) -> PackedLayer:
+        return self._layers[index]
+
+    @property
+    def archives(self) -> bool:
+        """Whether the chunk leaves a packet."""
+        return self._made >= self._sink
+
+    @property
+    def packets(self) -> PacketMemory:
+        """The memory that the chunk's packet reads and is written to."""
+        return PacketMemory(self)
+
+    def commit(self) -> None:
+        """What the last pass staged becomes memory."""
+        for layer in self._layers:
+            layer.commit()
+        self._made += 1
+
+
+class PacketRotation:
+    """Space and time RoPE of packets, at the centres of what their tokens cover."""
+
+    def __init__(self, grid: PacketGrid, head_dim: int, device: torch.device):
+        self._grid, self._head_dim = grid, head_dim
+        self._space = space_phase(grid.rows, grid.columns, head_dim, torch.float32, device, covers=grid.space)
+        self._centres = torch.tensor(grid.centres, device=device, dtype=torch.float64)
+
+    def time(self, start: int) -> Phase:
+        """Phase of every token of the packet of a chunk that begins with latent frame `start`."""
+        frames = (start + self._centres).repeat_interleave(self._grid.rows * self._grid.columns)
+        return time_phase(frames, self._head_dim, torch.float32)
+
+    def __call__(self, x: Tensor, time: Phase) -> Tensor:
+        """[B, P, H, D] -> rotated."""
+        in_frames = x.unflatten(1, (self._grid.frames, -1))
+        return rotate_time(rotate_space(in_frames, self._space).flatten(1, 2), time)
+
+
+class PackedLayer:
+    """One layer of it."""
+
+    def __init__(self, rotation: Rotation, packet: PacketRotation, sink: int, recent: int):
+        self._rotation, self._packet, self._sink, self._recent = rotation, packet, sink, recent
+        self._full: list[tuple[Tensor, Tensor]] = []
+        self._packets: list[tuple[Tensor, Tensor]] = []  # of the chunks from the sink's end on
+        self._staged: tuple[Tensor, Tensor] | None = None
+        self.time: Phase | None = None
+        self.packet_time: Phase | None = None
+
+    def _past(self) -> list[tuple[Tensor, Tensor]]:
+        made = len(self._full)
+        recent = max(self._sink, made - self._recent)
+        return [*self._full[:self._sink], *self._packets[:recent - self._sink], *self._full[recent:]]
+
+    def extend(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
+        keys = self._rotation(keys, self.time)
+        self._staged = (keys.detach(), values.detach())
+        return Window(self._rotation(query, self.time), *map(_joined, zip(*self._past(), (keys, values), strict=True)))
+
+    def extend_packet(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
+        keys = self._packet(keys, self.packet_time)
+        past = [(k.detach(), v.detach()) for k, v in self._past()]
+        self._packets.append((keys, values))
+        return Window(self._packet(query, self.packet_time), *map(_joined, zip(*past, (keys, values), strict=True)))
+
+    def stage_packet(self, keys: Tensor, values: Tensor) -> None:
+        self._packets.append((self._packet(keys, self.packet_time), values))
+
+    def commit(self) -> None:
+        self._full.append(self._staged)
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat(parts, dim=1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from training.loop import copy_tensors
+from training.parallel import average
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic iteration, five steps of it
 MOMENTUM = 0.95
@@ -101,7 +102,8 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, factor: float, max_norm: float = 1.0) -> None:
-        """Clip the gradients, update with the rates times `factor`, write the weights back."""
+        """Average the gradients over processes, clip them, update with the rates times `factor`, write back."""
+        average([master.grad for master in self.masters.values()])
         nn.utils.clip_grad_norm_(list(self.masters.values()), max_norm, foreach=True)
         self._taken += 1
         factor *= min(1.0, self._taken / WARM_UP)

@@ -5,7 +5,9 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
-MAY_BE_NONE = ("seed", "image_steps", "first_chunk_steps", "first_chunk_share", "critic_updates")  # whole, but may be 0
+MAY_BE_NONE = (  # whole numbers, but may be 0
+    "seed", "image_steps", "first_chunk_steps", "first_chunk_share", "critic_updates", "sink_frames",
+)
 
 
 @dataclass
@@ -81,6 +83,30 @@ class StudentSettings:
 
 
 @dataclass
+class CompressorSettings:
+    """PackForcing's compressor: distribution matching on rollouts that remember packets."""
+
+    steps: int = 300
+    batch: int = 24
+    latent_frames: int = 21
+    sink_frames: int = 3            # few, so that many chunks of a clip become packets
+    recent_frames: int = 3
+    time_reduction: int = 2
+    space_reduction: int = 2
+    channels: list[int] = field(default_factory=lambda: [32, 64, 128])  # of the HR branch's stages
+    stream: str = "forward"         # or project
+    lr_frames: str = "paper"        # or cover
+    joint: bool = False             # train the network as well
+    lr: float = 1e-4                # of both, where both are trained
+    lr_branch: float = 1e-3         # of the branch alone
+    lr_critic: float = 2e-4
+    critic_updates: int = 3
+    guidance: float = 2.0
+    ema: float = 0.98
+    captions: int = 4096            # of training seeds, drawn from at random
+
+
+@dataclass
 class Settings:
     """Everything that decides a training run besides its data, which is procedural."""
 
@@ -93,10 +119,11 @@ class Settings:
     text: TextSettings = field(default_factory=TextSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     student: StudentSettings = field(default_factory=StudentSettings)
+    compressor: CompressorSettings = field(default_factory=CompressorSettings)
 
     def __post_init__(self) -> None:
         for stage in (self, *(value for value in vars(self).values() if dataclasses.is_dataclass(value))):
             for name, value in vars(stage).items():
-                least = 0 if isinstance(value, float) or name in MAY_BE_NONE else 1
+                least = 0 if isinstance(value, float | bool) or name in MAY_BE_NONE else 1
                 if isinstance(value, int | float) and not (math.isfinite(value) and value >= least):
                     raise ValueError(f"{name}={value} in {type(stage).__name__} must be finite and at least {least}.")

@@ -8,18 +8,18 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.sampler import FewStepSampler
 from training.data import LatentClips
 from training.graphs import Graphs
 from training.loop import Ema, copy_tensors, learning_rate, step_seed
+from training.matching import DistributionMatching
 from training.memory import RolloutMemory, Rotation
 from training.optim import Optimizers
 from training.parts import CaptionEncoder
 from training.settings import Settings
-from training.teacher import TeacherForcedFlow, draw_sigmas, mix
+from training.teacher import TeacherForcedFlow, draw_sigmas
 from wan.geometry import VideoGeometry
 from wan.model import CausalWanModel
 
@@ -38,29 +38,27 @@ class StudentStage:
         self._flow = TeacherForcedFlow(geometry, architecture, frames, device)
         self._rotation = Rotation(geometry, architecture.head_dim, device)
         self.model = teacher.to(device)
-        self._teacher = self._flow.attach(copy.deepcopy(teacher)).requires_grad_(False)
-        self._critic = self._flow.attach(copy.deepcopy(teacher))
         s = settings.student
+        self._matching = DistributionMatching(
+            self._flow, copy.deepcopy(teacher), copy.deepcopy(teacher), guidance=s.guidance, lr=s.lr_critic,
+        )
         self._optimizers = Optimizers(self.model, lr=s.lr, lr_rest=s.lr, betas=(0.0, 0.95))
-        self._critic_optimizers = Optimizers(self._critic, lr=s.lr_critic, lr_rest=s.lr_critic, betas=(0.0, 0.95))
         self.ema = Ema(self._optimizers.masters, s.ema)
         self.snapshots: dict[str, dict[str, Tensor]] = {}  # step -> averages in bf16
         self._generator, self._graphs = torch.Generator(device), Graphs(device)
         self._nothing = captions.tokens([""]).to(device)
         if device.type == "cuda":
-            for network in (self._teacher, self._critic):
-                for block in network.blocks:
-                    block.compile(dynamic=False)
+            self._matching.compile()
 
     def state(self) -> dict[str, Any]:
         return {
-            "optimizers": self._optimizers.state(), "critic": self._critic_optimizers.state(), "ema": self.ema.shadow,
+            "optimizers": self._optimizers.state(), "critic": self._matching.state(), "ema": self.ema.shadow,
             "snapshots": self.snapshots,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self._optimizers.load(state["optimizers"])
-        self._critic_optimizers.load(state["critic"])
+        self._matching.load(state["critic"])
         copy_tensors(self.ema.shadow, state["ema"])
         self.snapshots = dict(state["snapshots"])
 
@@ -83,10 +81,10 @@ class StudentStage:
             self.snapshots[str(index + 1)] = {name: t.bfloat16() for name, t in self.ema.shadow.items()}
         for _ in range(s.critic_updates):
             critic = self._graphs(
-                "critic", self._update_critic, made["video"], embeddings, self._noise(clean),
+                "critic", self._matching.update_critic, made["video"], embeddings, self._noise(clean),
                 self._sigma(s.batch, low=0.01),
             )
-            self._critic_optimizers.step(factor)
+            self._matching.optimizers.step(factor)
         return {"matching": made["matching"], **critic}
 
     def _noise(self, like: Tensor) -> Tensor:
@@ -101,7 +99,7 @@ class StudentStage:
         self, embeddings: Tensor, nothing: Tensor, rollout_noise: Tensor, noise: Tensor, sigma: Tensor,
     ) -> dict[str, Tensor]:
         video = self._rollout(embeddings, rollout_noise)
-        loss = self._matching_loss(video, embeddings, nothing, noise, sigma)
+        loss = self._matching.loss(video, embeddings, nothing, noise, sigma)
         self._optimizers.backward(loss)
         return {"matching": loss, "video": video}
 
@@ -128,33 +126,6 @@ class StudentStage:
             memory.commit()
             parts.append(x0)
         return torch.cat(parts, dim=1)
-
-    def _matching_loss(
-        self, video: Tensor, embeddings: Tensor, nothing: Tensor, noise: Tensor, sigma: Tensor,
-    ) -> Tensor:
-        """Pull the video from where the critic says it is towards where the guided teacher says it should be."""
-        with torch.no_grad():
-            clean = video.detach()
-            noisy = mix(clean, noise, sigma)
-            conditional = self._clean(self._teacher, clean, noisy, sigma, embeddings)
-            unconditional = self._clean(self._teacher, clean, noisy, sigma, nothing)
-            real = unconditional + self._settings.student.guidance * (conditional - unconditional)
-            fake = self._clean(self._critic, clean, noisy, sigma, embeddings)
-            scale = (clean - real).abs().mean(dim=(2, 3, 4), keepdim=True).clamp_min(1e-3)
-            target = clean - (fake - real) / scale
-        return 0.5 * F.mse_loss(video, target)
-
-    def _update_critic(self, video: Tensor, embeddings: Tensor, noise: Tensor, sigma: Tensor) -> dict[str, Tensor]:
-        flow = self._flow(self._critic, video, mix(video, noise, sigma), sigma, embeddings)
-        loss = F.mse_loss(flow, noise - video)
-        self._critic_optimizers.backward(loss)
-        return {"critic": loss}
-
-    def _clean(
-        self, network: CausalWanModel, context: Tensor, noisy: Tensor, sigma: Tensor, embeddings: Tensor,
-    ) -> Tensor:
-        flow = self._flow(network, context, noisy, sigma, embeddings)
-        return noisy - sigma[..., None, None, None] * flow
 
     @staticmethod
     def _times(x: Tensor, time: float) -> Tensor:

@@ -4,14 +4,17 @@
     python -m training.tiny teacher --folder runs/tiny --seconds 400   # 2: the causal teacher, 400 s at a time
     python -m training.tiny student --folder runs/tiny                 # 3: the few-step student
     python -m training.tiny export  --folder runs/tiny --output weights/tiny
+    python -m training.tiny compressor --folder runs/tiny --output weights/tiny  # PackForcing's, for what was exported
     python -m training.tiny all     --folder runs/tiny --output weights/tiny  # all of these
 
+Under `torchrun --nproc_per_node=N -m training.tiny ...` N processes share a stage, each with batches of its own.
 A folder holds the full state of every stage. To go on elsewhere, `pack --output other` writes weights and averages
 alone, in small files: a stage that finds them in its folder goes on from there with a fresh optimiser.
 """
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import logging
@@ -22,22 +25,29 @@ import torch
 
 from pipeline.build import choose_device
 from pipeline.sampler import FewStepSampler
+from training.compressor import CompressorStage, make_branch
 from training.loop import load_state, pack, run_stage
+from training.memory import dense
+from training.parallel import is_main, together
 from training.parts import export_text, export_transformer, export_vae
 from training.samples import SHEET_CLIPS, choose, write_sheet
 from training.settings import Settings
 from training.sheets import contact_sheet
 from training.student import StudentStage
-from training.teacher import TeacherStage
-from training.vae import VaeStage
+from training.teacher import TeacherForcedFlow, TeacherStage
+from training.vae import VaeStage, working_dtype
 from training.workshop import Workshop, averaged, averaged_teacher
 from training.world import render, sample, to_frames
 from utils.config import ConfigError, load_structured
+from utils.launch import read_launch
+from wan.checkpoint import load_transformer
+from wan.compressor import save_branch
+from wan.model import CausalWanModel
 from wan.vae import WanVAE
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("vae", "teacher", "student")
+STAGES = ("vae", "teacher", "student")  # of the embedded model; the compressor is one more, for PackForcing alone
 STEPS, SHIFT = (1000, 750, 500, 250), 5.0  # the student's passes, as configs/base.yaml samples them
 
 
@@ -85,6 +95,36 @@ def train_student(shop: Workshop, seconds: float | None) -> bool:
     return done
 
 
+def train_compressor(shop: Workshop, seconds: float | None, output: Path) -> bool:
+    """Student, autoencoder and statistics are the exported ones; the teacher is that of the folder."""
+    s, spec = shop.settings.compressor, shop.spec
+    dtype = working_dtype(shop.device)
+    teacher, captions = averaged_teacher(shop)
+    student = CausalWanModel(shop.architecture, dense)
+    load_transformer(student, spec.checkpoint, use_ema=True, device=shop.device, dtype=dtype)
+    texts = [sample(seed).caption for seed in range(s.captions)]
+    with torch.no_grad():
+        embeddings, nothing = (
+            torch.cat([captions(ids) for ids in captions.tokens(some).to(shop.device).split(256)])
+            for some in (texts, [""])
+        )
+    stage = CompressorStage(
+        s, shop.settings.seed, student=student, branch=make_branch(s, shop.architecture, shop.settings.seed),
+        teacher=teacher, critic=copy.deepcopy(teacher),
+        flow=TeacherForcedFlow(shop.geometry, shop.architecture, s.latent_frames, shop.device),
+        vae=WanVAE.load(spec.vae, device=shop.device, dtype=dtype), embeddings=embeddings, nothing=nothing,
+        geometry=shop.geometry, sampler=FewStepSampler(STEPS, SHIFT, warp=True), device=shop.device,
+    )
+    done = run(shop, stage, seconds)
+    if is_main():
+        path = output / "compressor" / "model.safetensors"
+        save_branch(averaged(stage.branch, stage.weights("branch")), path)
+        if s.joint:
+            export_transformer(stage.weights("model"), output / "compressor" / "transformer")
+        logger.info("wrote %s", path.parent)
+    return done
+
+
 def run(shop: Workshop, stage, seconds: float | None) -> bool:
     s = shop.settings
     return run_stage(
@@ -106,9 +146,40 @@ def export(shop: Workshop, which: str, output: Path) -> None:
     logger.info("wrote %s (%.1f MB)", output, sum(f.stat().st_size for f in output.rglob("*") if f.is_file()) / 1e6)
 
 
+def run_command(options: argparse.Namespace, device: torch.device) -> bool:
+    """Do what the command line says; returns whether it is done."""
+    if options.seconds is not None and not options.seconds > 0:
+        raise ConfigError(f"--seconds {options.seconds} is no time to train. Ask for more than 0.")
+    if options.stage == "pack" and options.output is None:
+        raise ConfigError("pack needs --output: a folder for the files that travel.")
+    settings = load_structured(options.config, Settings, options.set)
+    shop = Workshop(settings, options.folder, device)
+    output = options.output or Path("weights/tiny")
+    if is_main():
+        (options.folder / "settings.json").write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
+    if options.stage == "pack":
+        for path in sorted(options.folder.glob("*.pt")):
+            if path.stem in (*STAGES, "compressor"):
+                saved = load_state(path, torch.device("cpu"))
+                pack(saved["stage"], saved["step"], path.stem, output)
+        return True
+    if options.stage == "export":
+        export(shop, options.which, output)
+        return True
+    if options.stage == "compressor":
+        return train_compressor(shop, options.seconds, output)
+    train = {"vae": train_vae, "teacher": train_teacher, "student": train_student}
+    done = True
+    for stage in STAGES if options.stage == "all" else (options.stage,):
+        done = done and train[stage](shop, options.seconds)
+    if done and options.stage == "all":
+        export(shop, "student", output)
+    return done
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=(*STAGES, "all", "pack", "export"))
+    parser.add_argument("stage", choices=(*STAGES, "compressor", "all", "pack", "export"))
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny"), help="state of all stages")
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("tiny.yaml"))
     parser.add_argument(
@@ -116,34 +187,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, help="stop after so long; the next call goes on")
     parser.add_argument("--which", choices=("teacher", "student"), default="student", help="export: whose transformer")
-    parser.add_argument("--output", type=Path, help="pack, export, all: where to (but for pack: weights/tiny)")
+    parser.add_argument("--output", type=Path, help="where to (but for pack: weights/tiny)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        if options.seconds is not None and not options.seconds > 0:
-            raise ConfigError(f"--seconds {options.seconds} is no time to train. Ask for more than 0.")
-        if options.stage == "pack" and options.output is None:
-            raise ConfigError("pack needs --output: a folder for the files that travel.")
-        settings = load_structured(options.config, Settings, options.set)
-        shop = Workshop(settings, options.folder, choose_device(options.device))
-        output = options.output or Path("weights/tiny")
-        (options.folder / "settings.json").write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
-        if options.stage == "pack":
-            for path in sorted(options.folder.glob("*.pt")):
-                if path.stem in STAGES:
-                    saved = load_state(path, torch.device("cpu"))
-                    pack(saved["stage"], saved["step"], path.stem, output)
-            return 0
-        if options.stage == "export":
-            export(shop, options.which, output)
-            return 0
-        train = {"vae": train_vae, "teacher": train_teacher, "student": train_student}
-        done = True
-        for stage in STAGES if options.stage == "all" else (options.stage,):
-            done = done and train[stage](shop, options.seconds)
-        if done and options.stage == "all":
-            export(shop, "student", output)
+        launch = read_launch()
+        device = choose_device(options.device, launch.local_rank)
+        with together(launch, device):
+            done = run_command(options, device)
     except (ValueError, OSError) as error:  # every error class of this project is a ValueError
         print(f"error: {error}", file=sys.stderr)
         return 2

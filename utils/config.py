@@ -24,7 +24,9 @@ from utils.config_cache import CacheFlags, PolicyFields, cache_group, clip_keys_
 from utils.config_schema import (
     DTYPE,
     FLAG,
+    LOOP,
     NOISE,
+    ON_SWITCH,
     PATCH,
     POSITIVE,
     STEPS,
@@ -68,7 +70,11 @@ class Config:
     height: int | None = setting(whole(1).or_null("the model's own"), None)  # pixels
     width: int | None = setting(whole(1).or_null("the model's own"), None)   # pixels
     dtype: str | None = setting(DTYPE.or_null("by device"), None)
+    pipeline: str = setting(LOOP, "chunkwise")               # which loop makes the latents: pipeline/loops.py
+    overlap_frames: int = setting(whole(1), 3)               # latent frames that clips share; causvid_overlap alone
+    on_switch: str = setting(ON_SWITCH, "keep")              # what a new prompt does to the cache: pipeline/timeline.py
     model: str = setting(TEXT, "auto")                       # auto, a file stem in configs/models, or a path
+    base_model: str = setting(TEXT, "wan2.1_t2v_1.3b")       # what `auto` means once its checkpoint is in place
     kv_cache: Mapping[str, Any]                              # policy: its name, then every field of that policy
 
     def resolved(self) -> dict[str, Any]:
@@ -89,11 +95,15 @@ class ModelSpec:
     spatial_stride: int = setting(whole(1))      # pixels in a latent row or column
     train_frames: int = setting(whole(1))        # latent frames of a training clip
     checkpoint: Path = setting(PATH)
+    use_ema: bool = setting(FLAG, False)         # take generator_ema of it, as its authors do
+    lora: Path | None = setting(PATH.or_null("none"), None)  # merged into the checkpoint while it is loaded
+    lora_alpha: float | None = setting(POSITIVE.or_null("the LoRA's rank"), None)  # scales it, over its rank
     text_encoder: Path = setting(PATH)
     tokenizer: Path = setting(PATH)
     vae: Path = setting(PATH)
     taehv: Path | None = setting(PATH.or_null("none was made for its latents"), None)     # decoder in the VAE's place
     lighttae: Path | None = setting(PATH.or_null("none was made for its latents"), None)  # the same, another training
+    compressor: Path | None = setting(PATH.or_null("none was trained for it"), None)      # of PackForcing, HR branch
     prompts: Path = setting(PATH)                            # shown when no prompt is given
     understands: str | None = setting(TEXT.or_null("anything"), None)  # what prompts may speak of, told if they do not
     download: str = setting(TEXT)                # the command that fetches what is missing
@@ -332,6 +342,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(inner) for inner in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def read_plain_yaml(path: Path) -> Any:
+    """What stands in the YAML at `path`, as plain data.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {_first_line(error)}.") from error
 
 
 def load_structured(path: Path, schema: type, overrides: Sequence[str] = ()) -> Any:

@@ -75,6 +75,8 @@ def _are_steps(value: Any) -> bool:
     return value[0] <= 1000 and value[-1] > 0 and all(a > b for a, b in itertools.pairwise(value))
 
 
+LOOPS = ("chunkwise", "rolling_forcing", "causvid_overlap")        # pipeline/loops.py
+SWITCHES = ("keep", "recache", "flush_recent", "reset_sink")        # pipeline/timeline.py
 FLAG = Rule("true or false", lambda value: isinstance(value, bool))
 TEXT = Rule("some text", lambda value: isinstance(value, str) and bool(value.strip()))
 POSITIVE = Rule("a number above 0", lambda value: is_number(value) and value > 0, float)
@@ -99,6 +101,10 @@ SCALAR = Rule(
     "one number, word, true, false or null",
     lambda value: value is None or isinstance(value, (bool, int, float, str)),
 )
+
+
+LOOP = Rule("chunkwise, rolling_forcing or causvid_overlap", lambda value: value in LOOPS)
+ON_SWITCH = Rule("keep, recache, flush_recent or reset_sink", lambda value: value in SWITCHES)
 
 
 def setting(rule: Rule, default: Any = MISSING) -> Any:

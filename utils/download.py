@@ -4,6 +4,7 @@
     python -m utils.download --only dit vae       some of them (dit, text, vae; base is the plain Wan model)
     python -m utils.download --only taehv         the tiny decoder of `--decoder taehv`, 23 MB
     python -m utils.download --only clip dino aesthetic   what `python -m evaluation measure` needs for --metrics papers
+    python -m utils.download --only longlive      another method's checkpoint (utils/download_sources.py lists them)
     python -m utils.download --prompts            MovieGenVideoBench.txt and its extended version
     python -m utils.download --dry_run            what would be fetched, from where, how large
 
@@ -13,7 +14,8 @@ final name there is never half a file. Run the same command again to go on after
 
 Where the pins come from: the two hub revisions, TAEHV's commit, sizes and SHA-256 below agree across several
 independent public projects that recorded them; every download from the hub is also compared with what the hub
-itself states for that revision. The prompt files are pinned by commit only; their first download fixes the hash.
+itself states for that revision. The prompt files are pinned by commit only, other methods' checkpoints not at all;
+their first download fixes the hash.
 """
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.download_sources import DownloadError, FileInfo, GitHub, HuggingFaceHub, Source
+from utils.download_sources import METHOD_FILES, DownloadError, FileInfo, GitHub, HuggingFaceHub, Source
 from utils.files import move_into_place, write_atomically
 from utils.hashing import sha256_file
 
@@ -46,10 +48,14 @@ REVISIONS = {
     CLIP_L: "32bd64288804d66eefd0ccbe215aa642df71cc41",
     DINO: "f205d5d8e640a89a2b8ef0369670dfc37cc07fc2",
     AESTHETIC: "6d122adad522ab246644d9dc1c6d7a3810ee255f",
+    **{repo: "main" for _, repo, _, _ in METHOD_FILES},
 }
 LOCK = ".download_lock.json"
 STAGING = ".download"
-GROUPS = ("dit", "text", "vae", "base", "taehv", "clip", "dino", "aesthetic")
+GROUPS = (
+    "dit", "text", "vae", "base", "taehv", "clip", "dino", "aesthetic",
+    *dict.fromkeys(group for group, *_ in METHOD_FILES),
+)
 DEFAULT_GROUPS = ("dit", "text", "vae")
 ATTEMPTS = 2  # a corrupt file is fetched once more before giving up
 NOTHING_LOST = "Nothing is lost: run the same command again, it goes on where it stopped"
@@ -128,32 +134,21 @@ FILES = (
         "wan_models/taew2_1.pth",
         FileInfo(22678901, "d26151e76cdc2c9424bef988de874b33d9a53f30ef3060cd556c429c469c797e"),
     ),
-    _metric(
-        "clip", CLIP_B, "pytorch_model.bin", 605247071,
-        "a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f",
-    ),
+    _metric("clip", CLIP_B, "pytorch_model.bin", 605247071,
+            "a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f"),
     _metric("clip", CLIP_B, "config.json", 4186, "b575ef3c36f2a057fa19e221650105052d61cc9c1a972ec15019c6261ec98770"),
-    _metric(
-        "clip", CLIP_B, "tokenizer.json", 2224041,
-        "b556ac8c99757ffb677208af34bc8c6721572114111a6e0aaf5fa69ff0b8d842",
-    ),
-    _metric(
-        "aesthetic", CLIP_L, "model.safetensors", 1710540580,
-        "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
-    ),
-    _metric(
-        "aesthetic", CLIP_L, "config.json", 4519,
-        "8a09b467700c58138c29d53c605b34ebc69beaadd13274a8a2af8ad2c2f4032a",
-    ),
-    _metric(
-        "aesthetic", AESTHETIC, "sa_0_4_vit_l_14_linear.pth", 4071,
-        "2cd4e60f4f24ae3bcd57b847b13c1f3ba27edc28cc1a7f9ce74ee9f421243cba",
-    ),
-    _metric(
-        "dino", DINO, "pytorch_model.bin", None,
-        "a064e36c67289caaa5c949c0b3f7f31a0fcbcba5721f5fa12419933ec1f4fe6e",
-    ),
+    _metric("clip", CLIP_B, "tokenizer.json", 2224041,
+            "b556ac8c99757ffb677208af34bc8c6721572114111a6e0aaf5fa69ff0b8d842"),
+    _metric("aesthetic", CLIP_L, "model.safetensors", 1710540580,
+            "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"),
+    _metric("aesthetic", CLIP_L, "config.json", 4519,
+            "8a09b467700c58138c29d53c605b34ebc69beaadd13274a8a2af8ad2c2f4032a"),
+    _metric("aesthetic", AESTHETIC, "sa_0_4_vit_l_14_linear.pth", 4071,
+            "2cd4e60f4f24ae3bcd57b847b13c1f3ba27edc28cc1a7f9ce74ee9f421243cba"),
+    _metric("dino", DINO, "pytorch_model.bin", None,
+            "a064e36c67289caaa5c949c0b3f7f31a0fcbcba5721f5fa12419933ec1f4fe6e"),
     _metric("dino", DINO, "config.json", 454, "b87c0270b97db085fd82cf114a761fd0f62ae7914fbd407c752a2260646b689c"),
+    *(RemoteFile(group, repo, path, target) for group, repo, path, target in METHOD_FILES),
     RemoteFile(
         "prompts", PROMPT_REPO, "prompts/MovieGenVideoBench.txt", "prompts/MovieGenVideoBench.txt"
     ),

@@ -1,4 +1,4 @@
-"""The two places that files come from: the Hugging Face hub, and GitHub for small files outside LFS."""
+"""The places that files come from: the Hugging Face hub, GitHub (small files outside LFS), and what lies where."""
 from __future__ import annotations
 
 import errno
@@ -16,6 +16,26 @@ LFS_POINTER = b"version https://git-lfs"
 OFFLINE = (
     "Check the connection (and HTTPS_PROXY, HF_ENDPOINT, HF_HUB_OFFLINE), then run the same command again: it goes "
     "on where it stopped. Without a connection here, fetch the files elsewhere and copy the folders over"
+)
+
+
+# Checkpoints of other methods that share the architecture: (group, repository on the hub, path there, place here).
+# No revision is pinned: `main` of the day is compared with what the hub states, and the lock keeps its hash.
+METHOD_FILES = (
+    ("longlive", "Efficient-Large-Model/LongLive-1.3B", "models/longlive_base.pt",
+     "checkpoints/longlive/longlive_base.pt"),
+    ("longlive", "Efficient-Large-Model/LongLive-1.3B", "models/lora.pt", "checkpoints/longlive/lora.pt"),
+    ("rolling_forcing", "TencentARC/RollingForcing", "checkpoints/rolling_forcing_dmd.pt",
+     "checkpoints/rolling_forcing_dmd.pt"),
+    ("causvid", "tianweiy/CausVid", "autoregressive_checkpoint/model.pt", "checkpoints/causvid_autoregressive.pt"),
+    ("causal_forcing", "zhuhz22/Causal-Forcing", "chunkwise/causal_forcing.pt",
+     "checkpoints/causal_forcing_chunkwise.pt"),
+    ("causal_forcing_framewise", "zhuhz22/Causal-Forcing", "framewise/causal_forcing.pt",
+     "checkpoints/causal_forcing_framewise.pt"),
+    ("causal_forcing_longvideo", "zhuhz22/Causal-Forcing", "chunkwise/longvideo.pt",
+     "checkpoints/causal_forcing_longvideo.pt"),
+    ("reward_forcing", "JaydenLu666/Reward-Forcing-T2V-1.3B", "rewardforcing.pt", "checkpoints/rewardforcing.pt"),
+    ("infinite_forcing", "johnrobinsn/Infinite-Forcing", "ema_model.pt", "checkpoints/infinite_forcing_ema.pt"),
 )
 
 

@@ -38,8 +38,8 @@ def video_stem(item: PromptItem, index: int, sample: int, seed: int, *, with_ind
     """Portable, collision-free file name without suffix: lower-case ASCII letters, digits, hyphens.
 
     Arguments: index of the prompt in its file; sample, 0-based; seed of the run.
-    Returns: `<words of the prompt>-<8 hex>-s<seed>-<sample>`, the hex standing for prompt, extended prompt
-        and the bytes of the source; or with_index `0007-<sample>`, which is unique within one prompt file.
+    Returns: `<words of the prompt>-<8 hex>-s<seed>-<sample>`, the hex standing for prompt, extended prompt,
+        the bytes of the source and a timeline; or with_index `0007-<sample>`, which is unique within one prompt file.
         No underscore: VBench-Long groups clips by what stands before the first one.
     """
     if min(index, sample, seed) < 0:
@@ -47,7 +47,8 @@ def video_stem(item: PromptItem, index: int, sample: int, seed: int, *, with_ind
     if with_index:
         return f"{index:0{INDEX_DIGITS}d}-{sample}"
     source = None if item.source is None else sha256_file(item.source)
-    digest = fingerprint([item.prompt, item.extended, source])[:DIGEST_CHARACTERS]
+    later = [list(item.later)] if item.later else []
+    digest = fingerprint([item.prompt, item.extended, source, *later])[:DIGEST_CHARACTERS]
     return f"{_slug(item.prompt)}-{digest}-s{seed}-{sample}"
 
 

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -14,35 +15,42 @@ import torch
 class StageClock:
     """Sums milliseconds per named stage: CUDA events on a GPU, the wall clock elsewhere.
 
-    Events are read only by `totals_ms`, so a stage costs no synchronisation while it runs.
+    Events are read only by `totals_ms`, so a stage costs no synchronisation while it runs. The time of a stage inside
+    another does not count for the outer one.
     """
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._marks: list[tuple[str, int, Any, Any]] = []  # name, 1 or -1, begin, end
+        self._open: list[str] = []
         self._totals_ms: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count what runs inside as `name`."""
-        if self._cuda:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
+        begin, outer = self._mark(), self._open[-1:]
+        self._open.append(name)
+        try:
             yield
-            end.record()
-            self._events.append((name, begin, end))
-            return
-        begin = time.perf_counter()
-        yield
-        self._totals_ms[name] += 1000 * (time.perf_counter() - begin)
+        finally:
+            self._open.pop()
+            end = self._mark()
+            self._marks += [(name, 1, begin, end), *((around, -1, begin, end) for around in outer)]
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def totals_ms(self) -> dict[str, float]:
         """Milliseconds of every stage so far; waits for the device."""
-        if self._events:
+        if self._cuda and self._marks:
             torch.cuda.synchronize()
-        for name, begin, end in self._events:
-            self._totals_ms[name] += begin.elapsed_time(end)
-        self._events.clear()
+        for name, sign, begin, end in self._marks:
+            self._totals_ms[name] += sign * (begin.elapsed_time(end) if self._cuda else 1000 * (end - begin))
+        self._marks.clear()
         return dict(self._totals_ms)
 
 

@@ -3,6 +3,7 @@
     .txt     one prompt a line; blank lines are skipped but counted
     .jsonl   one object a line: {"prompt": ..., optional "extended", and "image" or "video"};
              file names are relative to the .jsonl
+    .jsonl, .yaml   prompts that follow each other in one video: see utils/timelines.py
     folder   its .txt files in sorted order; with i2v, images or videos with a .txt of the same name
 
 Lines are numbered before anything is dropped, so an index always means the same line of the file, and
@@ -19,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from utils.config import read_plain_yaml
 from utils.hashing import sha256_file
+from utils.timelines import Later, TimelineError, is_entry, read_timeline
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +41,25 @@ class PromptItem:
     """One video to make.
 
     index: 0-based line of the prompt file (blank lines count). prompt: as the user wrote it. extended: its
-    longer version, if any. source: image or video to continue, if any.
+    longer version, if any. source: image or video to continue, if any. later: prompts that follow in the same
+    video, each with the second at which it begins.
     """
 
     index: int
     prompt: str
     extended: str | None
     source: Path | None
+    later: Later = ()
 
     @property
     def text(self) -> str:
         """What the text encoder gets: the extended prompt if there is one."""
         return self.extended or self.prompt
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every text of the video, in order."""
+        return self.text, *(prompt for _, prompt in self.later)
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ class _Line:
     prompt: str
     extended: str | None = None
     source: Path | None = None
+    later: Later = ()
 
 
 def load_prompts(
@@ -83,7 +94,10 @@ def load_prompts(
         lines = _with_extended(lines, data_path or "--prompt", Path(extended_prompt_path))
     for line in lines:
         _check_encodable(line)
-    items = [PromptItem(i, line.prompt, line.extended, line.source) for i, line in enumerate(lines) if line.prompt]
+    items = [
+        PromptItem(i, line.prompt, line.extended, line.source, line.later)
+        for i, line in enumerate(lines) if line.prompt
+    ]
     if not items:
         raise PromptError(f"{data_path or '--prompt'}: holds no prompt. Write at least one line of text")
     _check_sources(items, lines, i2v)
@@ -176,7 +190,9 @@ def _read_lines_of(path: Path, i2v: bool) -> list[_Line]:
     if path.is_dir():
         return _read_pairs(path) if i2v else _read_folder(path)
     if path.suffix.lower() == ".jsonl":
-        return [_json_line(path, number, line) for number, line in enumerate(read_text_lines(path), 1)]
+        return _read_json_lines(path)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return _read_yaml(path)
     if path.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES and path.is_file():
         raise PromptError(f"{path}: is an image or video, not prompts. Add --i2v and --prompt 'text' to continue it")
     return _text_lines(path)
@@ -219,17 +235,54 @@ def _read_pairs(folder: Path) -> list[_Line]:
     return lines
 
 
-def _json_line(path: Path, number: int, line: str) -> _Line:
-    where = f"{path}: line {number}"
-    if not line:
-        return _Line(where, "")
+def _read_json_lines(path: Path) -> list[_Line]:
+    """One video a line; or one video in all, if the lines are the moments of a timeline."""
+    lines = read_text_lines(path)
+    records = {number: _json_record(path, number, line) for number, line in enumerate(lines, 1) if line}
+    if is_entry(next(iter(records.values()))):
+        return [_timeline(list(records.values()), str(path))]
+    blank = (_Line(f"{path}: line {number}", "") for number in range(1, len(lines) + 1))
+    return [
+        _json_line(path, number, records[number]) if number in records else line
+        for number, line in enumerate(blank, 1)
+    ]
+
+
+def _read_yaml(path: Path) -> list[_Line]:
+    _read_bytes(path)  # a file that is no text is said to be none
+    videos = read_plain_yaml(path)
+    if isinstance(videos, list) and videos and all(isinstance(video, list) for video in videos):
+        return [_timeline(video, f"{path}: video {number}") for number, video in enumerate(videos, 1)]
+    return [_timeline(videos, str(path))]
+
+
+def _timeline(entries: object, where: str) -> _Line:
     try:
-        record = json.loads(line)
+        prompt, later = read_timeline(entries, where)
+    except TimelineError as error:
+        raise PromptError(str(error)) from error
+    return _Line(where, prompt, later=later)
+
+
+def _json_record(path: Path, number: int, line: str) -> object:
+    try:
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise PromptError(f"{where} is not JSON: {error}. Write one object a line") from error
+        raise PromptError(f"{path}: line {number} is not JSON: {error}. Write one object a line") from error
+
+
+def _json_line(path: Path, number: int, record: object) -> _Line:
+    where = f"{path}: line {number}"
     if not isinstance(record, dict):
         raise PromptError(f'{where} is {type(record).__name__}, and an object is wanted: {{"prompt": "..."}}')
-    known = ("prompt", "extended", "image", "video")
+    later: Later = ()
+    if "timeline" in record:
+        if "prompt" in record or "extended" in record:
+            raise PromptError(f"{where}: has a timeline and a prompt. The timeline holds the first prompt: keep one")
+        line = _timeline(record["timeline"], where)
+        record, later = {key: value for key, value in record.items() if key != "timeline"}, line.later
+        record["prompt"] = line.prompt
+    known = ("prompt", "extended", "image", "video", "timeline")
     for key, value in record.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -248,6 +301,7 @@ def _json_line(path: Path, number: int, line: str) -> _Line:
         " ".join(record["prompt"].split()),
         None if extended is None else " ".join(extended.split()),
         None if source is None else path.parent / source,
+        later,
     )
 
 
@@ -267,13 +321,15 @@ def _with_extended(lines: list[_Line], data_path: Path | str, extended_path: Pat
             )
         if line.extended is not None:
             raise PromptError(f"{line.where} has its own 'extended' text. Drop it, or drop --extended_prompt_path")
+        if line.later:
+            raise PromptError(f"{line.where} has a timeline, used as it stands. Drop --extended_prompt_path")
     return [_Line(a.where, a.prompt, b.prompt or None, a.source) for a, b in zip(lines, longer, strict=True)]
 
 
 def _check_encodable(line: _Line) -> None:
     """Raise PromptError for half a character: a bad byte of a command line, or a lone surrogate of a .jsonl."""
     try:
-        (line.prompt + (line.extended or "")).encode("utf-8")
+        "".join([line.prompt, line.extended or "", *(prompt for _, prompt in line.later)]).encode("utf-8")
     except UnicodeEncodeError as error:
         raise PromptError(f"{line.where}: is not valid Unicode ({error.reason}). Write it in UTF-8") from error
 
@@ -297,7 +353,7 @@ def _without_repeats(items: list[PromptItem], lines: list[_Line]) -> list[Prompt
     dropped = []
     for item in items:
         content = None if item.source is None else sha256_file(item.source)
-        if kept.setdefault((item.prompt, item.extended, content), item) is not item:
+        if kept.setdefault((item.prompt, item.extended, content, item.later), item) is not item:
             dropped.append(lines[item.index].where)
     if dropped:
         more = f" and {len(dropped) - 3} more" if len(dropped) > 3 else ""

@@ -14,7 +14,7 @@ import logging
 import pickle
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +72,20 @@ def check_transformer(path: Path, expected: Mapping[str, torch.Size], *, use_ema
 
 
 def load_transformer(
-    model: nn.Module, path: Path, *, use_ema: bool, device: torch.device | str, dtype: torch.dtype
+    model: nn.Module, path: Path, *, use_ema: bool, device: torch.device | str, dtype: torch.dtype,
+    change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Give every parameter of `model` its value from `path`, on `device` in `dtype`.
 
     The model may be on meta. Each tensor is cast and moved once, so that beside the mapped file
-    host memory holds about one tensor more than the model itself.
+    host memory holds about one tensor more than the model itself. `change` may put another tensor in the place of
+    one, such as a merged one (wan/lora.py); it is given name and stored value.
 
     Raises:
         CheckpointError: as `check_transformer`; the model is then left as it was.
     """
     tensors, _ = _read_transformer(Path(path), use_ema=use_ema, meta=False)
-    load_strictly(model, tensors, source=Path(path), device=device, dtype=dtype)
+    load_strictly(model, tensors, source=Path(path), device=device, dtype=dtype, change=change)
 
 
 def _read_transformer(path: Path, *, use_ema: bool, meta: bool) -> tuple[dict[str, Tensor], bool]:
@@ -145,7 +147,8 @@ def _choose_group(path: Path, content: dict[str, Any], *, use_ema: bool) -> tupl
 
 @torch.no_grad()
 def load_strictly(
-    module: nn.Module, tensors: dict[str, Tensor], *, source: Path, device: torch.device | str, dtype: torch.dtype
+    module: nn.Module, tensors: dict[str, Tensor], *, source: Path, device: torch.device | str, dtype: torch.dtype,
+    change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Set each parameter of `module` from the tensor of its name; empties `tensors` as it goes.
 
@@ -156,7 +159,9 @@ def load_strictly(
     check_fit(source, tensors, {name: parameter.shape for name, parameter in parameters.items()})
     for name, old in parameters.items():
         # A copy of our own: a parameter that is a view of the mapped file would die with the file.
-        value = torch.empty(old.shape, dtype=dtype, device=device).copy_(tensors.pop(name))
+        stored = tensors.pop(name)
+        stored = stored if change is None else change(name, stored)
+        value = torch.empty(old.shape, dtype=dtype, device=device).copy_(stored)
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=old.requires_grad))
     left = [name for name, value in [*module.named_parameters(), *module.named_buffers()] if value.is_meta]
@@ -166,7 +171,9 @@ def load_strictly(
         )
 
 
-def read_tensors(path: Path, *, subfolder: str, meta: bool = False) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path, *, subfolder: str, groups: tuple[str, ...] = _SINGLE_GROUPS, meta: bool = False,
+) -> dict[str, Tensor]:
     """Read all tensors at `path` (see `weight_files`) under the names in the file; groups are opened.
 
     With `meta` only headers are read: the tensors have shape and dtype but no data.
@@ -174,7 +181,7 @@ def read_tensors(path: Path, *, subfolder: str, meta: bool = False) -> dict[str,
     tensors: dict[str, Tensor] = {}
     for file in weight_files(path, subfolder=subfolder):
         content = _read_file(file, meta=meta)
-        for group in _SINGLE_GROUPS:
+        for group in groups:
             if isinstance(content.get(group), Mapping):
                 content = dict(content[group])
         tensors |= {name: value for name, value in content.items() if isinstance(value, Tensor)}
@@ -208,7 +215,7 @@ def _hints(found: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> I
             "Use a file and a configuration of one size."
         )
     if any("lora_" in name for name in found):
-        yield "The file holds a LoRA. Merge it into its base checkpoint, or give the base checkpoint."
+        yield "The file holds a LoRA. Give its base checkpoint here, and the LoRA with --lora_path."
     if "patch_embedding.weight" in expected and "patch_embedding.weight" not in found:
         kinds = {
             "a text encoder": ("token_embedding.weight", "shared.weight"),

@@ -24,6 +24,35 @@ class ChunkSpan:
         return self.start + self.frames
 
 
+@dataclass(frozen=True)
+class PacketGrid:
+    """The few tokens that stand for a chunk once it is compressed: a packet.
+
+    Each covers `time` latent frames by `space` x `space` tokens; rows and columns that are left over are not covered.
+    """
+
+    chunk_frames: int
+    time: int
+    space: int
+    rows: int
+    columns: int
+
+    @property
+    def frames(self) -> int:
+        """Time slices of a packet; the last one may cover fewer frames."""
+        return ceil(self.chunk_frames / self.time)
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.rows * self.columns
+
+    @property
+    def centres(self) -> tuple[float, ...]:
+        """Middle of the frames that each slice covers, in latent frames from the chunk's first."""
+        first = range(0, self.chunk_frames, self.time)
+        return tuple((start + min(start + self.time, self.chunk_frames) - 1) / 2 for start in first)
+
+
 @dataclass(frozen=True, kw_only=True)
 class VideoGeometry:
     """Sizes of one video, from pixels to tokens.
@@ -76,6 +105,20 @@ class VideoGeometry:
         """Tokens of one latent frame."""
         return self.rows * self.columns
 
+    def packet_grid(self, *, time: int, space: int) -> PacketGrid:
+        """The packet of a whole chunk.
+
+        Raises:
+            ValueError: a token would cover less than one, or more than a frame has.
+        """
+        most = min(self.rows, self.columns)
+        if time < 1 or not 1 <= space <= most:
+            raise ValueError(
+                f"a compressed token of {time} frames by {space}x{space} tokens does not fit frames of "
+                f"{self.rows}x{self.columns} tokens. Use time of at least 1 and space of 1 to {most}."
+            )
+        return PacketGrid(self.chunk_frames, time, space, self.rows // space, self.columns // space)
+
     def pixel_frames(self, latent_frames: int, *, first: bool = True) -> int:
         """Pixel frames that `latent_frames` decode to; `first` says whether the video starts with them."""
         if latent_frames < 1:
@@ -85,6 +128,10 @@ class VideoGeometry:
     def latent_frames(self, pixel_frames: int) -> int:
         """Fewest latent frames that decode to at least `pixel_frames` pixel frames."""
         return ceil((pixel_frames - 1) / self.temporal_stride) + 1
+
+    def frame_at(self, seconds: float) -> int:
+        """The latent frame that holds the pixel frame shown at `seconds`."""
+        return self.latent_frames(round(seconds * self.fps) + 1) - 1
 
     def pixel_frames_of_seconds(self, seconds: float) -> int:
         """Pixel frames of a video of `seconds`, at least one."""

@@ -221,13 +221,17 @@ class CausalWanModel(nn.Module):
         Returns: flow [B, F, C, h, w] in the model's dtype.
         """
         embedding, modulation = self._embed_time(t)
-        hidden = self._run(self.blocks, x, modulation, text, memory)
+        hidden = self._run(self.blocks, self.patchify(x.to(self.dtype)), modulation, text, memory)
         return self._unpatchify(self.head(hidden, embedding), x.shape[-2:])
 
     def remember(self, x: Tensor, t: Tensor, text: TextContext, memory: LayeredMemory) -> None:
         """One pass for the sake of memory: as `forward`, up to the last layer's keys and values."""
+        self.remember_tokens(self.patchify(x.to(self.dtype)), t, text, memory)
+
+    def remember_tokens(self, hidden: Tensor, t: Tensor, text: TextContext, memory: LayeredMemory) -> None:
+        """The same for tokens [B, F, n, dim] as `patchify` makes them; n may be any number."""
         modulation = self._embed_time(t)[1]
-        hidden = self._run(self.blocks[:-1], x, modulation, text, memory)
+        hidden = self._run(self.blocks[:-1], hidden, modulation, text, memory)
         self.blocks[-1].show(hidden, modulation, memory.layer(len(self.blocks) - 1))
 
     def _embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,14 +240,13 @@ class CausalWanModel(nn.Module):
         return embedding, self.time_projection(embedding).unflatten(-1, (6, -1))
 
     def _run(
-        self, blocks: nn.ModuleList, x: Tensor, modulation: Tensor, text: TextContext, memory: LayeredMemory,
+        self, blocks: nn.ModuleList, hidden: Tensor, modulation: Tensor, text: TextContext, memory: LayeredMemory,
     ) -> Tensor:
-        hidden = self._patchify(x.to(self.dtype))
         for index, block in enumerate(blocks):
             hidden = block(hidden, modulation, (text.keys[index], text.values[index]), memory.layer(index))
         return hidden
 
-    def _patchify(self, x: Tensor) -> Tensor:
+    def patchify(self, x: Tensor) -> Tensor:
         """[B, F, C, h, w] -> [B, F, frame_tokens, dim]; a matrix product does what the convolution would."""
         rows, columns = self.config.patch_size[1:]
         patches = rearrange(x, "b f c (h p) (w q) -> b f (h w) (c p q)", p=rows, q=columns)

@@ -67,11 +67,16 @@ def time_phase(position: Tensor, head_dim: int, dtype: torch.dtype) -> Phase:
     return _phase(_angles(position, AxisChannels.of(head_dim).time), dtype)
 
 
-def space_phase(rows: int, columns: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Phase:
-    """Rotation of the height and width channels of one frame's tokens, row by row: [rows * columns, 1, ...]."""
-    share = AxisChannels.of(head_dim)
-    row = _angles(torch.arange(rows, device=device), share.height)
-    column = _angles(torch.arange(columns, device=device), share.width)
+def space_phase(
+    rows: int, columns: int, head_dim: int, dtype: torch.dtype, device: torch.device, covers: int = 1,
+) -> Phase:
+    """Rotation of the height and width channels of one frame's tokens, row by row: [rows * columns, 1, ...].
+
+    A token that stands for `covers` x `covers` others sits at their centre.
+    """
+    share, centre = AxisChannels.of(head_dim), (covers - 1) / 2
+    row = _angles(torch.arange(rows, device=device) * covers + centre, share.height)
+    column = _angles(torch.arange(columns, device=device) * covers + centre, share.width)
     row = row[:, None].expand(-1, columns, -1)
     column = column[None].expand(rows, -1, -1)
     return _phase(torch.cat([row, column], dim=-1).flatten(0, 1), dtype)
@@ -94,6 +99,11 @@ class Turn:
 
     cos: Tensor
     sin: Tensor
+
+    @property
+    def inverse(self) -> Turn:
+        """The rotation that undoes this one."""
+        return Turn(self.cos, -self.sin)
 
 
 def turn_of(phase: Phase, channels: int, first: int = 0) -> Turn:

@@ -16,8 +16,9 @@ from evaluation.analysers import ChunkLayout
 from evaluation.study.settings import Study, config_path
 from pipeline.build import RunPlan, plan_run
 from pipeline.engine import Engine, VideoRequest
+from pipeline.length import video_length
 from pipeline.noise import SampleSeed
-from pipeline.preflight import check_memory, video_length
+from pipeline.preflight import check_memory
 from training.world import Clip, World, render, to_frames
 from utils.config import REPOSITORY, Config, ConfigError, load_config
 from wan.kv_cache.policy import build_policy, policy_fields

@@ -13,7 +13,8 @@ from evaluation.sweep.settings import Sweep, Variant, items_of, variants_of
 from evaluation.sweep.work import Unit
 from pipeline.build import RunPlan
 from pipeline.engine import Engine
-from pipeline.preflight import asked_pixel_frames, check_memory, video_length
+from pipeline.length import asked_pixel_frames, check_timelines, video_length
+from pipeline.preflight import check_memory
 from pipeline.render import Job, check_number, is_finished, make_jobs, refuse_other_settings, render
 from utils.config import REPOSITORY, ConfigError
 from utils.outputs import OutputFolder
@@ -63,7 +64,7 @@ def _task(
     )
     try:
         pixel_frames = asked_pixel_frames(plan, latent_frames=0, seconds=variant.seconds)
-        video_length(plan, pixel_frames, given_frames=0)
+        check_timelines(plan, items, video_length(plan, pixel_frames, given_frames=0), given_frames=0)
         check_memory(plan, sweep.batch_size)
     except ConfigError as error:
         raise ConfigError(f"method {variant.name}: {error}") from error
@@ -113,6 +114,6 @@ class Maker:
         if self._engine is None or self._engine[0] != name:
             self._engine = None  # free the old networks before the new ones are allocated
             engine = Engine(task.plan)
-            engine.prepare([job.item.text for job in task.jobs])
+            engine.prepare([text for job in task.jobs for text in job.item.texts])
             self._engine = name, engine
         return self._engine[1]

@@ -3,7 +3,8 @@
     <folder>/records/<variant>.safetensors
         attention [chunks, layers, heads, frames]: share of a chunk's attention on each latent frame of the video, mean
             over the chunk's queries in its last denoising pass; a frame that is not seen has 0
-        chosen [events, all layers, C]: tokens that Participative Compression chose, as frame * frame_tokens + place
+        chosen [events, all layers, C]: tokens that Participative Compression chose, as frame * frame_tokens + place; or
+            packets that PackForcing shows, as the first frame of the chunk that they stand for, filled up with -1
         event_chunks [events]: in which chunk
 
 One video is watched, the first prompt's, alone in its batch.
@@ -27,7 +28,9 @@ from evaluation.sweep.settings import Recording
 from evaluation.sweep.work import Unit
 from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.engine import Engine
-from pipeline.preflight import asked_pixel_frames, video_length
+from pipeline.length import asked_pixel_frames, video_length
+from pipeline.loops import ChunkwiseLoop
+from utils.config import ConfigError
 from utils.files import write_atomically
 from wan.backends import AttentionBackend
 
@@ -77,8 +80,12 @@ class Watcher:
         tokens = self.pipeline.geometry.frame_tokens
         born = torch.arange(self._start * tokens, (self._start + flow.shape[1]) * tokens)
         plans = [self.pipeline.cache.layer(index).plan for index in range(len(self._tokens))]
+        chosen = None
         if plans[0].chosen is not None:
             chosen = [known[plan.chosen[0].cpu()] for known, plan in zip(self._tokens, plans, strict=True)]
+        elif plans[0].packets is not None and plans[0].packets.shape[1]:
+            chosen = [self._packets(index).cpu() for index in range(len(plans))]
+        if chosen is not None:
             self.chosen.append(torch.stack(chosen))
             self.event_chunks.append(self._chunk)
         self._tokens = [
@@ -94,25 +101,49 @@ class Watcher:
         return attend
 
     def _shares(self, index: int, query: Tensor, keys: Tensor) -> Tensor:
-        """Shares [heads, frames] of this layer's attention; query [1, L, H, D], keys [1, A + L, H, D]."""
+        """Shares [heads, frames] of this layer's attention; query [1, L, H, D], keys [1, A + packets + L, H, D].
+
+        A packet's share is spread evenly over the frames that it stands for.
+        """
         layer, new = self.pipeline.cache.layer(index), query.shape[1]
         past = layer.store.origin[0, layer.plan.attend[0]].long()
         own = torch.arange(new, device=past.device) // self.pipeline.geometry.frame_tokens + self._start
-        frame = torch.cat([past, own])
+        packed = keys.shape[1] - len(past) - new  # tokens of packets, between the two
+        weight, spread = [torch.ones_like(past)], [past]
+        members = torch.arange(keys.shape[1], device=past.device)
+        token = [members[:len(past)]]
+        if packed:
+            starts, length = self._packets(index), layer.archive.grid.chunk_frames
+            first = starts.repeat_interleave(packed // len(starts))
+            spread.append((first.unsqueeze(1) + torch.arange(length, device=past.device)).flatten())
+            token.append(members[len(past):len(past) + packed].repeat_interleave(length))
+            weight.append(torch.full_like(spread[-1], length))
+        token, frame = torch.cat([*token, members[-new:]]), torch.cat([*spread, own])
+        weight = torch.cat([*weight, torch.ones_like(own)])
         shares = []
         for head in range(query.shape[2]):  # one after the other: a map of L x (A + L) is large
             scores = query[0, :, head].float() @ keys[0, :, head].float().T / query.shape[-1] ** 0.5
             mass = scores.softmax(-1).mean(0)
             total = mass.new_zeros(self._start + new // self.pipeline.geometry.frame_tokens)
-            shares.append(total.index_add_(0, frame, mass))
+            shares.append(total.index_add_(0, frame, mass[token] / weight))
         return torch.stack(shares).cpu()
+
+    def _packets(self, index: int) -> Tensor:
+        """First frames [K] of the chunks whose packets this layer shows."""
+        layer = self.pipeline.cache.layer(index)
+        return layer.archive.start[layer.plan.packets[0]]
 
     def tensors(self) -> dict[str, Tensor]:
         """All that was seen, as the file holds it."""
         frames = max(chunk.shape[-1] for chunk in self.attention)
         padded = [torch.nn.functional.pad(chunk, (0, frames - chunk.shape[-1])) for chunk in self.attention]
         found = {"attention": torch.stack(padded), "event_chunks": torch.tensor(self.event_chunks, dtype=torch.long)}
-        return found | ({"chosen": torch.stack(self.chosen)} if self.chosen else {})
+        if self.chosen:
+            most = max(event.shape[1] for event in self.chosen)
+            found["chosen"] = torch.stack([
+                torch.nn.functional.pad(event, (0, most - event.shape[1]), value=-1) for event in self.chosen
+            ])
+        return found
 
 
 @dataclass(frozen=True)
@@ -127,7 +158,13 @@ class Recorded:
 
 
 def record_units(folder: Path, tasks: Sequence[Task], recording: Recording) -> list[Unit]:
-    """One unit a task."""
+    """One unit a task.
+
+    Raises: ConfigError for a method whose loop is not chunk by chunk: it has no chunk to watch.
+    """
+    for task in tasks:
+        if not isinstance(task.plan.loop, ChunkwiseLoop):
+            raise ConfigError(f"record: {task.variant.name} does not go chunk by chunk. Leave it out of its methods.")
     return [
         Unit(
             f"record.{task.variant.name}",
@@ -163,7 +200,7 @@ def _record(folder: Path, task: Task, recording: Recording) -> None:
     plan, job = task.plan, task.jobs[0]
     layers = recording.layers or sorted({0, plan.architecture.num_layers // 2, plan.architecture.num_layers - 1})
     engine = Engine(plan)
-    engine.prepare([job.item.text])
+    engine.prepare(job.item.texts)
     length = video_length(plan, asked_pixel_frames(plan, latent_frames=0, seconds=recording.seconds), given_frames=0)
     watcher = Watcher(engine.pipeline_for(1), layers)
     with watcher.watching():
@@ -173,6 +210,7 @@ def _record(folder: Path, task: Task, recording: Recording) -> None:
     about = {
         "fingerprint": job.fingerprint, "seconds": recording.seconds, "layers": layers,
         "video": f"{task.variant.name}/{job.stem}.mp4", "rows": g.rows, "columns": g.columns,
+        "chosen_are": "tokens" if plan.policy.compression is None else "packets",
         "temporal_stride": g.temporal_stride, "chunk_frames": g.chunk_frames,
     }
     path = records_path(folder, task.variant.name)

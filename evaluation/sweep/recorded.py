@@ -25,10 +25,9 @@ def draw_recorded(saved: Saved, folder: Path) -> dict[str, Path]:
         recorded = read_recorded(path)
         kinds = {"attention over earlier frames": draw_attention}
         if recorded.chosen is not None:
-            kinds |= {
-                "Jaccard distance of consecutive selections": draw_jaccard,
-                "selection frequency over positions": draw_frequency,
-            }
+            kinds["Jaccard distance of consecutive selections"] = draw_jaccard
+        if recorded.chosen is not None and recorded.about["chosen_are"] == "tokens":
+            kinds["selection frequency over positions"] = draw_frequency
             video = saved.path_of(recorded.about["video"])
             if video.exists():
                 kinds["selection on the frames"] = lambda recorded, title, path, video=video: draw_on_frames(
@@ -57,10 +56,11 @@ def by_age(recorded: Recorded) -> Tensor:
 
 
 def jaccard_distances(chosen: Tensor) -> Tensor:
-    """1 - |both| / |either| of each selection and the one before. Shapes: chosen [events, layers, C] -> [events - 1,
-    layers].
+    """1 - |both| / |either| of each selection and the one before; -1 stands for none.
+
+    Shapes: chosen [events, layers, C] -> [events - 1, layers].
     """
-    sets = [[set(layer.tolist()) for layer in event] for event in chosen]
+    sets = [[set(layer[layer >= 0].tolist()) for layer in event] for event in chosen]
     return torch.tensor([
         [1 - len(a & b) / max(1, len(a | b)) for a, b in zip(before, after, strict=True)]
         for before, after in zip(sets, sets[1:], strict=False)

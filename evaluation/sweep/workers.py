@@ -24,7 +24,9 @@ def prepare(
     """All tasks of a sweep and its metrics, checked; raises as `make_metrics` and `make_tasks` do."""
     chosen = choose_device(device, local_rank)
     metrics = make_metrics(sweep.metrics, Choices(str(chosen), vlm=sweep.vlm))
-    return make_tasks(sweep, folder, device=chosen, random_weights=random_weights), metrics
+    tasks = make_tasks(sweep, folder, device=chosen, random_weights=random_weights)
+    record_units(folder, [task for task in tasks if task.variant.name in sweep.record.methods], sweep.record)
+    return tasks, metrics
 
 
 def labour(

@@ -8,8 +8,8 @@ from conftest import ROOT
 from evaluation.analysers import Analysis, analyse
 from pipeline.build import plan_run
 from pipeline.engine import Engine, VideoRequest
+from pipeline.length import video_length
 from pipeline.noise import SampleSeed
-from pipeline.preflight import video_length
 from training.world import parse_caption
 from utils.config import load_config
 from wan.kv_cache.policy import build_policy, policy_fields

@@ -9,227 +9,18 @@ B batch, L chunk tokens, H heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from wan.compiler import Compiler, plain
 from wan.geometry import ChunkSpan, VideoGeometry
-from wan.kv_cache.policy import CacheView, KVPolicy, Plan, Votes
-from wan.kv_cache.store import KVStore
-from wan.kv_cache.votes import QueryVotes
-from wan.kv_cache.window import Window, WindowBuffer
-from wan.rope import AxisChannels, Turn, both_turns, space_phase, time_phase, turn, turn_of
-
-Tensors = tuple[Tensor, Tensor]  # keys and values of the same slots
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheShape:
-    """What the cache must know of the network."""
-
-    layers: int
-    heads: int
-    head_dim: int
-    batch: int
-    device: torch.device
-    dtype: torch.dtype
-
-
-class _Turns:
-    """Rotations of a chunk's tokens; they repeat, so each is made once and keeps its address."""
-
-    def __init__(self, geometry: VideoGeometry, shape: CacheShape):
-        self._frame_tokens, self._shape = geometry.frame_tokens, shape
-        phase = space_phase(geometry.rows, geometry.columns, shape.head_dim, shape.dtype, shape.device)
-        self._frame = turn_of(phase, shape.head_dim, first=AxisChannels.of(shape.head_dim).time)
-        self._made: dict[tuple[int, int | None], Turn] = {}
-
-    def space(self, frames: int) -> Turn:
-        """Height and width of `frames` frames' tokens: [L, 1, D]."""
-        if (frames, None) not in self._made:
-            self._made[frames, None] = Turn(*(x.repeat(frames, 1, 1) for x in (self._frame.cos, self._frame.sin)))
-        return self._made[frames, None]
-
-    def window(self, frames: int, position: int) -> Turn:
-        """The same, and time, the first frame being at `position`."""
-        if (frames, position) not in self._made:
-            shape = self._shape
-            moments = torch.arange(position, position + frames, device=shape.device)
-            phase = time_phase(moments.repeat_interleave(self._frame_tokens), shape.head_dim, shape.dtype)
-            self._made[frames, position] = both_turns(turn_of(phase, shape.head_dim), self.space(frames))
-        return self._made[frames, position]
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """What all layers share during one chunk."""
-
-    chunk: ChunkSpan
-    start: Tensor        # [] int64 chunk.start, on the device
-    chunk_index: Tensor  # [] int64 chunk.index, on the device
-    seen_frames: int
-    seeds: Tensor
-
-
-@dataclass(frozen=True)
-class LayerState:
-    """What of a layer's memory lives on the host; device tensors are in buffers that stay where they are."""
-
-    length: int         # slots in use
-    known_frames: int   # remembered frames that vote
-    plan: Plan | None   # of the chunk in the making
-
-
-def stage(
-    query: Tensor, keys: Tensor, values: Tensor, space: Turn, slots: Tensors, voting_frames: int,
-) -> Tensor | None:
-    """Write a pass's keys, time-free, and values [B, L, H, D] to `slots`.
-
-    Returns: sums [B, voting_frames, H, D] of the query over each frame; None if no frame votes.
-    """
-    slots[0].copy_(turn(keys, space))
-    slots[1].copy_(values)
-    if not voting_frames:
-        return None
-    return turn(query, space).unflatten(1, (voting_frames, -1)).sum(dim=2, dtype=space.cos.dtype)
-
-
-def show(query: Tensor, keys: Tensor, values: Tensor, by: Turn, slots: Tensors) -> Tensor:
-    """Write the same in window time to a window's `slots`; returns the query in window time."""
-    slots[0].copy_(turn(keys, by))
-    slots[1].copy_(values)
-    return turn(query, by)
-
-
-def stage_and_show(
-    query: Tensor, keys: Tensor, values: Tensor, space: Turn, by: Turn, stored: Tensors, seen: Tensors,
-    voting_frames: int,
-) -> tuple[Tensor | None, Tensor]:
-    """Both at once: the sums, and the query in window time."""
-    return stage(query, keys, values, space, stored, voting_frames), show(query, keys, values, by, seen)
-
-
-class LayerCache:
-    """One layer's memory. Attention calls `extend` and knows nothing else of the cache."""
-
-    def __init__(
-        self, layer: int, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, turns: _Turns,
-        window: WindowBuffer | None, compiler: Compiler,
-    ):
-        sizes = policy.sizes(geometry)
-        common = (shape.heads, shape.head_dim, shape.device, shape.dtype)
-        self.store = KVStore(shape.batch, sizes.capacity_tokens, *common)
-        self._window_is_shared = window is not None
-        self.window = window or WindowBuffer(shape.batch, sizes.window_tokens, *common, compiler)
-        past_voters = sizes.vote_frames - geometry.chunk_frames
-        self.votes = QueryVotes(shape.batch, past_voters, *common, compiler) if sizes.vote_frames else None
-        self.plan: Plan | None = None
-        self._most_frames = sizes.capacity_tokens // geometry.frame_tokens + 1
-        self._layer, self._frame_tokens, self._policy, self._turns = layer, geometry.frame_tokens, policy, turns
-        self._stage, self._show, self._both = map(compiler, (stage, show, stage_and_show))
-        self._moment: _Moment | None = None
-
-    def begin(self, moment: _Moment) -> None:
-        """Start a chunk, or start it again."""
-        self._moment, self.plan = moment, None
-
-    def extend(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
-        """Show attention the remembered tokens and, behind them, this pass's own.
-
-        Shapes: query, keys, values [B, L, H, D], normalised, without RoPE; L is whole frames.
-        The first call of a chunk asks the policy; every call overwrites what the last one staged.
-        """
-        if self._moment is None:
-            raise RuntimeError("no chunk has begun: call KVCache.begin(chunk) before the model's forward.")
-        frames, new, planned = self._moment.chunk.frames, keys.shape[1], self.plan is not None
-        space, stored, voting = self._turns.space(frames), self.store.slots(new), frames if self.votes else 0
-        if not planned:
-            self._vote(self._stage(query, keys, values, space, stored, voting))
-            self.plan = self._checked_plan()
-        if self._window_is_shared or not planned:
-            self.window.load(self.store, self.plan)
-        past = self.plan.attend.shape[1]
-        by, seen = self._turns.window(frames, self.plan.query_position), self.window.slots(past, new)
-        if planned:
-            sums, query = self._both(query, keys, values, space, by, stored, seen, voting)
-            self._vote(sums)
-        else:
-            query = self._show(query, keys, values, by, seen)
-        return self.window.seen(query, past + new)
-
-    def _vote(self, sums: Tensor | None) -> None:
-        if self.votes is not None:
-            self.votes.stage(sums)
-
-    def view(self) -> CacheView:
-        """What the policy may see now."""
-        chunk, length = self._moment.chunk, self.store.length
-        return CacheView(
-            layer=self._layer, chunk_index=self._moment.chunk_index, start=self._moment.start,
-            chunk_frames=chunk.frames, seen_frames=self.bounded(self._moment.seen_frames), length=length,
-            frame_tokens=self._frame_tokens,
-            seeds=self._moment.seeds, origin=self.store.origin[:, :length], uses=self.store.uses[:, :length],
-            scorer=self._score,
-        )
-
-    def commit(self) -> None:
-        """Turn what the last pass staged into memory."""
-        born = self._moment.start + torch.arange(self._moment.chunk.frames, device=self.store.origin.device)
-        self.store.commit(
-            retain=self.plan.retain, chosen=self.plan.chosen, origin=born.repeat_interleave(self._frame_tokens)
-        )
-        if self.votes is not None:
-            self.votes.commit()
-
-    def bounded(self, seen_frames: int) -> int:
-        """How many frames were ever seen, as far as any decision may depend on it."""
-        return min(seen_frames, self._most_frames)
-
-    @property
-    def state(self) -> LayerState:
-        return LayerState(self.store.length, self.votes.known_frames if self.votes else 0, self.plan)
-
-    @state.setter
-    def state(self, state: LayerState) -> None:
-        """Set the host's part after the device's was brought about in another way, as a replayed graph does."""
-        self.store.length, self.plan = state.length, state.plan
-        if self.votes is not None:
-            self.votes.known_frames = state.known_frames
-
-    def end(self) -> None:
-        """No chunk is in the making any more."""
-        self._moment, self.plan = None, None
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.store.reset()
-        if self.votes is not None:
-            self.votes.reset()
-        self.end()
-
-    def copy_memory_of(self, other: LayerCache) -> None:
-        """Take over the committed memory of `other`."""
-        self.reset()
-        self.store.copy_from(other.store)
-        if self.votes is not None:
-            self.votes.copy_from(other.votes)
-
-    def _score(self, lo: int, hi: int, votes: Votes) -> Tensor:
-        return self.votes.score(self.store.keys[:, lo:hi], self.store.origin[:, lo:hi], self._moment.start, votes)
-
-    def _checked_plan(self) -> Plan:
-        plan = self._policy.plan(self.view())
-        attended = plan.attend.shape[1] + self._moment.chunk.frames * self._frame_tokens
-        if attended > self.window.tokens or plan.attend.shape != plan.position.shape:
-            raise ValueError(
-                f"{type(self._policy).__name__} plans {attended} tokens (positions for {plan.position.shape[1]} of the "
-                f"past), but asked for a window of {self.window.tokens}. Its sizes() and plan() disagree."
-            )
-        return plan
+from wan.kv_cache.archive import PacketRotation
+from wan.kv_cache.layer import CacheShape, LayerCache, LayerState, Moment, Turns
+from wan.kv_cache.packets import PacketMemory
+from wan.kv_cache.policy import KVPolicy
+from wan.kv_cache.window import WindowBuffer
 
 
 class KVCache:
@@ -245,28 +36,76 @@ class KVCache:
         shared_window: bool = False,
     ):
         common = (shape.heads, shape.head_dim, shape.device, shape.dtype)
-        window = None
+        window, packets, sizes = None, None, policy.sizes(geometry)
         if shared_window:
-            window = WindowBuffer(shape.batch, policy.sizes(geometry).window_tokens, *common, compiler)
-        turns = _Turns(geometry, shape)
-        self._layers = [LayerCache(i, shape, geometry, policy, turns, window, compiler) for i in range(shape.layers)]
+            window = WindowBuffer(shape.batch, sizes.window_tokens, *common, compiler)
+        if sizes.archive is not None:
+            packets = PacketRotation(sizes.archive.grid, shape.head_dim, shape.device, shape.dtype)
+        turns = Turns(geometry, shape)
+        self._layers = [
+            LayerCache(i, shape, geometry, policy, turns, packets, window, compiler) for i in range(shape.layers)
+        ]
+        self._chunk_frames = geometry.chunk_frames
         self._seeds = torch.zeros(shape.batch, device=shape.device, dtype=torch.int64)
         self._start = torch.zeros((), device=shape.device, dtype=torch.int64)
         self._chunk_index = torch.zeros_like(self._start)
         self._chunk: ChunkSpan | None = None
+        self._lookahead = False
+        self._policy, self._frame_tokens = policy, geometry.frame_tokens
+        sizes = policy.sizes(geometry)
+        room_tokens = sizes.capacity_tokens - geometry.chunk_frames * geometry.frame_tokens  # beside the next chunk
+        self.most_frames = min(sizes.window_tokens, room_tokens) // geometry.frame_tokens  # that one pass may remember
         self.seen_frames = 0
 
     def layer(self, index: int) -> LayerCache:
         return self._layers[index]
+
+    @property
+    def archives(self) -> bool:
+        """Whether the chunk in the making leaves a packet; known after its first pass."""
+        return self._layers[0].plan is not None and self._layers[0].plan.archive
+
+    @property
+    def packets(self) -> PacketMemory:
+        """The memory that the chunk's packet reads and is written to."""
+        return PacketMemory(self)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of keys and values of all layers.
+
+        `attended`: what the chunk in the making sees of the past, where it is stored; `window`: the rotated copies,
+        with room for the chunk itself; `archive`: all packets that there is room for, seen or not.
+        """
+        store = self._layers[0].store
+        token = store.keys[:, :1].nbytes + store.values[:, :1].nbytes
+        windows = {id(layer.window): layer.window.nbytes for layer in self._layers}  # they may share one
+        return {
+            "attended": token * sum(layer.past_tokens for layer in self._layers if layer.plan is not None),
+            "window": sum(windows.values()),
+            "archive": sum(layer.archive.nbytes for layer in self._layers if layer.archive is not None),
+        }
 
     def reset(self, seeds: Sequence[int]) -> None:
         """Forget everything; what follows equals a fresh process. `seeds`: one int per sample."""
         if len(seeds) != len(self._seeds):
             raise ValueError(f"{len(seeds)} seeds for a cache of batch {len(self._seeds)}; give one per sample.")
         self._seeds.copy_(torch.tensor(list(seeds), dtype=torch.int64))
+        self.forget_all()
+
+    def forget_all(self) -> None:
+        """Forget everything but the seeds."""
         self._chunk, self.seen_frames = None, 0
         for layer in self._layers:
             layer.reset()
+
+    def forget_newest(self) -> int:
+        """Forget the newest frames, all but sinks and what was compressed; returns how many frames that was."""
+        remembered = self._layers[0].store.length // self._frame_tokens
+        frames = self._policy.tail_frames(remembered, self.seen_frames > remembered)
+        for layer in self._layers:
+            layer.forget_newest(frames * self._frame_tokens)
+        self._chunk, self.seen_frames = None, self.seen_frames - frames
+        return frames
 
     def copy_memory_of(self, other: KVCache) -> None:
         """Take over what `other` remembers, so that both go on from one state; shapes agree, dtypes need not."""
@@ -275,24 +114,31 @@ class KVCache:
         for mine, theirs in zip(self._layers, other._layers, strict=True):
             mine.copy_memory_of(theirs)
 
-    def begin(self, chunk: ChunkSpan) -> None:
-        """Start a chunk. Beginning again before `commit` drops what was staged."""
-        self._chunk = chunk
+    def begin(self, chunk: ChunkSpan, *, lookahead: bool = False) -> None:
+        """Start a chunk. Beginning again before `commit` drops what was staged.
+
+        With `lookahead` the span may be longer than a chunk; it sees the memory and can never become part of it.
+        """
+        self._chunk, self._lookahead = chunk, lookahead
         self._start.fill_(chunk.start)
         self._chunk_index.fill_(chunk.index)
-        moment = _Moment(
+        moment = Moment(
             chunk=chunk, start=self._start, chunk_index=self._chunk_index, seen_frames=self.seen_frames,
-            seeds=self._seeds,
+            seeds=self._seeds, lookahead=lookahead,
         )
         for layer in self._layers:
+            if layer.archive is not None:
+                layer.archive.make_room(self.seen_frames // self._chunk_frames + 1)
             layer.begin(moment)
 
     def commit(self) -> None:
         """Remember the chunk as its last pass left it: all layers or none.
 
         Raises:
-            RuntimeError: no chunk was begun, or a layer has not seen it.
+            RuntimeError: no chunk was begun, a layer has not seen it, or it was a look ahead.
         """
+        if self._lookahead:
+            raise RuntimeError("a look ahead cannot be remembered: begin(chunk) without lookahead, forward, commit().")
         if self._chunk is None or any(layer.plan is None for layer in self._layers):
             raise RuntimeError("commit needs a chunk that every layer has seen: begin(chunk), forward, commit().")
         for layer in self._layers:
@@ -302,7 +148,8 @@ class KVCache:
     def shapes(self) -> tuple[Any, ...]:
         """All host numbers that shapes and addresses of the chunk that has begun can depend on."""
         return self._chunk.frames, *(
-            (layer.bounded(self.seen_frames), state.length, state.known_frames, state.plan is not None)
+            (layer.bounded(self.seen_frames), state.length, state.known_frames, state.known_packets,
+             layer.archive and layer.archive.places, state.plan is not None)
             for layer, state in zip(self._layers, self.states, strict=True)
         )
 

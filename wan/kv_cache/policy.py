@@ -3,7 +3,7 @@
 A policy is a frozen dataclass whose fields are its YAML keys, with one pure function `plan`. It sees a
 `CacheView` and returns a `Plan` of integer tensors; it owns no buffers, no trigonometry and no state.
 
-B batch, R retained, A attended, C chosen slots.
+B batch, R retained, A attended, C chosen slots; K shown packets of T frames, M places of the archive.
 """
 from __future__ import annotations
 
@@ -16,10 +16,21 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from wan.geometry import VideoGeometry
+from wan.geometry import PacketGrid, VideoGeometry
 
 Positions = Literal["released", "unified", "contiguous", "original"]
 Votes = Literal["both", "past", "denoising"]
+Compressor = Literal["kv_pool", "latent_pool", "lr", "dual"]
+
+
+@dataclass(frozen=True)
+class ArchiveSizes:
+    """Room for compressed chunks."""
+
+    grid: PacketGrid
+    packets: int   # most packets kept, the oldest make room; 0: all of them
+    counted: int   # so many packets are told apart by number; more look like this many
+    offload: bool  # keep them in host memory
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,7 @@ class CacheSizes:
     window_tokens: int    # most tokens attention sees, the chunk included
     capacity_tokens: int  # most tokens the store holds, the staged chunk included
     vote_frames: int = 0  # newest frames whose queries vote, the chunk included
+    archive: ArchiveSizes | None = None  # None: nothing is compressed
 
     @classmethod
     def of_window(cls, geometry: VideoGeometry, window_frames: int, vote_frames: int = 0) -> CacheSizes:
@@ -38,6 +50,17 @@ class CacheSizes:
             capacity_tokens=(window_frames + geometry.chunk_frames) * geometry.frame_tokens,
             vote_frames=vote_frames,
         )
+
+
+@dataclass(frozen=True)
+class PacketView:
+    """Read-only: compressed chunks of one layer."""
+
+    known: int                          # how many there are, counted up to `ArchiveSizes.counted`
+    start: Tensor                       # [M] int64, first latent frame of each; the greatest int64 where there is none
+    centres: Tensor                     # [T] float64, of the packet frames, in latent frames from the chunk's first
+    is_whole: bool                      # the chunk in the making has as many frames as a packet stands for
+    affinity: Callable[[float], Tensor]  # share of the heads, the first ones -> [B, M] summed query-key products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +81,8 @@ class CacheView:
     origin: Tensor        # [B, length] int32
     uses: Tensor          # [B, length] int32
     scorer: Callable[[int, int, Votes], Tensor]
+    lookahead: bool = False  # the span is only looked at, noisy, and will not be remembered (joint windows)
+    packets: PacketView | None = None  # None: the policy has no archive
 
     @property
     def num_frames(self) -> int:
@@ -103,6 +128,14 @@ class Plan:
     position: Tensor             # [B, A] window time of each attended token, in latent frames; may be negative
     query_position: int          # window time of the chunk's first frame
     chosen: Tensor | None = None  # [B, C] slots whose use counter rises by one
+    packets: Tensor | None = None          # [B, K] places of the archive that this chunk sees, besides `attend`
+    packet_position: Tensor | None = None  # [B, K, T] window time of each of their frames, in latent frames
+    archive: bool = False                  # the chunk's packet goes to the archive
+    same_times: bool = False               # positions, though not tokens, are those of every layer
+
+    def past_tokens(self, packet_tokens: int) -> int:
+        """Tokens that the chunk sees besides its own, if a packet is `packet_tokens`."""
+        return self.attend.shape[1] + (0 if self.packets is None else self.packets.shape[1] * packet_tokens)
 
     @classmethod
     def of(
@@ -135,6 +168,20 @@ class Plan:
         return cls(retain=slots, attend=slots, position=position, query_position=query_position, chosen=chosen)
 
 
+@dataclass(frozen=True)
+class Compression:
+    """What a chunk's packet is made of; none of it concerns the cache."""
+
+    compressor: Compressor
+    stream: Literal["forward", "project"]  # h~ runs through the network, or each layer projects it
+    lr_frames: Literal["paper", "cover"]
+    weights: str                           # file of a trained compressor; empty: the model's own
+
+    @property
+    def reads_pixels(self) -> bool:
+        return self.compressor in ("lr", "dual")
+
+
 class KVPolicy(ABC):
     """Base of every policy; subclasses are frozen dataclasses registered by name."""
 
@@ -149,6 +196,18 @@ class KVPolicy(ABC):
     @abstractmethod
     def plan(self, view: CacheView) -> Plan:
         """Decide for one chunk and layer. Pure: same view, same plan; no host sync."""
+
+    def tail_frames(self, num_frames: int, has_forgotten: bool) -> int:
+        """How many of the newest of `num_frames` remembered frames are whole, in order and no sinks.
+
+        A change of prompt may compute them anew or drop them; 0, the default, is none.
+        """
+        return 0
+
+    @property
+    def compression(self) -> Compression | None:
+        """How chunks become packets; None: nothing is compressed."""
+        return None
 
     @property
     def max_frames(self) -> int | None:

@@ -51,10 +51,11 @@ class QueryVotes:
         self.known_frames = min(self._past.shape[1], self.known_frames + new_frames)
         self._past.copy_(torch.cat([self._past, self._current], dim=1)[:, new_frames:])
 
-    def score(self, keys: Tensor, origin: Tensor, start: Tensor, votes: Votes) -> Tensor:
+    def score(self, keys: Tensor, origin: Tensor, start: Tensor, votes: Votes, heads: int | None = None) -> Tensor:
         """Participation of candidate keys: mean over heads of the summed, scaled query-key products.
 
         Shapes: keys [B, N, H, D] time-free; origin [B, N], their latent frames; start [], the chunk's first.
+        Args: heads: only the first so many; None is all.
         Returns: [B, N] in the sums' dtype. Positions are true frame indices, counted from `start`.
         Source: Deep Forcing, arXiv:2512.05081, section 3.2; scores as in the authors' code (raw, no softmax).
         """
@@ -62,6 +63,7 @@ class QueryVotes:
         sums = {"past": past, "denoising": self._current, "both": torch.cat([past, self._current], dim=1)}[votes]
         first = 0 if votes == "denoising" else -past.shape[1]
         frame = torch.arange(first, first + sums.shape[1], device=keys.device)
+        sums, keys = sums[..., :heads, :], keys[..., :heads, :]
         heads, head_dim = keys.shape[-2:]
         query = rotate_time(sums, time_phase(frame, head_dim, sums.dtype)).sum(dim=1)
         phase = time_phase(origin - start, head_dim, sums.dtype)

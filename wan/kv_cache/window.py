@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wan.compiler import Compiler, plain
+from wan.kv_cache.archive import Archive
 from wan.kv_cache.policy import Plan
 from wan.kv_cache.store import KVStore, take
 from wan.rope import Turn, time_phase, turn, turn_of
@@ -38,20 +39,38 @@ class WindowBuffer:
         self._gather = compiler(gather_turned, dynamic=True)
 
     @property
+    def nbytes(self) -> int:
+        return self._keys.nbytes + self._values.nbytes
+
+    @property
     def tokens(self) -> int:
         """The most tokens that attention can see."""
         return self._keys.shape[1]
 
-    def load(self, store: KVStore, plan: Plan) -> None:
-        """Gather what the plan attends to and rotate it to its window time; the store is only read."""
+    def load(
+        self, store: KVStore, plan: Plan, archive: Archive | None = None, turns: dict[int, Turn] | None = None,
+    ) -> None:
+        """Gather what the plan attends to and rotate it to its window time; store and archive are only read.
+
+        Packets follow the store's tokens; attention does not mind the order.
+        Args: turns: rotations that layers of this chunk have made; used and added to where they share their times.
+        """
+        turns = turns if turns is not None and plan.same_times else {}
         past = plan.attend.shape[1]
-        if not past:
-            return
-        phase = time_phase(plan.position, self._keys.shape[-1], self._keys.dtype)
-        self._gather(
-            store.keys, store.values, plan.attend, turn_of(phase, 2 * phase.cos.shape[-1]),
-            self._keys[:, :past], self._values[:, :past],
-        )
+        if past:
+            self._load(store.keys, store.values, plan.attend, plan.position, 0, turns)
+        if plan.packets is not None:
+            slots, position = archive.tokens_of(plan)
+            self._load(archive.keys.flatten(1, 2), archive.values.flatten(1, 2), slots, position, past, turns)
+
+    def _load(
+        self, keys: Tensor, values: Tensor, slots: Tensor, position: Tensor, begin: int, turns: dict[int, Turn],
+    ) -> None:
+        stop = begin + slots.shape[1]
+        if begin not in turns:
+            phase = time_phase(position, self._keys.shape[-1], self._keys.dtype)
+            turns[begin] = turn_of(phase, 2 * phase.cos.shape[-1])
+        self._gather(keys, values, slots, turns[begin], self._keys[:, begin:stop], self._values[:, begin:stop])
 
     def slots(self, past: int, new: int) -> tuple[Tensor, Tensor]:
         """Where the chunk's `new` keys and values go: behind `past` attended tokens."""

@@ -26,5 +26,8 @@ class FullHistory(KVPolicy):
         check_range("window_frames", self.window_frames, geometry.chunk_frames, 1 << 20, "at least one chunk must fit")
         return CacheSizes.of_window(geometry, self.window_frames)
 
+    def tail_frames(self, num_frames: int, has_forgotten: bool) -> int:
+        return num_frames
+
     def plan(self, view: CacheView) -> Plan:
         return Plan.of(view, sink=view.first(0), tail=view.last(view.num_frames), positions="original")

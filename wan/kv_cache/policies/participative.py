@@ -77,6 +77,9 @@ class ParticipativeCompression(KVPolicy):
         check_range("topc_max_reuse", self.topc_max_reuse, 0, 1 << 30, "0 is no limit")
         return CacheSizes.of_window(geometry, self.window_frames, vote_frames=self.recent_frames)
 
+    def tail_frames(self, num_frames: int, has_forgotten: bool) -> int:
+        return max(0, num_frames - self.sink_frames - (self.top_frames if has_forgotten else 0))
+
     def plan(self, view: CacheView) -> Plan:
         sink_frames = min(self.sink_frames, view.num_frames)
         sink = view.first(sink_frames)

@@ -20,6 +20,9 @@ class RollingWindow(KVPolicy):
         check_range("window_frames", self.window_frames, geometry.chunk_frames, 1 << 20, "at least one chunk must fit")
         return CacheSizes.of_window(geometry, self.window_frames)
 
+    def tail_frames(self, num_frames: int, has_forgotten: bool) -> int:
+        return num_frames
+
     def plan(self, view: CacheView) -> Plan:
         past_frames = min(view.num_frames, self.window_frames - view.chunk_frames)
         return Plan.of(view, sink=view.first(0), tail=view.last(past_frames), positions="original")

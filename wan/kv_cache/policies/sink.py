@@ -30,6 +30,9 @@ class SinkWindow(KVPolicy):
         )
         return CacheSizes.of_window(geometry, self.window_frames)
 
+    def tail_frames(self, num_frames: int, has_forgotten: bool) -> int:
+        return max(0, num_frames - self.sink_frames)
+
     def plan(self, view: CacheView) -> Plan:
         past_frames = min(view.num_frames, self.window_frames - view.chunk_frames)
         sink_frames = min(self.sink_frames, past_frames)

@@ -1,0 +1,136 @@
+"""What remembering costs: choosing, building windows, compressing; and whether time and bytes hold over a video.
+
+A whole video is timed chunk by chunk. Then, in the middle of its last chunk, each part is done again for all layers, in
+turns with the others: parts are pure or overwrite what they wrote, so the video would go on as if nothing had happened.
+"""
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.clock import Clock
+from benchmarks.cycles import Schedule
+from benchmarks.endurance import first_and_last_minute
+from benchmarks.subject import Stages, Subject
+from benchmarks.summary import Spread, allocated_gib
+from wan.kv_cache.layer import LayerCache
+from wan.kv_cache.store import take
+from wan.recorder import CudaRecorder
+
+TURNS = 20  # times that each part is done
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryCost:
+    """Times are milliseconds of a chunk, all layers together; shares are of the median chunk."""
+
+    context_tokens: tuple[int, ...]      # that each chunk of the video attends to, itself included
+    chunk_ms: Spread                     # of the measured chunks
+    last_over_first: float               # median chunk of the last minute over that of the first
+    part_ms: dict[str, Spread]           # selection, window, gather (a window without rotation), packet
+    share: dict[str, float]              # selection, window, rotation (window over gather), packet
+    nbytes: dict[str, int]               # keys and values: attended, window, archive
+    archive_bytes: dict[int, int]        # by chunk, as it grows
+    allocated_gib: float | None          # at the end
+
+
+def measure_memory(subject: Subject, schedule: Schedule, clock: Clock) -> MemoryCost:
+    """Make the whole video of the schedule after a warm-up, and take its last chunk apart."""
+    plan, cache = subject.plan, subject.pipeline.cache
+    subject.count("dit")
+    subject.warm_up(schedule, clock)
+    subject.start(schedule.latent_frames)
+    stages: list[Stages] = []
+    archive: dict[int, int] = {}
+    last = len(schedule.windows) - 1
+    for index in range(last):
+        stages.append(subject.advance(clock).stage_ms)
+        nbytes = cache.nbytes()["archive"]
+        if nbytes not in archive.values():
+            archive[index] = nbytes
+    latents = subject.denoise()
+    parts = _parts(subject, latents)
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(TURNS):
+        for name, part in parts.items():
+            begin = clock.mark()
+            part()
+            end = clock.mark()
+            clock.wait(end)
+            times[name].append(clock.ms(begin, end))
+    nbytes = cache.nbytes()
+    chunk_ms = Spread.of([sum(stages[i].values()) for i in schedule.steady if i < last])
+    first, final = first_and_last_minute(subject, schedule.first(len(schedule.cycles) - 1), stages)
+    medians = {name: statistics.median(ms) for name, ms in times.items()}
+    medians["rotation"] = medians["window"] - medians["gather"]
+    tokens = plan.geometry.frame_tokens
+    return MemoryCost(
+        context_tokens=tuple(round(frames * tokens) for frames in schedule.windows), chunk_ms=chunk_ms,
+        last_over_first=final / first, part_ms={name: Spread.of(ms) for name, ms in times.items()},
+        share={name: ms / chunk_ms.median for name, ms in medians.items() if name != "gather"},
+        nbytes=nbytes, archive_bytes=archive, allocated_gib=allocated_gib(plan.device),
+    )
+
+
+def _parts(subject: Subject, latents: torch.Tensor) -> Mapping[str, Callable[[], None]]:
+    """What can be done again in the middle of a chunk, recorded as graphs where the pipeline is."""
+    plan, cache, packer = subject.plan, subject.pipeline.cache, subject.pipeline.packer
+    layers = [cache.layer(i) for i in range(plan.architecture.num_layers)]
+    gather = plan.acceleration.compiler(_gather, dynamic=True)
+
+    def selection() -> None:
+        for layer in layers:
+            plan.policy.plan(layer.view())
+
+    def window() -> None:
+        made = {}
+        for layer in layers:
+            layer.window.load(layer.store, layer.plan, layer.archive, made)
+
+    def plain() -> None:
+        for layer in layers:
+            _load_unturned(layer, gather)
+
+    parts = {"selection": selection, "window": window, "gather": plain}
+    if packer is not None:
+        pixels = subject.pixels_like(latents)
+        parts["packet"] = lambda: packer.write(packer.embed(latents, pixels), subject.text)
+    with torch.inference_mode():
+        for part in parts.values():
+            part()  # compiled now
+        if plan.acceleration.graphs:
+            record = CudaRecorder()
+            parts |= {name: record(parts[name]) for name in ("selection", "window", "gather")}
+    return {name: torch.inference_mode()(part) for name, part in parts.items()}
+
+
+def _load_unturned(layer: LayerCache, gather: Callable[..., None]) -> None:
+    """What WindowBuffer.load does, but for the rotation."""
+    past = layer.plan.attend.shape[1]
+    gather(layer.store.keys, layer.store.values, layer.plan.attend, *layer.window.slots(0, past))
+    if layer.plan.packets is not None:
+        slots, _ = layer.archive.tokens_of(layer.plan)
+        keys, values = (x.flatten(1, 2) for x in (layer.archive.keys, layer.archive.values))
+        gather(keys, values, slots, *layer.window.slots(past, slots.shape[1]))
+
+
+def _gather(
+    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, window_keys: torch.Tensor,
+    window_values: torch.Tensor,
+) -> None:
+    window_keys.copy_(take(keys, slots))
+    window_values.copy_(take(values, slots))
+
+
+def kv_lines(cache_bytes: Mapping[str, int]) -> list[str]:
+    """Keys and values in three lines."""
+    words = {
+        "attended": "attended: sink, packets and recent frames, where they are stored",
+        "window": "window: their rotated copies, and room for the chunk",
+        "archive": "archive: all packets that there is room for",
+    }
+    return [f"{cache_bytes[name] / 1e9:8.3f} GB  {text}" for name, text in words.items()]
+

@@ -1,0 +1,88 @@
+"""Joint denoising of a rolling window: every chunk in it at a noise level of its own, cleanest first.
+
+A chunk enters the window as noise and leaves it clean after as many passes as there are noise levels; each pass is
+one forward of the whole window, whose chunks see each other in both directions. A finished chunk becomes memory.
+
+Source: Rolling Forcing, arXiv:2509.25161, and the authors' code; the memory is policies/anchored.py.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.chunkwise import Chunk, ChunkwisePipeline
+from pipeline.noise import NoiseSource
+from pipeline.packets import Decode
+from pipeline.timeline import PromptSwitch
+from wan.geometry import ChunkSpan
+from wan.model import TextContext
+
+
+class RollingForcingPipeline(ChunkwisePipeline):
+    """Streams chunks as they leave the window; the first one after as many forwards as there are noise levels."""
+
+    def __call__(
+        self, embeddings: Tensor, num_frames: int, noise: NoiseSource, seeds: list[int],
+        initial_latent: Tensor | None = None, switches: Sequence[PromptSwitch] = (),
+        decode: Decode | None = None,
+    ) -> Iterator[Chunk]:
+        """As ChunkwisePipeline. The window reads the prompt of its newest chunk.
+
+        In window w, chunk b is at pass w - b. Ramp-up (the window fills) and tail (nothing enters any more) follow.
+        """
+        given_frames = 0 if initial_latent is None else initial_latent.shape[1]
+        spans = list(self.geometry.chunks(num_frames, prefilled=given_frames))
+        levels = self.sampler.num_passes
+        self.cache.reset(seeds)
+        track = self.prompt_track(embeddings, switches)
+        for span in self.geometry.prefill_chunks(given_frames):
+            latents = initial_latent[:, span.start:span.stop].to(self.model.device)
+            self.cache.begin(span)
+            self.remember(span, latents, track.text)
+            track.note(span, latents)
+            yield Chunk(span, latents, given=True)
+        noisy: list[Tensor] = []  # of the window's chunks, oldest first
+        for window in range(len(spans) + levels - 1):
+            first = max(0, window - levels + 1)
+            inside = spans[first:window + 1]
+            passes = [window - first - place for place in range(len(inside))]
+            text = track.text
+            if window < len(spans):
+                text = track.text_at(spans[window].start)
+                noisy.append(noise.initial(spans[window]))
+            clean = self.denoise_jointly(inside, passes, noisy, text)
+            if passes[0] == levels - 1:
+                span, latents = inside[0], clean[0]
+                self.cache.begin(span)
+                self.remember(span, latents, text)
+                track.note(span, latents)
+                yield Chunk(span, latents)
+            noisy = [
+                self.sampler.renoise(x0, noise.fresh(span, index + 1), index + 1)
+                for span, index, x0 in zip(inside, passes, clean, strict=True) if index + 1 < levels
+            ]
+
+    @torch.inference_mode()
+    def denoise_jointly(
+        self, inside: Sequence[ChunkSpan], passes: Sequence[int], noisy: Sequence[Tensor], text: TextContext,
+    ) -> list[Tensor]:
+        """One forward of the window; memory is untouched. Returns the x0 [B, F, C, h, w] of each chunk in it.
+
+        Args:
+            inside: its chunks, oldest first. passes: which of the sampler's passes each is at.
+            noisy: its latents [B, F, C, h, w], each at its noise level.
+        """
+        frames = [span.frames for span in inside]
+        joint = ChunkSpan(index=inside[0].index, start=inside[0].start, frames=sum(frames))
+        self.cache.begin(joint, lookahead=True)
+        times = [
+            torch.full(x.shape[:2], self.sampler.times[index], device=x.device)
+            for index, x in zip(passes, noisy, strict=True)
+        ]
+        flow = self.model(torch.cat(list(noisy), dim=1), torch.cat(times, dim=1), text, self.cache)
+        return [
+            self.sampler.clean(x, part, index)
+            for x, part, index in zip(noisy, flow.split(frames, dim=1), passes, strict=True)
+        ]

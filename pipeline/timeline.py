@@ -1,0 +1,118 @@
+"""Prompts that change in the middle of a video, and what becomes of the memory then.
+
+`keep`: nothing; only what is generated next reads the new prompt.
+`recache`: the keys and values of the newest frames are computed anew with the new prompt; sinks stay.
+`flush_recent`: the newest frames are forgotten; sinks stay.
+`reset_sink`: everything is forgotten, and the newest frames, as many as a window holds, are remembered with the new
+    prompt; the first of them are the sinks from now on.
+
+Which frames are newest, and which sinks, the cache policy says (KVPolicy.tail_frames).
+Source: LongLive, arXiv:2509.22622, KV re-cache; `recache` is its global sink, `reset_sink` its run without.
+
+B batch, F latent frames, C latent channels, T text tokens.
+"""
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from utils.timelines import TimelineError
+from wan.geometry import ChunkSpan, VideoGeometry
+from wan.kv_cache.cache import KVCache
+from wan.model import CausalWanModel, TextContext
+
+OnSwitch = Literal["keep", "recache", "flush_recent", "reset_sink"]
+
+
+@dataclass(frozen=True)
+class PromptSwitch:
+    """A prompt that follows another."""
+
+    frame: int          # the first chunk that begins at this latent frame, or later, shows it
+    embeddings: Tensor  # [B, T, text_dim]
+
+
+class PromptTrack:
+    """The prompt of the moment during one rollout, and the newest latents for as long as a switch may need them."""
+
+    def __init__(
+        self, model: CausalWanModel, cache: KVCache, context_time: float, embeddings: Tensor,
+        switches: Sequence[PromptSwitch], on_switch: OnSwitch,
+    ):
+        self._model, self._cache, self._time, self._on_switch = model, cache, context_time, on_switch
+        self._left = deque(switches)
+        self._newest: Tensor | None = None  # [B, F, C, h, w], what the memory was made of
+        self._stop = 0                      # one past its last latent frame
+        self.text = self._embed(embeddings)
+
+    def text_at(self, frame: int) -> TextContext:
+        """The prompt of the chunk that begins at latent frame `frame`; a switch that is due happens now."""
+        due = None
+        while self._left and self._left[0].frame <= frame:
+            due = self._left.popleft()
+        if due is not None:
+            self.text = self._embed(due.embeddings)
+            self._change_memory()
+        return self.text
+
+    def note(self, span: ChunkSpan, latents: Tensor) -> None:
+        """The clean latents [B, F, C, h, w] of `span` have become memory."""
+        if self._left and self._on_switch in ("recache", "reset_sink"):
+            known = latents if self._newest is None else torch.cat([self._newest, latents], dim=1)
+            self._newest, self._stop = known[:, -self._cache.most_frames:], span.stop
+
+    def restart(self) -> None:
+        """The memory was emptied, and frames are counted from 0 again."""
+        self._newest = None
+
+    @torch.inference_mode()
+    def _embed(self, embeddings: Tensor) -> TextContext:
+        return self._model.embed_text(embeddings)
+
+    @torch.inference_mode()
+    def _change_memory(self) -> None:
+        if self._on_switch == "keep":
+            return
+        if self._on_switch == "reset_sink":
+            self._cache.forget_all()
+            frames = 0 if self._newest is None else self._newest.shape[1]
+        else:
+            frames = self._cache.forget_newest()
+        if self._on_switch == "flush_recent" or frames == 0:
+            return
+        x = self._newest[:, -frames:]
+        self._cache.begin(ChunkSpan(index=0, start=self._stop - frames, frames=frames))
+        self._model(x, torch.full(x.shape[:2], self._time, device=x.device), self.text, self._cache)
+        self._cache.commit()
+
+
+def switch_frames(
+    geometry: VideoGeometry, times: Sequence[float], starts: Sequence[int], pixel_frames: int,
+) -> list[int]:
+    """The latent frame of each of `times` (seconds), for a video whose generated chunks begin at `starts`.
+
+    Raises:
+        TimelineError: a moment after the video's end, or two prompts for one chunk.
+    """
+    seconds, frames, chunks = pixel_frames / geometry.fps, [], set()
+    for time in times:
+        frame = geometry.frame_at(time)
+        start = next((start for start in starts if start >= frame), None)
+        if time >= seconds or start is None:
+            raise TimelineError(
+                f"a prompt begins at {time:g} s, and no chunk of this video of {seconds:g} s begins then or later. "
+                "Lower the time, or ask for a longer video with --seconds."
+            )
+        if start in chunks:
+            raise TimelineError(
+                f"the prompt at {time:g} s begins in the same chunk as the one before it. A chunk shows one prompt: "
+                f"leave {geometry.pixel_frames(geometry.chunk_frames, first=False) / geometry.fps:g} s or more between."
+            )
+        frames.append(frame)
+        chunks.add(start)
+    return frames

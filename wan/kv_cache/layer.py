@@ -1,0 +1,274 @@
+"""One layer's memory: store, window, votes and archive, and the plan of the chunk in the making.
+
+B batch, L chunk tokens, H heads, D head dim.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from wan.compiler import Compiler
+from wan.geometry import ChunkSpan, VideoGeometry
+from wan.kv_cache.archive import Archive, PacketRotation
+from wan.kv_cache.policy import CacheView, KVPolicy, Plan, Votes
+from wan.kv_cache.store import KVStore
+from wan.kv_cache.votes import QueryVotes
+from wan.kv_cache.window import Window, WindowBuffer
+from wan.rope import AxisChannels, Turn, both_turns, space_phase, time_phase, turn, turn_of
+
+Tensors = tuple[Tensor, Tensor]  # keys and values of the same slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """What the cache must know of the network."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    batch: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+class Turns:
+    """Rotations of a chunk's tokens; they repeat, so each is made once and keeps its address."""
+
+    def __init__(self, geometry: VideoGeometry, shape: CacheShape):
+        self._frame_tokens, self._shape = geometry.frame_tokens, shape
+        phase = space_phase(geometry.rows, geometry.columns, shape.head_dim, shape.dtype, shape.device)
+        self._frame = turn_of(phase, shape.head_dim, first=AxisChannels.of(shape.head_dim).time)
+        self._made: dict[tuple[int, int | None], Turn] = {}
+
+    def space(self, frames: int) -> Turn:
+        """Height and width of `frames` frames' tokens: [L, 1, D]."""
+        if (frames, None) not in self._made:
+            self._made[frames, None] = Turn(*(x.repeat(frames, 1, 1) for x in (self._frame.cos, self._frame.sin)))
+        return self._made[frames, None]
+
+    def window(self, frames: int, position: int) -> Turn:
+        """The same, and time, the first frame being at `position`."""
+        if (frames, position) not in self._made:
+            shape = self._shape
+            moments = torch.arange(position, position + frames, device=shape.device)
+            phase = time_phase(moments.repeat_interleave(self._frame_tokens), shape.head_dim, shape.dtype)
+            self._made[frames, position] = both_turns(turn_of(phase, shape.head_dim), self.space(frames))
+        return self._made[frames, position]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What all layers share during one chunk."""
+
+    chunk: ChunkSpan
+    start: Tensor        # [] int64 chunk.start, on the device
+    chunk_index: Tensor  # [] int64 chunk.index, on the device
+    seen_frames: int
+    seeds: Tensor
+    lookahead: bool
+    turns: dict[int, Turn] = field(default_factory=dict)  # see WindowBuffer.load
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What of a layer's memory lives on the host; device tensors are in buffers that stay where they are."""
+
+    length: int         # slots in use
+    known_frames: int   # remembered frames that vote
+    known_packets: int  # compressed chunks, as far as they are counted
+    plan: Plan | None   # of the chunk in the making
+
+
+def stage(
+    query: Tensor, keys: Tensor, values: Tensor, space: Turn, slots: Tensors, voting_frames: int,
+) -> Tensor | None:
+    """Write a pass's keys, time-free, and values [B, L, H, D] to `slots`.
+
+    Returns: sums [B, voting_frames, H, D] of the query over each frame; None if no frame votes.
+    """
+    slots[0].copy_(turn(keys, space))
+    slots[1].copy_(values)
+    if not voting_frames:
+        return None
+    return turn(query, space).unflatten(1, (voting_frames, -1)).sum(dim=2, dtype=space.cos.dtype)
+
+
+def show(query: Tensor, keys: Tensor, values: Tensor, by: Turn, slots: Tensors) -> Tensor:
+    """Write the same in window time to a window's `slots`; returns the query in window time."""
+    slots[0].copy_(turn(keys, by))
+    slots[1].copy_(values)
+    return turn(query, by)
+
+
+def stage_and_show(
+    query: Tensor, keys: Tensor, values: Tensor, space: Turn, by: Turn, stored: Tensors, seen: Tensors,
+    voting_frames: int,
+) -> tuple[Tensor | None, Tensor]:
+    """Both at once: the sums, and the query in window time."""
+    return stage(query, keys, values, space, stored, voting_frames), show(query, keys, values, by, seen)
+
+
+class LayerCache:
+    """One layer's memory. Attention calls `extend` and knows nothing else of the cache."""
+
+    def __init__(
+        self, layer: int, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, turns: Turns,
+        packets: PacketRotation | None, window: WindowBuffer | None, compiler: Compiler,
+    ):
+        sizes = policy.sizes(geometry)
+        common = (shape.heads, shape.head_dim, shape.device, shape.dtype)
+        self.store = KVStore(shape.batch, sizes.capacity_tokens, *common)
+        self._window_is_shared = window is not None
+        self.window = window or WindowBuffer(shape.batch, sizes.window_tokens, *common, compiler)
+        past_voters = sizes.vote_frames - geometry.chunk_frames
+        self.votes = QueryVotes(shape.batch, past_voters, *common, compiler) if sizes.vote_frames else None
+        self.archive = Archive(shape.batch, sizes.archive, packets, *common) if sizes.archive else None
+        self.plan: Plan | None = None
+        self._rows, self._packet_tokens = geometry.rows, sizes.archive.grid.tokens if sizes.archive else 0
+        self._most_frames = sizes.capacity_tokens // geometry.frame_tokens + 1
+        self._layer, self._frame_tokens, self._policy, self._turns = layer, geometry.frame_tokens, policy, turns
+        self._stage, self._show, self._both = map(compiler, (stage, show, stage_and_show))
+        self._moment: Moment | None = None
+
+    def begin(self, moment: Moment) -> None:
+        """Start a chunk, or start it again."""
+        self._moment, self.plan = moment, None
+        if self.archive is not None:
+            self.archive.drop()
+
+    def extend(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
+        """Show attention the remembered tokens and, behind them, this pass's own.
+
+        Shapes: query, keys, values [B, L, H, D], normalised, without RoPE; L is whole frames.
+        The first call of a chunk asks the policy; every call overwrites what the last one staged.
+        """
+        if self._moment is None:
+            raise RuntimeError("no chunk has begun: call KVCache.begin(chunk) before the model's forward.")
+        frames, new, planned = self._moment.chunk.frames, keys.shape[1], self.plan is not None
+        space, voting = self._turns.space(frames), frames if self.votes else 0
+        spare = self.window.slots(self.window.tokens - new, new)  # where what is only looked at needs no room
+        stored = spare if self._moment.lookahead else self.store.slots(new)
+        if not planned:
+            self._vote(self._stage(query, keys, values, space, stored, voting))
+            self.plan = self._checked_plan()
+        if self._window_is_shared or not planned:  # filled in every pass, it must not lean on what another one made
+            made = None if self._window_is_shared else self._moment.turns
+            self.window.load(self.store, self.plan, self.archive, made)
+        past = self.past_tokens
+        by, seen = self._turns.window(frames, self.plan.query_position), self.window.slots(past, new)
+        if planned and not self._moment.lookahead:
+            sums, query = self._both(query, keys, values, space, by, stored, seen, voting)
+            self._vote(sums)
+        else:
+            query = self._show(query, keys, values, by, seen)
+        return self.window.seen(query, past + new)
+
+    def extend_packet(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
+        """Stage the chunk's packet [B, P, H, D] and show it behind what the chunk remembers, after the last pass."""
+        self.archive.stage(keys, values)
+        if self._window_is_shared:
+            self.window.load(self.store, self.plan, self.archive)
+        past, new = self.past_tokens, keys.shape[1]
+        by = self.archive.rotation.window(self.plan.query_position)
+        return self.window.seen(self._show(query, keys, values, by, self.window.slots(past, new)), past + new)
+
+    def stage_packet(self, keys: Tensor, values: Tensor) -> None:
+        self.archive.stage(keys, values)
+
+    @property
+    def past_tokens(self) -> int:
+        """Remembered tokens, packets included, that the chunk in the making sees."""
+        return self.plan.past_tokens(self._packet_tokens)
+
+    def _vote(self, sums: Tensor | None) -> None:
+        if self.votes is not None:
+            self.votes.stage(sums)
+
+    def view(self) -> CacheView:
+        """What the policy may see now."""
+        chunk, length = self._moment.chunk, self.store.length
+        return CacheView(
+            layer=self._layer, chunk_index=self._moment.chunk_index, start=self._moment.start,
+            chunk_frames=chunk.frames, seen_frames=self.bounded(self._moment.seen_frames), length=length,
+            frame_tokens=self._frame_tokens,
+            seeds=self._moment.seeds, origin=self.store.origin[:, :length], uses=self.store.uses[:, :length],
+            scorer=self._score, packets=self.archive and self.archive.view(chunk, self._moment.start, self.votes),
+            lookahead=self._moment.lookahead,
+        )
+
+    def commit(self) -> None:
+        """Turn what the last pass staged into memory."""
+        born = self._moment.start + torch.arange(self._moment.chunk.frames, device=self.store.origin.device)
+        if self.plan.archive:
+            if not self.archive.is_staged:
+                space = self._turns.space(self._moment.chunk.frames)
+                self.archive.pool(*self.store.slots(len(space.cos)), self._rows, space)
+            self.archive.commit(self._moment.start)
+        self.store.commit(
+            retain=self.plan.retain, chosen=self.plan.chosen, origin=born.repeat_interleave(self._frame_tokens)
+        )
+        if self.votes is not None:
+            self.votes.commit()
+
+    def bounded(self, seen_frames: int) -> int:
+        """How many frames were ever seen, as far as any decision may depend on it."""
+        return min(seen_frames, self._most_frames)
+
+    @property
+    def state(self) -> LayerState:
+        return LayerState(
+            self.store.length, self.votes.known_frames if self.votes else 0,
+            self.archive.known if self.archive else 0, self.plan,
+        )
+
+    @state.setter
+    def state(self, state: LayerState) -> None:
+        """Set the host's part after the device's was brought about in another way, as a replayed graph does."""
+        self.store.length, self.plan = state.length, state.plan
+        if self.votes is not None:
+            self.votes.known_frames = state.known_frames
+        if self.archive is not None:
+            self.archive.known = state.known_packets
+
+    def end(self) -> None:
+        """No chunk is in the making any more."""
+        self._moment, self.plan = None, None
+
+    def forget_newest(self, tokens: int) -> None:
+        """Forget the last `tokens` slots, and every vote: those of the frames that stay are too old to be asked."""
+        self.store.forget_newest(tokens)
+        if self.votes is not None:
+            self.votes.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.store.reset()
+        if self.archive is not None:
+            self.archive.reset()
+        if self.votes is not None:
+            self.votes.reset()
+        self.end()
+
+    def copy_memory_of(self, other: LayerCache) -> None:
+        """Take over the committed memory of `other`."""
+        self.reset()
+        self.store.copy_from(other.store)
+        if self.archive is not None:
+            self.archive.copy_from(other.archive)
+        if self.votes is not None:
+            self.votes.copy_from(other.votes)
+
+    def _score(self, lo: int, hi: int, votes: Votes) -> Tensor:
+        return self.votes.score(self.store.keys[:, lo:hi], self.store.origin[:, lo:hi], self._moment.start, votes)
+
+    def _checked_plan(self) -> Plan:
+        plan = self._policy.plan(self.view())
+        attended = plan.past_tokens(self._packet_tokens) + self._moment.chunk.frames * self._frame_tokens
+        if attended > self.window.tokens or plan.attend.shape != plan.position.shape:
+            raise ValueError(
+                f"{type(self._policy).__name__} plans {attended} tokens (positions for {plan.position.shape[1]} of the "
+                f"past), but asked for a window of {self.window.tokens}. Its sizes() and plan() disagree."
+            )
+        return plan
