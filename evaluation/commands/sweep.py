@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from evaluation.sweep.results import collect
-    from evaluation.sweep.settings import chosen_of, load_sweep
+    from evaluation.sweep.settings import load_sweep
     from evaluation.sweep.workers import labour, labour_on_ray, prepare
     from pipeline.build import choose_device
     from utils.config import ConfigError
@@ -40,12 +40,10 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--ray and --workers go together, such as --ray local --workers 4.")
     if options.workers is not None and options.workers < 1:
         raise ConfigError(f"--workers {options.workers} is too small. Ask for 1 or more.")
-    chosen_of(sweep, options.only)
-    common = {"device": options.device, "random_weights": options.random_weights}
+    common = {"device": options.device, "random_weights": options.random_weights, "only": options.only}
     tasks, metrics = prepare(sweep, folder, local_rank=launch.local_rank, **common)
     if options.ray is not None:
-        failed = labour_on_ray(sweep, folder, address=options.ray, workers=options.workers, only=options.only,
-                               **common)
+        failed = labour_on_ray(sweep, folder, address=options.ray, workers=options.workers, **common)
     else:
         failed = labour(
             sweep, tasks, metrics, folder, rank=launch.rank, world_size=launch.world_size, only=options.only,

@@ -79,6 +79,7 @@ def draw_ablation(
 
     Raises: ConfigError if a method's cache has no such setting.
     """
+    methods = [method for method in methods if method in saved.variants]
     places = [_setting(saved, method, key) for method in methods]
     order = np.argsort(places, kind="stable")
     with saved_figure(path, (5 * len(metrics), 3.8)) as figure:

@@ -9,7 +9,7 @@ import torch
 
 from evaluation.study.settings import config_path
 from evaluation.study.sources import plan_method
-from evaluation.sweep.settings import Sweep, Variant, items_of, variants_of
+from evaluation.sweep.settings import Sweep, Variant, chosen_of, items_of, variants_of
 from evaluation.sweep.work import Unit
 from pipeline.build import RunPlan
 from pipeline.engine import Engine
@@ -38,14 +38,19 @@ class Task:
     output: OutputFolder
 
 
-def make_tasks(sweep: Sweep, folder: Path, *, device: torch.device, random_weights: bool) -> list[Task]:
-    """Every variant, checked before anything is computed.
+def make_tasks(
+    sweep: Sweep, folder: Path, *, device: torch.device, random_weights: bool, only: Sequence[str] = (),
+) -> list[Task]:
+    """Every variant that `only` needs (see `chosen_of`), checked before anything is computed.
 
     Raises:
         ConfigError: a variant that cannot be run, or finished videos that were made with other settings.
         PromptError, CheckpointError: files that cannot be used.
     """
-    items, variants = items_of(sweep), variants_of(sweep)
+    items, wanted = items_of(sweep), set().union(*chosen_of(sweep, only))
+    variants = [variant for variant in variants_of(sweep) if variant.name in wanted]
+    if not variants:
+        raise ConfigError(f"--only {' '.join(only)}: that is no method. Name methods, tables or ablations, too.")
     check_number(len(items), len(sweep.seeds) * len(variants))
     made = [_task(sweep, variant, items, folder, device, random_weights) for variant in variants]
     for task in made:

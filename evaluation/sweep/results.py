@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,13 +22,14 @@ from evaluation.metrics.protocol import Metric
 from evaluation.metrics.table import Row, read_table, write_csv, write_parquet
 from evaluation.sweep.make import VIDEOS, Task
 from evaluation.sweep.measure import read_rows
-from evaluation.sweep.settings import Sweep
+from evaluation.sweep.settings import Sweep, variants_of
 from utils.config import REPOSITORY, ConfigError
-from utils.files import write_atomically
+from utils.files import lock_file, write_atomically
 from utils.hashing import fingerprint, sha256_file
 
 IMPORTED = "imported"  # tables that other tools wrote of the same videos, such as the official VBench suite
 RECORD, TABLE, PARQUET = "sweep.json", "results.csv", "results.parquet"
+WAIT_S = 0.2
 PACKAGES = ("torch", "diffusers", "transformers", "av", "numpy", "pillow")
 
 
@@ -50,25 +52,54 @@ class Saved:
 def collect(
     sweep: Sweep, tasks: Sequence[Task], metrics: Sequence[Metric], folder: Path, *, device: torch.device,
 ) -> list[Row]:
-    """Write the tidy table and the record; returns the table's rows."""
+    """Write the tidy table and the record; variants without a task keep what is there. Returns the tasks' rows."""
+    with alone(folder):
+        return _collect(sweep, tasks, metrics, folder, device)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process collects in this folder."""
+    while (lock := lock_file(folder / ".collect.lock")) is None:
+        time.sleep(WAIT_S)
+    try:
+        yield
+    finally:
+        lock.close()
+
+
+def _collect(
+    sweep: Sweep, tasks: Sequence[Task], metrics: Sequence[Metric], folder: Path, device: torch.device,
+) -> list[Row]:
+    place = {variant.name: index for index, variant in enumerate(variants_of(sweep))}
+    others = place.keys() - {task.variant.name for task in tasks}
+    videos, variants, kept = [], {}, []
+    if (folder / RECORD).exists():
+        before = json.loads((folder / RECORD).read_bytes())
+        videos = [video for video in before["videos"] if video["method"] in others]
+        variants = {name: made for name, made in before["variants"].items() if name in others}
+        kept = [row for row in read_table(folder / TABLE) if row.method in others]
     rows = [row for task in tasks for job in task.jobs for row in read_rows(folder, task, job, metrics)]
-    write_csv(rows, folder / TABLE)
-    write_parquet(rows, folder / PARQUET)
-    videos = [
+    every = sorted(kept + rows, key=lambda row: place[row.method])
+    write_csv(every, folder / TABLE)
+    write_parquet(every, folder / PARQUET)
+    videos += [
         {
             "video": f"{task.variant.name}/{job.stem}.mp4", "method": task.variant.name, "prompt": job.item.text,
             "seed": str(job.seed.seed),
         }
         for task in tasks for job in task.jobs if task.output.record(job.stem) is not None
     ]
+    variants |= {
+        task.variant.name: {
+            "seconds": task.variant.seconds, "pixel_frames": task.pixel_frames, "fps": task.plan.geometry.fps,
+            "settings": task.plan.settings(),
+        } for task in tasks
+    }
     record = {
-        "sweep": asdict(sweep), "provenance": _provenance(sweep, tasks, device), "videos": videos,
-        "variants": {
-            task.variant.name: {
-                "seconds": task.variant.seconds, "pixel_frames": task.pixel_frames, "fps": task.plan.geometry.fps,
-                "settings": task.plan.settings(),
-            } for task in tasks
-        },
+        "sweep": asdict(sweep), "provenance": _provenance(sweep, tasks, device),
+        "videos": sorted(videos, key=lambda video: place[video["method"]]),
+        "variants": dict(sorted(variants.items(), key=lambda item: place[item[0]])),
     }
     write_atomically(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
     return rows

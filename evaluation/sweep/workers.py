@@ -1,7 +1,7 @@
 """Who does the work: this process, the ranks of torchrun, or tasks on a Ray cluster. All run `labour` on one folder."""
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation.metrics.catalogue import make_metrics
@@ -19,26 +19,26 @@ RETRIES = 8  # of a Ray task whose worker or machine died
 
 
 def prepare(
-    sweep: Sweep, folder: Path, *, device: str, local_rank: int, random_weights: bool,
+    sweep: Sweep, folder: Path, *, device: str, local_rank: int, random_weights: bool, only: Sequence[str] = (),
 ) -> tuple[list[Task], list[Metric]]:
-    """All tasks of a sweep and its metrics, checked; raises as `make_metrics` and `make_tasks` do."""
+    """The tasks that `only` needs, and the sweep's metrics, checked; raises as `make_metrics` and `make_tasks` do."""
     chosen = choose_device(device, local_rank)
     metrics = make_metrics(sweep.metrics, Choices(str(chosen), vlm=sweep.vlm))
-    tasks = make_tasks(sweep, folder, device=chosen, random_weights=random_weights)
+    tasks = make_tasks(sweep, folder, device=chosen, random_weights=random_weights, only=only)
     record_units(folder, [task for task in tasks if task.variant.name in sweep.record.methods], sweep.record)
     return tasks, metrics
 
 
 def labour(
     sweep: Sweep, tasks: Sequence[Task], metrics: Sequence[Metric], folder: Path, *, rank: int, world_size: int,
-    only: Collection[str] = (),
+    only: Sequence[str] = (),
 ) -> dict[str, str]:
     """Make and measure what no other worker does, until all is done; returns what failed here, and why.
 
     Args:
         only: names that `chosen_of` knows; empty is all.
     """
-    wanted, seen = chosen_of(sweep, [*only])
+    wanted, seen = chosen_of(sweep, only)
     watched = [task for task in tasks if task.variant.name in seen]
     tasks = [task for task in tasks if task.variant.name in wanted]
     claims, maker = Claims(folder / CLAIMS), Maker(sweep.batch_size)
@@ -53,7 +53,7 @@ def labour(
 
 def labour_on_ray(
     sweep: Sweep, folder: Path, *, address: str, workers: int, device: str, random_weights: bool,
-    only: Collection[str] = (),
+    only: Sequence[str] = (),
 ) -> dict[str, str]:
     """The same by `workers` tasks on the cluster at `address` (`local` starts one on this machine).
 
@@ -74,7 +74,7 @@ def labour_on_ray(
     task = ray.remote(max_retries=RETRIES, **resources)(_ray_task)
     try:
         waiting = [
-            task.remote(sweep, str(folder.absolute()), device, random_weights, rank, workers, [*only])
+            task.remote(sweep, str(folder.absolute()), device, random_weights, rank, workers, only)
             for rank in range(workers)
         ]
         return {name: why for failed in ray.get(waiting) for name, why in failed.items()}
@@ -83,8 +83,8 @@ def labour_on_ray(
 
 
 def _ray_task(
-    sweep: Sweep, folder: str, device: str, random_weights: bool, rank: int, world_size: int, only: list[str],
+    sweep: Sweep, folder: str, device: str, random_weights: bool, rank: int, world_size: int, only: Sequence[str],
 ) -> dict[str, str]:
     path = Path(folder)
-    tasks, metrics = prepare(sweep, path, device=device, local_rank=0, random_weights=random_weights)
+    tasks, metrics = prepare(sweep, path, device=device, local_rank=0, random_weights=random_weights, only=only)
     return labour(sweep, tasks, metrics, path, rank=rank, world_size=world_size, only=only)
