@@ -21,7 +21,7 @@ from evaluation.metrics.table import Row, write_csv
 from evaluation.sweep.figures import draw_ablation, moments_of
 from evaluation.sweep.numbers import MetricName, Numbers
 from evaluation.sweep.page import PAGE, write_page
-from evaluation.sweep.quoted import QUOTED, read_quoted
+from evaluation.sweep.quoted import quoted_names, read_quoted
 from evaluation.sweep.record import Watcher, read_recorded, records_path
 from evaluation.sweep.recorded import by_age, frequency, jaccard_distances
 from evaluation.sweep.results import Saved, load
@@ -122,12 +122,11 @@ def test_names_are_escaped(tmp_path, numbers):
 def test_quoted_tables_are_whole():
     """As many numbers as columns; PackForcing's overall CLIP scores are the means of their windows, but for one row
     whose note says so."""
-    names = list(yaml.safe_load(QUOTED.read_text()))
-    assert len(names) == 5
-    for name in names:
-        table = read_quoted(name)
-        assert "arXiv" in table["source"] and all(table["rows"].values())
-    for method, values in read_quoted("packforcing_table2")["rows"].items():
+    assert len(quoted_names()) == 5
+    for name in quoted_names():
+        source, rows = read_quoted(name)
+        assert "arXiv" in source and all(rows.values())
+    for method, values in read_quoted("packforcing_table2")[1].items():
         *windows, overall = values.values()
         assert (abs(sum(windows) / 6 - overall) < 0.011) == (method != "Deep Forcing")
     with pytest.raises(ConfigError, match="'nope' is unknown"):

@@ -59,14 +59,14 @@ def make_grid(table: Mapping[str, Any], saved: Saved, numbers: Numbers) -> Grid:
     ]
     notes = ["Means over videos with bootstrapped 95 % intervals; bold: the best of ours."]
     if table["quoted"]:
-        paper = read_quoted(table["quoted"])
+        source, printed = read_quoted(table["quoted"])
         lines += [
             Line(name, [Cell(""), *(
                 Cell(f"{row[c['metric']]:.{c['digits']}f}") if c["metric"] in row else Cell(NOTHING) for c in columns
             )], quoted=True)
-            for name, row in paper["rows"].items()
+            for name, row in printed.items()
         ]
-        notes.append(f"Rows marked {MARK} are not ours: {paper['source']}, as printed.")
+        notes.append(f"Rows marked {MARK} are not ours: {source}, as printed.")
     for column, name in zip(columns, names, strict=True):
         said = numbers.protocol(*name)
         notes.append(f"{column['label']}: {column['metric']}, {said or 'not measured in this sweep'}.")
