@@ -44,25 +44,24 @@ def ours(tiny: Tiny, policy: dict, text, noise: Given, frames: int, initial):
     """Latents, and per chunk the window's tokens and each layer's kept slots."""
     pipeline = tiny.pipeline(policy_of(policy), batch=len(text))
     pipeline.sampler = FewStepSampler([1000, 500], shift=5.0, warp=True)
-    windows, kept = [], []
     layers = [pipeline.cache.layer(i) for i in range(SMALL.num_layers)]
+    commit, plans = pipeline.cache.commit, []
 
-    def watch(model, arguments, flow) -> None:
-        tokens = flow.shape[1] * tiny.geometry.frame_tokens
-        windows.append(layers[0].plan.attend.shape[1] + tokens)
-        kept.append([[
-            [*plan.retain[b].tolist(), *range(layer.store.length, layer.store.length + tokens)]
-            for b in range(len(text))
-        ] for layer, plan in ((x, x.plan) for x in layers)])
+    def watch() -> None:
+        plans.append([(layer.plan, layer.store.length) for layer in layers])
+        commit()
 
-    hook = pipeline.model.register_forward_hook(watch)
-    latents = []
-    last_pass = []
+    pipeline.cache.commit = watch
+    latents, windows, kept = [], [], []
     for chunk in pipeline(text, frames, noise, seeds=[0] * len(text), initial_latent=initial):
         latents.append(chunk.latents)
-        last_pass.append(len(windows) - 1)
-    hook.remove()
-    return torch.cat(latents, dim=1), [windows[i] for i in last_pass], [kept[i] for i in last_pass]
+        tokens = chunk.span.frames * tiny.geometry.frame_tokens
+        windows.append(plans[-1][0][0].attend.shape[1] + tokens)
+        kept.append([
+            [[*plan.retain[b].tolist(), *range(length, length + tokens)] for b in range(len(text))]
+            for plan, length in plans[-1]
+        ])
+    return torch.cat(latents, dim=1), windows, kept
 
 
 def assert_agreement(
