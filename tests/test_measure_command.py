@@ -1,4 +1,5 @@
-"""`python -m evaluation measure`, `export-vbench`, `import-vbench`: from folders to the tidy table, and after failures."""
+"""The commands measure, export-vbench and import-vbench: from folders to the tidy table, also with bad input.
+"""
 from __future__ import annotations
 
 import json
@@ -72,8 +73,12 @@ def test_a_row_holds_a_number_or_a_reason():
 def test_writers_side_by_side_lose_nothing(tmp_path):
     """Eight threads add to one table."""
     path = tmp_path / "t.csv"
-    jobs = [threading.Thread(target=lambda k=k: [append(path, [replace(ROW, video=f"m/{k}-{i}.mp4")]) for i in range(5)])
-            for k in range(8)]
+
+    def work(writer: int) -> None:
+        for number in range(5):
+            append(path, [replace(ROW, video=f"m/{writer}-{number}.mp4")])
+
+    jobs = [threading.Thread(target=work, args=(writer,)) for writer in range(8)]
     for job in jobs:
         job.start()
     for job in jobs:

@@ -187,7 +187,8 @@ def clip_of_the_world() -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("metric", "name", "granularity", "hurt", "strengths", "sign"), GRADED, ids=[f"{g[1]}{i}" for i, g in enumerate(GRADED)]
+    ("metric", "name", "granularity", "hurt", "strengths", "sign"), GRADED,
+    ids=[f"{case[1]}{number}" for number, case in enumerate(GRADED)],
 )
 @pytest.mark.parametrize("source", ["moving", "clip_of_the_world"])
 def test_graded_damage_moves_the_metric_one_way(source, metric, name, granularity, hurt, strengths, sign, request):
