@@ -85,7 +85,7 @@ def vbench_stem(prompt: str) -> str:
     if len(text.encode()) > NAME_BYTES:
         text = text.encode()[:NAME_BYTES].decode(errors="ignore")
         text = text.rpartition(" ")[0] or text
-    return text.rstrip(" .") or "video"
+    return text.strip() or "video"
 
 
 def read_results(results: Path, exported: Path) -> list[Row]:

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics", nargs="+", default=["basic"], metavar="NAME",
         help=f"basic ({', '.join(BASIC)}); free (also {', '.join(FREE[len(BASIC):])}: no download, but optional "
-        f"packages); papers ({', '.join(PAPERS)}: downloaded weights); visual_stability (needs --vlm); or "
+        f"packages); papers ({', '.join(PAPERS)}: downloaded weights); visual_stability (with --vlm); or "
         "any of these by name (default: basic)",
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/metrics.csv"), help="the table, a .csv")
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, default=Path("."), help="the --folder of `python -m utils.download`")
     parser.add_argument("--device", default="auto", help="of metrics that are networks: auto, cpu, cuda or cuda:N")
     parser.add_argument("--vlm", default="", metavar="MODULE:FUNCTION", help="the model that visual_stability asks")
-    parser.add_argument("--workers", type=int, default=1, help="videos measured side by side, one a process (default 1)")
+    parser.add_argument("--workers", type=int, default=1, help="videos measured side by side, each a process")
 
 
 def run(options: argparse.Namespace) -> int:

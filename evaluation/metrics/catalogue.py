@@ -2,11 +2,14 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Sequence
 
 from evaluation.metrics.protocol import Choices, Metric
 from utils.config import ConfigError
 from utils.config_schema import nearest
+
+logger = logging.getLogger(__name__)
 
 METRICS = {  # name: module of evaluation.metrics and class, made without arguments
     "picture": ("picture", "Picture"),
@@ -36,18 +39,26 @@ PAPERS = tuple(name for name in MODELS if name != "visual_stability")    # the p
 def make_metrics(names: Sequence[str], choices: Choices) -> list[Metric]:
     """The metrics of these names, ready to measure; `basic`, `free` and `papers` stand for several.
 
+    Of `free`, those whose optional package is not installed are left out, with a warning each.
     Raises:
-        ConfigError: an unknown name; weights or an optional package that are missing, and how to get them.
+        ConfigError: an unknown name; weights, or a package of a metric that was named, that are missing.
     """
     groups = {"basic": BASIC, "free": FREE, "papers": PAPERS}
     wanted: dict[str, None] = {}
     for name in names:
         wanted |= dict.fromkeys(groups.get(name, (name,)))
+    made = []
     for name in wanted:
         if name not in EVERY:
             known = [*groups, *EVERY]
             raise ConfigError(f"--metrics {name}: unknown.{nearest(name, known)} Known: {', '.join(known)}.")
-    return [_made(name, choices) for name in wanted]
+        try:
+            made.append(_made(name, choices))
+        except ConfigError as error:
+            if name in names or name not in FREE:
+                raise
+            logger.warning("left out: %s", error)
+    return made
 
 
 def _made(name: str, choices: Choices) -> Metric:

@@ -7,21 +7,22 @@ from evaluation.metrics.protocol import Frame, Value, VideoInfo
 from evaluation.metrics.series import of_frames
 
 MEASURES = ("brightness", "contrast", "saturation", "sharpness", "clipped")
-BLACK, WHITE = 3.0, 252.0  # luma at or beyond these counts as clipped
+CLIPPED, CLEAR = 3.0, 15.0  # levels from black or white: clipped up to here, and by less and less up to there
 
 
 class Picture:
     """Frame-wise picture statistics, all in 0..1.
 
     brightness: mean luma. contrast: its standard deviation (RMS contrast). saturation: mean of max - min of R, G, B
-    (the chroma of HSV). sharpness: mean gradient of luma at half size. clipped: share of pixels nearly black or white.
+    (the chroma of HSV) of the thumbnail, since video stores colour coarsely. sharpness: mean gradient of luma at half
+    size. clipped: share of pixels nearly black or white, with soft edges so that no single level decides.
     """
 
     name = "picture"
     reports = tuple(name for measure in MEASURES for name in (measure, f"{measure}_drift"))
     granularities = ("second", "whole", "first_last_5s", "first_last_15pct")
     needs = ()
-    protocol = "luma BT.601, 0..1; gradient at half size; drift: |first - last|"
+    protocol = "luma BT.601, 0..1; colours of the thumbnail; gradient at half size; drift: |first - last|"
 
     def start(self, video: VideoInfo) -> PictureReader:
         return PictureReader(video)
@@ -46,12 +47,12 @@ class PictureReader:
 def measures(frame: Frame) -> tuple[float, ...]:
     """The numbers of one frame, in the order of MEASURES."""
     luma = frame.luma
-    red, green, blue = (frame.rgb[..., channel] for channel in range(3))
-    chroma = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
-    clipped = np.count_nonzero((luma <= BLACK) | (luma >= WHITE)) / luma.size
+    chroma = frame.thumbnail.max(axis=2) - frame.thumbnail.min(axis=2)
+    from_edge = np.minimum(luma, 255 - luma)
+    clipped = np.clip((CLEAR - from_edge) / (CLEAR - CLIPPED), 0, 1)
     return (
         float(luma.mean()) / 255, float(luma.std()) / 255, float(chroma.mean()) / 255, gradient(frame.half) / 255,
-        clipped,
+        float(clipped.mean()),
     )
 
 

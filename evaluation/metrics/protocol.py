@@ -1,7 +1,7 @@
 """What a metric is: it is asked to begin a video, sees every frame once, and then states its values.
 
-A metric knows nothing of files, tables and other metrics. It must not keep frames: what it may keep is a few
-hundred bytes a second, so that memory does not grow with the video to speak of.
+A metric knows nothing of files, tables and other metrics. It must not keep frames, but a few kilobytes a second at
+most, so that memory does not grow with the video to speak of.
 """
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from evaluation.metrics.protocol import Frame, Value, VideoInfo
 from utils.config import ConfigError
 
 SIZE = (48, 27)             # width, height that the network was trained on
-WINDOW, EDGE = 250, 25      # frames it sees at once, and those at either end whose answers are not used; the authors
+WINDOW, EDGE = 400, 25      # frames it sees at once, and those at either end whose answers are not used; the authors
                             # take windows of 100: the same answers within 0.005, for twice the work
 CUT = 0.5                   # probability from which a frame is the last before a cut
 
