@@ -146,7 +146,7 @@ def test_workers_share_and_a_killed_one_costs_only_what_it_held(tmp_path):
     end = time.monotonic() + WAIT_S
     while not (tmp_path / "held").exists() and time.monotonic() < end:
         time.sleep(0.01)
-    os.kill(crew[1].pid, signal.SIGKILL)
+    crew[1].kill()
     for process in crew:
         process.join(WAIT_S)
     assert [process.exitcode for process in crew] == [0, -signal.SIGKILL, 0, 0]
@@ -194,7 +194,7 @@ def test_a_killed_worker_changes_nothing(write, tmp_path):
     end = time.monotonic() + WAIT_S
     while not finished(tmp_path / "shared") and time.monotonic() < end:
         time.sleep(0.005)
-    os.kill(crew[1].pid, signal.SIGKILL)
+    crew[1].kill()
     for process in crew:
         process.join(WAIT_S)
     assert crew[0].exitcode == 0

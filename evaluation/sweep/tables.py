@@ -49,11 +49,11 @@ def make_grid(table: Mapping[str, Any], saved: Saved, numbers: Numbers) -> Grid:
     columns, methods = table["columns"], table["methods"] or list(saved.variants)
     names = [(MetricName.parse(column["metric"]), column["protocol"]) for column in columns]
     found = [[numbers.mean(method, *name) for name in names] for method in methods]
-    best = [_best([line[i] for line in found], column["better"]) for i, column in enumerate(columns)]
+    best = [_best([line[i] for line in found], column) for i, column in enumerate(columns)]
     counts = [max((len(numbers.per_video(method, *name)) for name in names), default=0) for method in methods]
     lines = [
         Line(method, [Cell(str(count)), *(
-            _cell(value, column, best[i] == row) for i, (value, column) in enumerate(zip(values, columns, strict=True))
+            _cell(value, column, row in best[i]) for i, (value, column) in enumerate(zip(values, columns, strict=True))
         )])
         for row, (method, values, count) in enumerate(zip(methods, found, counts, strict=True))
     ]
@@ -148,12 +148,13 @@ def _cell(value: Interval | None, column: Mapping[str, Any], best: bool) -> Cell
                 f"{scale * value.high:.{digits}f}]", best)
 
 
-def _best(values: Sequence[Interval | None], better: str) -> int | None:
-    """Which line is best; None where that means nothing."""
-    known = [(value.value, index) for index, value in enumerate(values) if value is not None]
-    if better == "none" or len(known) < 2:
-        return None
-    return (min if better == "lower" else max)(known)[1]
+def _best(values: Sequence[Interval | None], column: Mapping[str, Any]) -> set[int]:
+    """Which lines are best as they are shown; none where that means nothing, or all are alike."""
+    known = {i: round(column["scale"] * value.value, column["digits"]) for i, value in enumerate(values) if value}
+    if column["better"] == "none" or len(set(known.values())) < 2:
+        return set()
+    best = (min if column["better"] == "lower" else max)(known.values())
+    return {i for i, value in known.items() if value == best}
 
 
 def _tex(text: str) -> str:
