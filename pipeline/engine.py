@@ -124,7 +124,7 @@ class Engine:
         self, requests: Sequence[VideoRequest], latent_frames: int, clock: StageClock, initial: Tensor | None,
     ) -> Iterator[Decoding]:
         """Queue the work of one chunk after the other."""
-        pipeline = self._pipeline_for(len(requests))
+        pipeline = self.pipeline_for(len(requests))
         embeddings = torch.stack([self._embeddings.get(request.text) for request in requests])
         g, seeds = self.plan.geometry, [request.seed for request in requests]
         noise = SeededNoise(seeds, (self.plan.architecture.in_dim, g.latent_height, g.latent_width), self.plan.device)
@@ -183,7 +183,8 @@ class Engine:
             return TinyVAE.random(plan.architecture.out_dim, device=plan.decoder_device, dtype=plan.dtype, seed=0)
         return TinyVAE.load(tiny.path, kind=tiny.kind, device=plan.decoder_device, dtype=plan.dtype)
 
-    def _pipeline_for(self, batch: int) -> ChunkwisePipeline:
+    def pipeline_for(self, batch: int) -> ChunkwisePipeline:
+        """The loop for so many videos at once, its memory included; kept until another number is asked for."""
         if self._pipeline is None or self._pipeline[0] != batch:
             self._pipeline = None  # free the old cache before the new one is allocated
             plan = self.plan

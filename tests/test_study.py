@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from small_model import write_small_model
 
 from evaluation.analysers import PROPERTIES
 from evaluation.study import sources
@@ -22,8 +23,6 @@ from evaluation.study.results import Results, Saved, load
 from evaluation.study.scores import is_frozen, read, speed_ratio, summarise
 from evaluation.study.settings import clips_of, load_study
 from evaluation.study.sources import make_sources, psnr
-from training.parts import make_vae
-from training.settings import VaeSettings
 from training.world import World, render, sample, to_frames
 from utils.config import REPOSITORY, ConfigError
 
@@ -33,15 +32,8 @@ STUDIES = sorted((REPOSITORY / "evaluation" / "studies").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The YAML of a model in the embedded one's frame with much smaller networks, to be run with random weights."""
-    folder = tmp_path_factory.mktemp("small")
-    make_vae(VaeSettings(base_dim=4), 16).save_config(folder / "vae")
-    path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump({
-        "extends": str(REPOSITORY / "configs" / "models" / "tiny.yaml"), "vae": str(folder / "vae"),
-        "transformer": {"dim": 32, "ffn_dim": 48, "num_heads": 2, "num_layers": 1, "text_dim": 12, "text_len": 8},
-    }))
-    return path
+    """The YAML of a model to be run with random weights."""
+    return write_small_model(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
     python -m utils.download                      all weights that inference needs, 17.6 GB
     python -m utils.download --only dit vae       some of them (dit, text, vae; base is the plain Wan model)
     python -m utils.download --only taehv         the tiny decoder of `--decoder taehv`, 23 MB
+    python -m utils.download --only clip dino aesthetic   what `python -m evaluation measure` needs for --metrics papers
     python -m utils.download --only longlive      another method's checkpoint (utils/download_sources.py lists them)
     python -m utils.download --prompts            MovieGenVideoBench.txt and its extended version
     python -m utils.download --dry_run            what would be fetched, from where, how large
@@ -35,17 +36,26 @@ from utils.hashing import sha256_file
 
 WAN, SELF_FORCING, PROMPT_REPO = "Wan-AI/Wan2.1-T2V-1.3B", "gdhe17/Self-Forcing", "guandeh17/Self-Forcing"
 TAEHV = "madebyollin/taehv"
-ON_GITHUB = (PROMPT_REPO, TAEHV)  # the others are on the Hugging Face hub
+CLIP_B, CLIP_L, DINO = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14", "facebook/dino-vitb16"
+AESTHETIC = "LAION-AI/aesthetic-predictor"
+ON_GITHUB = (PROMPT_REPO, TAEHV, AESTHETIC)  # the others are on the Hugging Face hub
 REVISIONS = {
     WAN: "37ec512624d61f7aa208f7ea8140a131f93afc9a",
     SELF_FORCING: "2f8b779212da279d212c22a509b66ad6552f350e",
     PROMPT_REPO: "33593df3e81fa3ec10239271dd2c100facac6de1",
     TAEHV: "093b918971d59001a0bad6dfd6e0409b5e1752cf",
+    CLIP_B: "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268",
+    CLIP_L: "32bd64288804d66eefd0ccbe215aa642df71cc41",
+    DINO: "f205d5d8e640a89a2b8ef0369670dfc37cc07fc2",
+    AESTHETIC: "6d122adad522ab246644d9dc1c6d7a3810ee255f",
     **{repo: "main" for _, repo, _, _ in METHOD_FILES},
 }
 LOCK = ".download_lock.json"
 STAGING = ".download"
-GROUPS = ("dit", "text", "vae", "base", "taehv", *dict.fromkeys(group for group, *_ in METHOD_FILES))
+GROUPS = (
+    "dit", "text", "vae", "base", "taehv", "clip", "dino", "aesthetic",
+    *dict.fromkeys(group for group, *_ in METHOD_FILES),
+)
 DEFAULT_GROUPS = ("dit", "text", "vae")
 ATTEMPTS = 2  # a corrupt file is fetched once more before giving up
 NOTHING_LOST = "Nothing is lost: run the same command again, it goes on where it stopped"
@@ -60,6 +70,11 @@ class RemoteFile:
     path: str
     target: str
     pinned: FileInfo = FileInfo()
+
+
+def _metric(group: str, repo: str, path: str, size_bytes: int | None, sha256: str) -> RemoteFile:
+    folder = repo.rpartition("/")[2]
+    return RemoteFile(group, repo, path, f"metric_models/{folder}/{path}", FileInfo(size_bytes, sha256))
 
 
 def _wan(group: str, path: str, size_bytes: int, sha256: str) -> RemoteFile:
@@ -119,6 +134,20 @@ FILES = (
         "wan_models/taew2_1.pth",
         FileInfo(22678901, "d26151e76cdc2c9424bef988de874b33d9a53f30ef3060cd556c429c469c797e"),
     ),
+    _metric("clip", CLIP_B, "pytorch_model.bin", 605247071,
+            "a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f"),
+    _metric("clip", CLIP_B, "config.json", 4186, "b575ef3c36f2a057fa19e221650105052d61cc9c1a972ec15019c6261ec98770"),
+    _metric("clip", CLIP_B, "tokenizer.json", 2224041,
+            "b556ac8c99757ffb677208af34bc8c6721572114111a6e0aaf5fa69ff0b8d842"),
+    _metric("aesthetic", CLIP_L, "model.safetensors", 1710540580,
+            "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"),
+    _metric("aesthetic", CLIP_L, "config.json", 4519,
+            "8a09b467700c58138c29d53c605b34ebc69beaadd13274a8a2af8ad2c2f4032a"),
+    _metric("aesthetic", AESTHETIC, "sa_0_4_vit_l_14_linear.pth", 4071,
+            "2cd4e60f4f24ae3bcd57b847b13c1f3ba27edc28cc1a7f9ce74ee9f421243cba"),
+    _metric("dino", DINO, "pytorch_model.bin", None,
+            "a064e36c67289caaa5c949c0b3f7f31a0fcbcba5721f5fa12419933ec1f4fe6e"),
+    _metric("dino", DINO, "config.json", 454, "b87c0270b97db085fd82cf114a761fd0f62ae7914fbd407c752a2260646b689c"),
     *(RemoteFile(group, repo, path, target) for group, repo, path, target in METHOD_FILES),
     RemoteFile(
         "prompts", PROMPT_REPO, "prompts/MovieGenVideoBench.txt", "prompts/MovieGenVideoBench.txt"

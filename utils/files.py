@@ -68,6 +68,26 @@ def hold(path: Path) -> IO[bytes] | None:
     return file
 
 
+def lock_file(path: Path) -> IO[bytes] | None:
+    """Make `path` if it is missing and lock it until the returned file is closed or this process ends.
+
+    Returns: None if another process holds it.
+    Errors: OSError where the file system knows no locks.
+    """
+    if fcntl is None:
+        raise OSError(f"{path}: this system has no file locks, which workers on one folder need. Use one on POSIX")
+    file = path.open("ab")  # open for writing: network file systems lock nothing else
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
 def remove_stale(path: Path) -> int:
     """Delete what killed runs left for `path`; return how many files went.
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import math
 import queue
 import shutil
 import threading
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -270,6 +272,59 @@ def read_video(
     if not kept:
         raise ValueError(f"{path}: holds no video frames. Is the file whole?")
     return np.stack(kept)
+
+
+@dataclass(frozen=True)
+class VideoStream:
+    """An open video: its size as shown, its rate, and its frames one by one."""
+
+    fps: float
+    height: int
+    width: int
+    frames: Iterator[np.ndarray]  # uint8 [H, W, 3], upright
+
+
+@contextlib.contextmanager
+def open_video(path: Path) -> Iterator[VideoStream]:
+    """Decode a video file frame by frame; memory does not grow with it.
+
+    Raises, also from `frames`: FileNotFoundError; ValueError if the file holds no video that can be decoded, is cut
+        short, or changes its size on the way.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, f"no such video: {path}. Give the path of a video file")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path}: holds no video stream. Give a video file")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            rate = stream.average_rate or stream.guessed_rate
+            if not rate:
+                raise ValueError(f"{path}: states no frame rate. Convert it to mp4 first")
+            frames = _frames(path, container, stream)
+            first = next(frames, None)
+            if first is None:
+                raise ValueError(f"{path}: holds no video frames. Is the file whole?")
+            yield VideoStream(float(rate), *first.shape[:2], itertools.chain([first], frames))
+    except av.FFmpegError as error:
+        raise ValueError(f"{path}: cannot be decoded as a video: {error}. Is the file whole?") from error
+
+
+def _frames(path: Path, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[np.ndarray]:
+    count, size = 0, None
+    for picture in container.decode(stream):
+        frame = _rgb(picture)
+        if size not in (None, frame.shape):
+            raise ValueError(
+                f"{path}: frames change from {size[0]}x{size[1]} to {frame.shape[0]}x{frame.shape[1]} at frame "
+                f"{count}. Convert it to one size first"
+            )
+        size, count = frame.shape, count + 1
+        yield frame
+    if count < stream.frames:
+        raise ValueError(f"{path}: only {count} of {stream.frames} frames can be decoded. Is the file whole?")
 
 
 def _ticks(pictures: Iterator[av.VideoFrame], fps: float | None) -> Iterator[av.VideoFrame]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -158,12 +159,13 @@ def make_sources(study: Study, *, device: torch.device, random_weights: bool) ->
     Raises:
         ConfigError: a method's config, or a model, that cannot be used; files that are missing.
     """
-    reference = _plan(study, "references", REPOSITORY / "configs" / "base.yaml", [], device, random_weights)
+    common = {"model": study.model, "device": device, "random_weights": random_weights}
+    reference = plan_method("references", REPOSITORY / "configs" / "base.yaml", [], **common)
     pixel_frames = round(study.seconds * reference.geometry.fps) + 1
     kinds = {"rendered": Rendered, "reconstructed": Reconstructed}
     sources: dict[str, Source] = {name: kinds[name](reference, pixel_frames) for name in study.references}
     for name, method in study.methods.items():
-        plan = _plan(study, f"method {name}", config_path(method), method.set, device, random_weights)
+        plan = plan_method(f"method {name}", config_path(method), method.set, **common)
         try:
             video_length(plan, pixel_frames, given_frames=0)
             plan = fit_memory(plan, "auto", study.batch_size)
@@ -173,14 +175,18 @@ def make_sources(study: Study, *, device: torch.device, random_weights: bool) ->
     return sources
 
 
-def _plan(
-    study: Study, who: str, path, overrides: Sequence[str], device: torch.device, random_weights: bool,
+def plan_method(
+    who: str, path: Path, overrides: Sequence[str], *, model: str, device: torch.device, random_weights: bool,
+    checkpoint: Path | None = None, use_ema: bool = False,
 ) -> RunPlan:
+    """The run of a method's YAML with its overrides on `model`.
+
+    Raises: ConfigError or CheckpointError as `load_config` and `plan_run` do; `who` begins the former's message.
+    """
     try:
         config: Config = load_config(
-            path, policy_fields=policy_fields(), build_policy=build_policy,
-            overrides=[f"model={study.model}", *overrides],
+            path, policy_fields=policy_fields(), build_policy=build_policy, overrides=[f"model={model}", *overrides],
         )
-        return plan_run(config, checkpoint=None, use_ema=False, device=device, random_weights=random_weights)
+        return plan_run(config, checkpoint=checkpoint, use_ema=use_ema, device=device, random_weights=random_weights)
     except ConfigError as error:
         raise ConfigError(f"{who}: {error}") from error

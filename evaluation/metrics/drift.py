@@ -1,0 +1,108 @@
+"""The headline score of a long video: how far its look has gone from its first five seconds, as an eye would see it.
+
+Two terms, both blind to where things are, so that motion alone costs little:
+* colour: distance between the distributions of colours, in CIE Lab units (Delta E): the sliced Wasserstein distance.
+  Brightening, over-saturation, fading and turning hues all move it, and so does a background that changes.
+* detail: halvings or doublings of the mean gradient, each as bad as DETAIL_WEIGHT Delta E. Blur and grain move it.
+
+0 means that the look held. As a rule of thumb a Delta E of 2 is just seen, and one of 10 at a glance. What moves away
+by itself, such as a camera that turns to another scene, counts as drift too: compare methods on the same prompts.
+"""
+from __future__ import annotations
+
+import numpy as np
+
+from evaluation.metrics.picture import gradient
+from evaluation.metrics.protocol import CannotMeasureError, Frame, Value, VideoInfo
+from evaluation.metrics.series import ENDS_S
+
+SAMPLES_PER_S = 4.0
+DIRECTIONS, QUANTILES = 16, 32
+SLICES = 2.0             # a shift of all colours by d moves random projections by |d| / 2 on average
+DETAIL_WEIGHT = 10.0     # Delta E that a halving or doubling of detail counts for
+LEAST_GRADIENT = 0.25    # levels of 255; plain pictures have no detail to lose
+WHITE_XYZ = np.array([0.95047, 1.0, 1.08883])
+RGB_TO_XYZ = np.array([
+    [0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041],
+])
+LINEAR = np.where(np.arange(256) <= 10, np.arange(256) / 255 / 12.92, ((np.arange(256) / 255 + 0.055) / 1.055) ** 2.4)
+
+
+class Drift:
+    """`drift`: the mean distance of the last 5 s from the first 5 s (halves of the video, if it is shorter than 10 s).
+
+    Per second: that second's distance from the first 5 s. `drift_colour` and `drift_detail` are the two terms.
+    """
+
+    name = "drift"
+    reports = ("drift", "drift_colour", "drift_detail")
+    granularities = ("second", "whole")
+    needs = ()
+    protocol = "sliced Wasserstein distance of colours in Delta E + 10 |log2 gradient ratio|, against the first 5 s"
+
+    def start(self, video: VideoInfo) -> DriftReader:
+        return DriftReader(video)
+
+
+class DriftReader:
+    def __init__(self, video: VideoInfo):
+        self.fps = video.fps
+        self.every = max(1, round(video.fps / SAMPLES_PER_S))
+        self.frames = 0
+        self.looks: dict[int, list] = {}  # second -> [number of samples, sum of quantiles, sum of gradients]
+
+    def add(self, frame: Frame) -> None:
+        self.frames = frame.index + 1
+        if frame.index % self.every:
+            return
+        look = self.looks.setdefault(int(frame.index / self.fps), [0, 0.0, 0.0])
+        look[0] += 1
+        look[1] = look[1] + colour_quantiles(frame.thumbnail)
+        look[2] += gradient(frame.half)
+
+    def values(self) -> list[Value]:
+        reach = int(min(ENDS_S, self.frames / self.fps / 2))
+        if reach < 1:
+            raise CannotMeasureError(f"{self.frames} frames are under 2 s: too short to drift")
+        colours = {second: look[1] / look[0] for second, look in self.looks.items()}
+        details = {second: np.log2(max(look[2] / look[0], LEAST_GRADIENT)) for second, look in self.looks.items()}
+        colour_then = np.mean([colours[second] for second in range(reach)], axis=0)
+        detail_then = np.mean([details[second] for second in range(reach)])
+        last = [second for second in colours if second >= max(colours) + 1 - reach]
+        found = []
+        terms = {
+            "drift_colour": {s: SLICES * float(np.abs(c - colour_then).mean()) for s, c in colours.items()},
+            "drift_detail": {s: DETAIL_WEIGHT * float(abs(d - detail_then)) for s, d in details.items()},
+        }
+        terms["drift"] = {second: terms["drift_colour"][second] + terms["drift_detail"][second] for second in colours}
+        for name, curve in terms.items():
+            found.append(Value(name, "whole", None, float(np.mean([curve[second] for second in last]))))
+            found += [Value(name, "second", float(second), value) for second, value in curve.items()]
+        return found
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """CIE Lab (D65) of sRGB. Shapes: uint8 [..., 3] -> float64 [..., 3]."""
+    ratio = LINEAR[rgb] @ RGB_TO_XYZ.T / WHITE_XYZ
+    curve = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio * (29 / 6) ** 2 / 3 + 4 / 29)
+    x, y, z = np.moveaxis(curve, -1, 0)
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+def directions(number: int = DIRECTIONS) -> np.ndarray:
+    """Unit vectors spread evenly over a half sphere (opposite ones project alike). Shapes: [number, 3]."""
+    height = (np.arange(number) + 0.5) / number
+    angle = np.arange(number) * np.pi * (3 - np.sqrt(5))
+    radius = np.sqrt(1 - height ** 2)
+    return np.stack([height, radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+
+
+def colour_quantiles(rgb: np.ndarray) -> np.ndarray:
+    """Quantiles of the colours along every direction; their mean absolute difference is the sliced Wasserstein
+    distance of two pictures. Shapes: uint8 [H, W, 3] -> float64 [DIRECTIONS, QUANTILES].
+    """
+    along = np.sort(directions() @ lab(rgb).reshape(-1, 3).T, axis=1)                        # [DIRECTIONS, H * W]
+    edges = np.linspace(0, along.shape[1], QUANTILES + 1).astype(int)
+    if edges[1] == 0:  # fewer pixels than quantiles
+        return np.repeat(along, -(-QUANTILES // along.shape[1]), axis=1)[:, :QUANTILES]
+    return np.add.reduceat(along, edges[:-1], axis=1) / np.diff(edges)

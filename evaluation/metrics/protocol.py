@@ -1,0 +1,105 @@
+"""What a metric is: it is asked to begin a video, sees every frame once, and then states its values.
+
+A metric knows nothing of files, tables and other metrics. It must not keep frames, but a few kilobytes a second at
+most, so that memory does not grow with the video to speak of.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+from evaluation.analysers.stability import ChunkLayout
+
+Granularity = Literal["second", "clip2s", "window10s", "whole", "first_last_5s", "first_last_15pct"]
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
+THUMBNAIL = 48
+
+
+class CannotMeasureError(ValueError):
+    """This video does not have what the metric needs; the message becomes the error of its row."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What is known of a video before its first frame. Units: fps in pixel frames a second, sizes in pixels."""
+
+    name: str                   # for messages
+    fps: float
+    height: int
+    width: int
+    prompt: str | None = None
+    chunks: ChunkLayout | None = None
+
+
+class Frame:
+    """One decoded frame, with what several metrics ask of it computed once."""
+
+    def __init__(self, index: int, rgb: np.ndarray):
+        self.index = index  # 0-based
+        self.rgb = rgb      # uint8 [H, W, 3]
+
+    @cached_property
+    def luma(self) -> np.ndarray:
+        """float32 [H, W] in 0..255, ITU-R BT.601."""
+        return self.rgb.astype(np.float32) @ LUMA
+
+    @cached_property
+    def half(self) -> np.ndarray:
+        """Luma averaged over 2 x 2 pixels, float32 [H // 2, W // 2]."""
+        height, width = self.luma.shape[0] // 2 * 2, self.luma.shape[1] // 2 * 2
+        luma = self.luma[:height, :width]
+        return (luma[::2, ::2] + luma[1::2, ::2] + luma[::2, 1::2] + luma[1::2, 1::2]) / 4
+
+    @cached_property
+    def thumbnail(self) -> np.ndarray:
+        """The picture averaged over squares of pixels, its shorter side about THUMBNAIL pixels: uint8 [h, w, 3]."""
+        factor = max(1, min(self.rgb.shape[:2]) // THUMBNAIL)
+        return np.asarray(Image.fromarray(self.rgb).reduce(factor))
+
+
+@dataclass(frozen=True)
+class Value:
+    """One number. `start_s` is where its window begins; None for a value of the whole video."""
+
+    metric: str
+    granularity: Granularity
+    start_s: float | None
+    value: float
+
+
+class Reader(Protocol):
+    """A metric at work on one video."""
+
+    def add(self, frame: Frame) -> None:
+        """Take the next frame."""
+
+    def values(self) -> Iterable[Value]:
+        """All values, once every frame was added. Raises CannotMeasureError, such as for a video too short."""
+
+
+class Metric(Protocol):
+    """One way to read a video."""
+
+    name: str                              # by which it is chosen, as in --metrics
+    reports: tuple[str, ...]               # names of its values, such as `brightness` and `brightness_drift`
+    granularities: tuple[Granularity, ...]
+    needs: tuple[str, ...]                 # groups of utils.download whose files it reads; () for none
+    protocol: str                          # how its numbers were made, in a line; stands in every row
+
+    def start(self, video: VideoInfo) -> Reader:
+        """Begin a video. Raises CannotMeasureError if what is known of it does not suffice."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a user may choose for all metrics."""
+
+    device: str = "cpu"
+    weights: Path = Path(".")   # the --folder of `python -m utils.download`
+    vlm: str = ""               # MODULE:FUNCTION of a vision-language model, see stability.py

@@ -1,0 +1,122 @@
+"""What happens from one frame to the next: flicker, steps at chunk borders, and standing still."""
+from __future__ import annotations
+
+import numpy as np
+
+from evaluation.analysers.stability import border_steps
+from evaluation.metrics.protocol import CannotMeasureError, Frame, Value, VideoInfo
+from evaluation.metrics.series import of_frames
+
+CELL = 4             # thumbnail pixels a side of a cell; smaller motion averages out in it
+STILL_LEVELS = 1.0   # no cell changes by more, of 255: a re-encoded still picture stays below
+STILL_S = 0.5        # shorter rests are part of a motion
+
+
+class Flicker:
+    """`temporal_flickering`: 1 - mean |difference of consecutive frames| / 255, as VBench's dimension of this name."""
+
+    name = "flicker"
+    reports = ("temporal_flickering",)
+    granularities = ("second", "whole")
+    needs = ()
+    protocol = "1 - mean |difference of luma of consecutive frames| / 255, all videos (VBench: static ones, RGB)"
+
+    def start(self, video: VideoInfo) -> FlickerReader:
+        return FlickerReader(video)
+
+
+class FlickerReader:
+    def __init__(self, video: VideoInfo):
+        self.fps = video.fps
+        self.before: np.ndarray | None = None
+        self.series: list[float] = []
+
+    def add(self, frame: Frame) -> None:
+        step = np.nan if self.before is None else 1 - float(np.abs(frame.luma - self.before).mean()) / 255
+        self.series.append(step)
+        self.before = frame.luma
+
+    def values(self) -> list[Value]:
+        return of_frames("temporal_flickering", self.series, self.fps, drift=False)
+
+
+class Borders:
+    """`border_flicker`: how much larger the step at a chunk's border is than within chunks, in levels of 255."""
+
+    name = "borders"
+    reports = ("border_flicker",)
+    granularities = ("whole",)
+    needs = ()
+    protocol = "mean step of cell means at chunk borders - mean step within chunks, levels of 255"
+
+    def start(self, video: VideoInfo) -> BordersReader:
+        if video.chunks is None:
+            raise CannotMeasureError(
+                "the chunk layout is not known. Give --chunk_frames FIRST LATER (Self Forcing: 9 12), "
+                "or keep the JSON beside the video"
+            )
+        return BordersReader(video)
+
+
+class BordersReader:
+    def __init__(self, video: VideoInfo):
+        self.chunks = video.chunks
+        self.before: np.ndarray | None = None
+        self.steps: list[float] = []
+
+    def add(self, frame: Frame) -> None:
+        now = cells(frame.thumbnail)
+        self.steps.append(np.nan if self.before is None else float(np.abs(now - self.before).mean()))
+        self.before = now
+
+    def values(self) -> list[Value]:
+        within, at_border = border_steps(np.array(self.steps), self.chunks)
+        if np.isnan(within) or np.isnan(at_border):
+            raise CannotMeasureError(f"{len(self.steps)} frames hold no chunk border and frames within chunks")
+        return [Value("border_flicker", "whole", None, at_border - within)]
+
+
+class Frozen:
+    """`frozen`: share of the time in which the picture stands still for half a second or longer."""
+
+    name = "frozen"
+    reports = ("frozen",)
+    granularities = ("second", "whole")
+    needs = ()
+    protocol = "share of frames in rests of 0.5 s or longer, in which no cell changes by more than 1 level of 255"
+
+    def start(self, video: VideoInfo) -> FrozenReader:
+        return FrozenReader(video)
+
+
+class FrozenReader:
+    """A rest is held against its first frame, so that slow motion does not pass for one."""
+
+    def __init__(self, video: VideoInfo):
+        self.fps = video.fps
+        self.anchor: np.ndarray | None = None
+        self.rest_frames = 0
+        self.still: list[float] = []
+
+    def add(self, frame: Frame) -> None:
+        now = cells(frame.thumbnail)
+        if self.anchor is not None and np.abs(now - self.anchor).max() <= STILL_LEVELS:
+            self.rest_frames += 1
+        else:
+            self.anchor, self.rest_frames = now, 0
+        self.still.append(0.0)
+        if self.rest_frames >= STILL_S * self.fps:
+            self.still[-1 - self.rest_frames:] = [1.0] * (self.rest_frames + 1)
+
+    def values(self) -> list[Value]:
+        if len(self.still) < 2:
+            raise CannotMeasureError("a single frame neither moves nor stands still")
+        return of_frames("frozen", self.still, self.fps, drift=False)
+
+
+def cells(thumbnail: np.ndarray) -> np.ndarray:
+    """Means over cells of CELL x CELL thumbnail pixels. Shapes: uint8 [h, w, 3] -> float32 [h / CELL, w / CELL, 3]."""
+    size = min(CELL, *thumbnail.shape[:2])
+    rows, columns = thumbnail.shape[0] // size, thumbnail.shape[1] // size
+    whole = thumbnail[:rows * size, :columns * size].reshape(rows, size, columns, size, 3)
+    return whole.mean(axis=(1, 3), dtype=np.float32)

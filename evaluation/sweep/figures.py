@@ -1,0 +1,129 @@
+"""Figures of a sweep as PNG: every metric over time, ablations over one setting, grids of frames. Needs matplotlib."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from evaluation.sweep.numbers import MetricName, Numbers
+from evaluation.sweep.results import Saved
+from training.sheets import contact_sheet
+from utils.config import ConfigError
+from utils.video import open_video
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOMENTS = 7        # of a grid, evenly spaced, the first and last frame included
+OVER_TIME = ("second", "window10s")
+DPI = 110
+WINDOW_S = {"second": 1.0, "window10s": 10.0}
+
+
+@contextmanager
+def saved_figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """A matplotlib figure that is written to `path` at the end.
+
+    Raises: ConfigError if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            "the figures need matplotlib, which is not installed. Get it with: pip install 'deep-forcing[evaluation]'"
+        ) from error
+    figure = Figure(figsize=size, layout="constrained")
+    yield figure
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+
+
+def draw_figures(saved: Saved, numbers: Numbers, folder: Path) -> dict[str, Path]:
+    """Every figure that the tidy table and the videos allow: title -> file."""
+    drawn = {}
+    for name, ablation in saved.sweep["ablations"].items():
+        path = drawn[ablation["title"]] = folder / f"ablation_{name}.png"
+        draw_ablation(saved, numbers, ablation["x"], ablation["methods"], ablation["metrics"], path)
+    for granularity in OVER_TIME:
+        for metric in numbers.metrics_over_time(granularity):
+            path = drawn[f"{metric}, {granularity}"] = folder / f"{granularity}_{metric}.png"
+            draw_over_time(saved, numbers, metric, granularity, path)
+    return drawn | draw_grids(saved, folder)
+
+
+def draw_over_time(saved: Saved, numbers: Numbers, metric: str, granularity: str, path: Path) -> None:
+    """One line a method with its 95 % band over the videos."""
+    with saved_figure(path, (8, 4.2)) as figure:
+        axes = figure.subplots()
+        for index, method in enumerate(saved.variants):
+            curve = numbers.curve(method, metric, granularity)
+            if curve is None:
+                continue
+            moments = np.array(curve.start_s) + WINDOW_S[granularity] / 2
+            style = ("-", "--", ":")[index // 10 % 3]
+            axes.plot(moments, curve.mean, style, label=method, color=f"C{index % 10}", linewidth=1.5)
+            axes.fill_between(moments, curve.low, curve.high, color=f"C{index % 10}", alpha=0.12, linewidth=0)
+        axes.set(title=f"{metric} ({granularity})", xlabel="seconds")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small", ncols=2)
+
+
+def draw_ablation(
+    saved: Saved, numbers: Numbers, key: str, methods: Sequence[str], metrics: Sequence[str], path: Path,
+) -> None:
+    """Metrics over one setting of the cache, with 95 % intervals.
+
+    Raises: ConfigError if a method's cache has no such setting.
+    """
+    methods = [method for method in methods if method in saved.variants]
+    places = [_setting(saved, method, key) for method in methods]
+    order = np.argsort(places, kind="stable")
+    with saved_figure(path, (5 * len(metrics), 3.8)) as figure:
+        for axes, text in zip(np.atleast_1d(figure.subplots(1, len(metrics))), metrics, strict=True):
+            name, _, protocol = text.partition(" ")
+            known = [(places[i], numbers.mean(methods[i], MetricName.parse(name), protocol)) for i in order]
+            known = [(x, mean) for x, mean in known if mean is not None]
+            if known:
+                values = np.array([[x, mean.value, mean.value - mean.low, mean.high - mean.value] for x, mean in known])
+                axes.errorbar(values[:, 0], values[:, 1], values[:, 2:].clip(0).T, marker="o", capsize=3)
+            axes.set(title=text, xlabel=key)
+            axes.grid(alpha=0.3)
+
+
+def draw_grids(saved: Saved, folder: Path) -> dict[str, Path]:
+    """For each shown prompt one picture: a row a method, moments from left to right."""
+    prompts = list(dict.fromkeys(video["prompt"] for video in saved.videos))[:saved.sweep["shown"]]
+    drawn = {}
+    for index, prompt in enumerate(prompts):
+        first = {}
+        for video in saved.videos:
+            if video["prompt"] == prompt:
+                first.setdefault(video["method"], saved.path_of(video["video"]))
+        rows = {method: moments_of(path, MOMENTS) for method, path in first.items()}
+        path = drawn[f"Grid: {prompt}"] = folder / f"grid_{index:02d}.png"
+        texts = [f"{method}: {prompt}" if method == next(iter(rows)) else method for method in rows]
+        contact_sheet([*rows.values()], texts, MOMENTS, path)
+    return drawn
+
+
+def moments_of(path: Path, count: int) -> torch.Tensor:
+    """Evenly spaced frames of a file, uint8 [count, H, W, 3]; decoded as a stream."""
+    with open_video(path) as stream:
+        total = sum(1 for _ in stream.frames)
+    wanted = np.linspace(0, total - 1, count).round().astype(int)
+    with open_video(path) as stream:
+        kept = {index: frame for index, frame in enumerate(stream.frames) if index in set(wanted.tolist())}
+    return torch.from_numpy(np.stack([kept[index] for index in wanted.tolist()]))
+
+
+def _setting(saved: Saved, method: str, key: str) -> float:
+    cache = saved.variants[method]["settings"]["config"]["kv_cache"]
+    if key not in cache and key == "sink_frames" and cache["policy"] == "rolling":
+        return 0.0  # a rolling window is a sink window without a sink
+    if not isinstance(cache.get(key), int | float):
+        raise ConfigError(f"ablations: kv_cache.{key} of {method} is {cache.get(key)!r}, no number. Leave it out.")
+    return float(cache[key])

@@ -1,0 +1,141 @@
+"""The folder of one sweep: `sweep.json` says what was asked and how it was made, `results.csv` holds every number.
+
+The tidy table has one row per (video, metric, granularity, start_s). It is collected from the rows of all videos in
+a fixed order, so the same sweep gives the same file however many workers made it. With pyarrow, also
+`results.parquet`. Tables that lie in `imported/` are read beside it.
+"""
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation.metrics.protocol import Metric
+from evaluation.metrics.table import Row, read_table, write_csv, write_parquet
+from evaluation.sweep.make import VIDEOS, Task
+from evaluation.sweep.measure import read_rows
+from evaluation.sweep.settings import Sweep, variants_of
+from utils.config import REPOSITORY, ConfigError
+from utils.files import lock_file, write_atomically
+from utils.hashing import fingerprint, sha256_file
+
+IMPORTED = "imported"  # tables that other tools wrote of the same videos, such as the official VBench suite
+RECORD, TABLE, PARQUET = "sweep.json", "results.csv", "results.parquet"
+WAIT_S = 0.2
+PACKAGES = ("torch", "diffusers", "transformers", "av", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a folder holds."""
+
+    folder: Path
+    sweep: dict[str, Any]             # the YAML's content
+    variants: dict[str, Any]          # what decides the pixels of each, in the order of the tables
+    videos: list[dict[str, Any]]      # video, method, prompt, seed of every finished one, as the rows have them
+    provenance: dict[str, Any]
+    rows: list[Row]                   # the tidy table
+
+    def path_of(self, video: str) -> Path:
+        """The file of a row's video."""
+        return self.folder / VIDEOS / video
+
+
+def collect(
+    sweep: Sweep, tasks: Sequence[Task], metrics: Sequence[Metric], folder: Path, *, device: torch.device,
+) -> list[Row]:
+    """Write the tidy table and the record; variants without a task keep what is there. Returns the tasks' rows."""
+    with alone(folder):
+        return _collect(sweep, tasks, metrics, folder, device)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process collects in this folder."""
+    while (lock := lock_file(folder / ".collect.lock")) is None:
+        time.sleep(WAIT_S)
+    try:
+        yield
+    finally:
+        lock.close()
+
+
+def _collect(
+    sweep: Sweep, tasks: Sequence[Task], metrics: Sequence[Metric], folder: Path, device: torch.device,
+) -> list[Row]:
+    place = {variant.name: index for index, variant in enumerate(variants_of(sweep))}
+    others = place.keys() - {task.variant.name for task in tasks}
+    videos, variants, kept = [], {}, []
+    if (folder / RECORD).exists():
+        before = json.loads((folder / RECORD).read_bytes())
+        videos = [video for video in before["videos"] if video["method"] in others]
+        variants = {name: made for name, made in before["variants"].items() if name in others}
+        kept = [row for row in read_table(folder / TABLE) if row.method in others]
+    rows = [row for task in tasks for job in task.jobs for row in read_rows(folder, task, job, metrics)]
+    every = sorted(kept + rows, key=lambda row: place[row.method])
+    write_csv(every, folder / TABLE)
+    write_parquet(every, folder / PARQUET)
+    videos += [
+        {
+            "video": f"{task.variant.name}/{job.stem}.mp4", "method": task.variant.name, "prompt": job.item.text,
+            "seed": str(job.seed.seed),
+        }
+        for task in tasks for job in task.jobs if task.output.record(job.stem) is not None
+    ]
+    variants |= {
+        task.variant.name: {
+            "seconds": task.variant.seconds, "pixel_frames": task.pixel_frames, "fps": task.plan.geometry.fps,
+            "settings": task.plan.settings(),
+        } for task in tasks
+    }
+    record = {
+        "sweep": asdict(sweep), "provenance": _provenance(sweep, tasks, device),
+        "videos": sorted(videos, key=lambda video: place[video["method"]]),
+        "variants": dict(sorted(variants.items(), key=lambda item: place[item[0]])),
+    }
+    write_atomically(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+    return rows
+
+
+def load(folder: Path) -> Saved:
+    """Read a folder.
+
+    Raises: ConfigError if no sweep was made there.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_bytes())
+        rows = read_table(folder / TABLE)
+        for other in sorted((folder / IMPORTED).glob("*.csv")):
+            rows += read_table(other)
+        return Saved(folder, record["sweep"], record["variants"], record["videos"], record["provenance"], rows)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{folder}: {RECORD} and {TABLE} cannot be read ({error}): no sweep was finished there. "
+            "Name a folder that `python -m evaluation sweep` has written."
+        ) from error
+
+
+def _provenance(sweep: Sweep, tasks: Sequence[Task], device: torch.device) -> dict[str, Any]:
+    """What a number's reader must know: prompts and their hash, seeds, weights, versions, device."""
+    prompts = [job.item.text for job in tasks[0].jobs]
+    files = {
+        name: sha256_file(REPOSITORY / path)
+        for name, path in (("file", sweep.prompts.file), ("extended", sweep.prompts.extended)) if path is not None
+    }
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):  # one that lies on the path without being installed
+            versions[name] = metadata.version(name)
+    return {
+        "prompts_sha256": fingerprint(prompts), "prompt_files_sha256": files, "seeds": sweep.seeds,
+        "model": tasks[0].plan.spec.name, "weights_sha256": tasks[0].plan.weights, "versions": versions,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+    }

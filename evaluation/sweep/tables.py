@@ -1,0 +1,162 @@
+"""Tables in the papers' layouts, as Markdown, LaTeX and HTML: ours with intervals, the papers' own marked as quoted."""
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation.study.statistics import Interval
+from evaluation.sweep.numbers import MetricName, Numbers
+from evaluation.sweep.quoted import read_quoted
+from evaluation.sweep.results import Saved
+from utils.files import write_atomically
+
+NOTHING, MARK = "–", "quoted"
+LATEX = {"\\": r"\textbackslash{}", **{c: f"\\{c}" for c in "&%$#_{}"}, "~": r"\textasciitilde{}",
+         "^": r"\textasciicircum{}", "–": "--"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number as it is shown: its value, the interval if it is ours, whether it is the best of ours."""
+
+    text: str
+    interval: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    name: str
+    cells: list[Cell]
+    quoted: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table before it has a format."""
+
+    title: str
+    head: list[str]
+    lines: list[Line]
+    notes: list[str]
+
+
+def make_grid(table: Mapping[str, Any], saved: Saved, numbers: Numbers) -> Grid:
+    """One table of a sweep; columns that no line has a number for stay, so that what is missing is seen."""
+    columns, methods = table["columns"], table["methods"] or list(saved.variants)
+    names = [(MetricName.parse(column["metric"]), column["protocol"]) for column in columns]
+    found = [[numbers.mean(method, *name) for name in names] for method in methods]
+    best = [_best([line[i] for line in found], column) for i, column in enumerate(columns)]
+    counts = [max((len(numbers.per_video(method, *name)) for name in names), default=0) for method in methods]
+    lines = [
+        Line(method, [Cell(str(count)), *(
+            _cell(value, column, row in best[i]) for i, (value, column) in enumerate(zip(values, columns, strict=True))
+        )])
+        for row, (method, values, count) in enumerate(zip(methods, found, counts, strict=True))
+    ]
+    notes = ["Means over videos with bootstrapped 95 % intervals; bold: the best of ours."]
+    if table["quoted"]:
+        source, printed = read_quoted(table["quoted"])
+        lines += [
+            Line(name, [Cell(""), *(
+                Cell(f"{row[c['metric']]:.{c['digits']}f}") if c["metric"] in row else Cell(NOTHING) for c in columns
+            )], quoted=True)
+            for name, row in printed.items()
+        ]
+        notes.append(f"Rows marked {MARK} are not ours: {source}, as printed.")
+    for column, name in zip(columns, names, strict=True):
+        said = numbers.protocol(*name)
+        notes.append(f"{column['label']}: {column['metric']}, {said or 'not measured in this sweep'}.")
+    return Grid(table["title"], ["method", "videos", *(_headed(column) for column in columns)], lines, notes)
+
+
+def write_tables(saved: Saved, numbers: Numbers, folder: Path) -> dict[str, Grid]:
+    """Write every table of the sweep as .md, .tex and .html."""
+    folder.mkdir(parents=True, exist_ok=True)
+    grids = {name: make_grid(table, saved, numbers) for name, table in saved.sweep["tables"].items()}
+    for name, grid in grids.items():
+        for suffix, text in ((".md", markdown(grid)), (".tex", latex(grid)), (".html", to_html(grid))):
+            write_atomically(folder / f"{name}{suffix}", text.encode())
+    return grids
+
+
+def markdown(grid: Grid) -> str:
+    def cell(cell: Cell) -> str:
+        return " ".join(filter(None, [f"**{cell.text}**" if cell.best else cell.text, cell.interval]))
+
+    rows = [grid.head, ["---"] * len(grid.head)]
+    rows += [
+        [f"*{line.name}* ({MARK})" if line.quoted else line.name, *map(cell, line.cells)] for line in grid.lines
+    ]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return f"## {grid.title}\n\n{table}\n\n" + "\n".join(f"* {note}" for note in grid.notes) + "\n"
+
+
+def latex(grid: Grid) -> str:
+    """A booktabs tabular inside a table."""
+    def cell(cell: Cell) -> str:
+        text = rf"\textbf{{{_tex(cell.text)}}}" if cell.best else _tex(cell.text)
+        return rf"{text} {{\scriptsize {_tex(cell.interval)}}}" if cell.interval else text
+
+    def row(line: Line) -> str:
+        name = rf"\textit{{{_tex(line.name)}}} ({MARK})" if line.quoted else _tex(line.name)
+        return " & ".join([name, *map(cell, line.cells)]) + r" \\"
+
+    ours = [row(line) for line in grid.lines if not line.quoted]
+    theirs = [row(line) for line in grid.lines if line.quoted]
+    return "\n".join([
+        r"\begin{table}", r"\centering", rf"\caption{{{_tex(grid.title)}. {_tex(' '.join(grid.notes))}}}",
+        rf"\begin{{tabular}}{{l{'r' * (len(grid.head) - 1)}}}", r"\toprule",
+        " & ".join(map(_tex, grid.head)) + r" \\", r"\midrule", *ours, *([r"\midrule", *theirs] if theirs else []),
+        r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
+    ])
+
+
+def to_html(grid: Grid) -> str:
+    """A fragment: the table in a figure, its notes below."""
+    def cell(cell: Cell) -> str:
+        text = f"<b>{html.escape(cell.text)}</b>" if cell.best else html.escape(cell.text)
+        return f"<td>{text}" + (f" <small>{html.escape(cell.interval)}</small>" if cell.interval else "") + "</td>"
+
+    def row(line: Line) -> str:
+        mark = f" <small>{MARK}</small>" if line.quoted else ""
+        kind = f' class="{MARK}"' if line.quoted else ""
+        return f"<tr{kind}><th>{html.escape(line.name)}{mark}</th>{''.join(map(cell, line.cells))}</tr>"
+
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in grid.head)
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in grid.notes)
+    return (
+        f"<figure><figcaption>{html.escape(grid.title)}</figcaption><div class=\"wide\"><table><thead><tr>{head}</tr>"
+        f"</thead><tbody>{''.join(map(row, grid.lines))}</tbody></table></div>"
+        f"<ul class=\"notes\">{notes}</ul></figure>\n"
+    )
+
+
+def _headed(column: Mapping[str, Any]) -> str:
+    arrow = {"lower": " ↓", "higher": " ↑", "none": ""}[column["better"]]
+    return column["label"] + arrow
+
+
+def _cell(value: Interval | None, column: Mapping[str, Any], best: bool) -> Cell:
+    if value is None:
+        return Cell(NOTHING)
+    scale, digits = column["scale"], column["digits"]
+    return Cell(f"{scale * value.value:.{digits}f}", f"[{scale * value.low:.{digits}f}, "
+                f"{scale * value.high:.{digits}f}]", best)
+
+
+def _best(values: Sequence[Interval | None], column: Mapping[str, Any]) -> set[int]:
+    """Which lines are best as they are shown; none where that means nothing, or all are alike."""
+    known = {i: round(column["scale"] * value.value, column["digits"]) for i, value in enumerate(values) if value}
+    if column["better"] == "none" or len(set(known.values())) < 2:
+        return set()
+    best = (min if column["better"] == "lower" else max)(known.values())
+    return {i for i, value in known.items() if value == best}
+
+
+def _tex(text: str) -> str:
+    text = "".join(LATEX.get(character, character) for character in text)
+    return text.replace("↓", r"$\downarrow$").replace("↑", r"$\uparrow$")

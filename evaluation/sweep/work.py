@@ -1,0 +1,87 @@
+"""Claims on pieces of work, and the loop that every worker runs: nothing is lost, nothing is done twice.
+
+A claim is an advisory lock on a file of the shared folder. The system drops it when its process ends, however it
+ends, so what a killed worker had begun is free again. Results decide what is done; claims only who does it now.
+"""
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.render import reason
+from utils.files import lock_file
+
+logger = logging.getLogger(__name__)
+
+WAIT_S = 0.5  # between looks at what other workers are doing
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work."""
+
+    name: str                       # unique; letters, digits, . _ -
+    is_done: Callable[[], bool]
+    do: Callable[[], None]
+
+
+class Claims:
+    """Locks in one folder, shared by all workers on it, of this machine or of several that mount it."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def claim(self, name: str) -> Iterator[bool]:
+        """Whether this worker may do `name`; it is let go at the end, or when the process dies.
+
+        Lock files stay: deleting one would let two workers hold two files of the same name.
+        """
+        file = lock_file(self._folder / f"{name}.lock")
+        try:
+            yield file is not None
+        finally:
+            if file is not None:
+                file.close()
+
+
+def work_off(units: Sequence[Unit], claims: Claims, *, start: int = 0) -> dict[str, str]:
+    """Do what is left, until all is done, here or elsewhere; one that fails is not tried again here.
+
+    Args:
+        start: where in the list to begin, so that several workers begin apart.
+    Returns: why each failed unit failed.
+    """
+    waiting, failed = [*units[start:], *units[:start]], {}
+    while waiting:
+        left, progress = [], False
+        for unit in waiting:
+            if unit.is_done():
+                continue
+            with claims.claim(unit.name) as mine:
+                if not mine:
+                    left.append(unit)
+                    continue
+                progress = True
+                if unit.is_done():  # by the worker that has just let it go
+                    continue
+                try:
+                    unit.do()
+                except Exception as error:
+                    failed[unit.name] = reason(error)
+                    logger.error("%s failed: %s", unit.name, failed[unit.name],
+                                 exc_info=logger.isEnabledFor(logging.DEBUG))
+        waiting = left
+        if waiting and not progress:
+            time.sleep(WAIT_S)
+    return failed
+
+
+def start_of(units: Sequence[Unit], rank: int, world_size: int) -> int:
+    """Where worker `rank` of `world_size` begins."""
+    return rank * len(units) // world_size

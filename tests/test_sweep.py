@@ -1,0 +1,351 @@
+"""Sweeps: what they stand for, claims, going on after a kill, the tidy table, failures."""
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from small_model import write_small_model
+
+from evaluation.__main__ import main
+from evaluation.analysers import ChunkLayout, analyse
+from evaluation.metrics import catalogue
+from evaluation.metrics.measuring import measure
+from evaluation.metrics.protocol import CannotMeasureError, Value, VideoInfo
+from evaluation.metrics.world import WorldMetric
+from evaluation.sweep.results import TABLE, load
+from evaluation.sweep.settings import items_of, load_sweep, variants_of
+from evaluation.sweep.work import Claims, Unit, start_of, work_off
+from evaluation.sweep.workers import labour, prepare
+from training.world import render, sample, to_frames
+from utils.config import REPOSITORY
+from utils.outputs import read_json_lines
+from utils.video import VideoWriter, open_video
+
+SWEEPS = sorted((REPOSITORY / "evaluation" / "sweeps").glob("*.yaml"))
+FORK = multiprocessing.get_context("fork")         # for workers that call no library with threads of its own
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["evaluation.sweep.workers"])
+WAIT_S = 60
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_small_model(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def write(tmp_path, small):
+    """Write a sweep, its defaults changed by keywords, and return its path."""
+    def to_file(**changed):
+        sweep = {
+            "seconds": [0.5], "model": str(small), "prompts": {"captions": [{"split": "test", "count": 3}]},
+            "batch_size": 2, "methods": {"rolling": {"config": "configs/self_forcing.yaml"}}, "metrics": ["world"],
+        }
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump(sweep | changed))
+        return path
+
+    return to_file
+
+
+def run(path, folder, *arguments):
+    """The command line with random weights in this process; returns the exit status."""
+    return main(["sweep", str(path), "--output_folder", str(folder), "--device", "cpu", "--random_weights", *arguments])
+
+
+def finished(folder: Path) -> list[str]:
+    """Every video that was ever finished, once for each time that it was made."""
+    return [
+        f"{manifest.parent.name}/{line['video']}" for manifest in sorted(folder.glob("videos/*/manifest.jsonl"))
+        for line in read_json_lines(manifest) if line["status"] == "complete"
+    ]
+
+
+# --- what a sweep stands for ---------------------------------------------------------------------------------
+
+def test_variants_are_methods_by_settings_by_lengths(write):
+    methods = {name: {"config": "configs/deep_sink.yaml"} for name in ("a", "b")}
+    sweep = load_sweep(write(methods=methods, settings={"s3": ["kv_cache.sink_frames=3"], "s6": []}, seconds=[1, 2]))
+    names = [variant.name for variant in variants_of(sweep)]
+    assert len(names) == len(set(names)) == 8 and names[:2] == ["a.s3.1s", "a.s3.2s"]
+    assert [v.name for v in variants_of(load_sweep(write(methods=methods)))] == ["a", "b"]
+
+
+def test_prompts_of_a_file_keep_their_numbers(write):
+    sweep = load_sweep(write(prompts={"file": "prompts/showcase.txt", "first": 1, "count": 2}))
+    lines = (REPOSITORY / "prompts" / "showcase.txt").read_text().splitlines()
+    assert [item.prompt for item in items_of(sweep)] == lines[1:3] and items_of(sweep)[0].index == 1
+
+
+@pytest.mark.parametrize(("changed", "said"), [
+    ({"seconds": []}, "must name different lengths over 0"),
+    ({"seconds": [1, 1]}, "must name different lengths over 0"),
+    ({"seeds": [-1]}, "must name different whole numbers from 0 on"),
+    ({"batch_size": 0}, "Ask for 1 or more"),
+    ({"methods": {}}, "nothing to make"),
+    ({"methods": {"A b": {"config": "configs/full.yaml"}}}, "cannot be a name"),
+    ({"methods": {"x": {"config": "configs/missing.yaml"}}}, "method x: "),
+    ({"prompts": {}}, "either a file or captions"),
+    ({"prompts": {"captions": [{"split": "nope", "count": 1}]}}, "split='nope' is unknown"),
+    ({"prompts": {"file": "prompts/showcase.txt", "count": 99999}}, "Lower prompts.first or prompts.count"),
+    ({"prompts": {"file": "prompts/none.txt"}}, "no such file"),
+    ({"metrics": ["vbenchh"]}, "vbenchh: unknown"),
+    ({"tables": {"t": {"title": "T", "methods": ["x"]}}}, "'x' is none of this sweep's variants"),
+    ({"tables": {"t": {"title": "T", "columns": [{"metric": "drift", "label": "d"}]}}}, "name@granularity"),
+    ({"colour": 1}, "colour"),
+])
+def test_a_bad_sweep_is_refused(write, tmp_path, capsys, changed, said):
+    assert run(write(**changed), tmp_path / "out") == 2
+    assert said in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.mp4"))
+
+
+def test_ray_and_workers_go_together(write, tmp_path, capsys):
+    assert run(write(), tmp_path / "out", "--ray", "local") == 2
+    assert run(write(), tmp_path / "out", "--ray", "local", "--workers", "0") == 2
+    error = capsys.readouterr().err
+    assert "go together" in error and "--workers 0 is too small" in error
+
+
+# --- claims ---------------------------------------------------------------------------------------------------
+
+def units_in(folder: Path, count: int, work_s: float = 0.02) -> list[Unit]:
+    """Units that note who began and who ended them."""
+    def do(name: str) -> None:
+        with (folder / "log").open("a") as log:
+            log.write(f"{name} {os.getpid()}\n")
+        time.sleep(work_s)
+        (folder / name).touch()
+
+    return [Unit(f"u{i}", (folder / f"u{i}").exists, lambda i=i: do(f"u{i}")) for i in range(count)]
+
+
+def test_workers_share_and_a_killed_one_costs_only_what_it_held(tmp_path):
+    """Four workers, one killed in the middle of a unit: that unit alone is begun twice, all are done."""
+    count, workers = 24, 4
+    units = units_in(tmp_path, count)
+    def labour(rank: int) -> None:
+        mine = list(units)
+        if rank == 1:  # begins with u6, and never ends it
+            def hang() -> None:
+                (tmp_path / "held").touch()
+                time.sleep(WAIT_S)
+            mine[6] = Unit("u6", units[6].is_done, hang)
+        work_off(mine, Claims(tmp_path / "claims"), start=start_of(units, rank, workers))
+
+    crew = [FORK.Process(target=labour, args=(rank,)) for rank in range(workers)]
+    for process in crew:
+        process.start()
+    end = time.monotonic() + WAIT_S
+    while not (tmp_path / "held").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    crew[1].kill()
+    for process in crew:
+        process.join(WAIT_S)
+    assert [process.exitcode for process in crew] == [0, -signal.SIGKILL, 0, 0]
+    begun = [line.split()[0] for line in (tmp_path / "log").read_text().splitlines()]
+    assert sorted(begun) == sorted(unit.name for unit in units)  # u6 by whoever took over, all others once
+    assert len({line.split()[1] for line in (tmp_path / "log").read_text().splitlines()}) > 1
+
+
+def test_a_failed_unit_is_told_and_the_rest_goes_on(tmp_path):
+    def fail() -> None:
+        raise ValueError("this one cannot")
+
+    units = units_in(tmp_path, 3, work_s=0)
+    units[1] = Unit("u1", units[1].is_done, fail)
+    assert work_off(units, Claims(tmp_path / "claims")) == {"u1": "this one cannot"}
+    assert (tmp_path / "u0").exists() and (tmp_path / "u2").exists()
+
+
+def test_a_claim_is_one_at_a_time_and_ends_with_its_block(tmp_path):
+    claims = Claims(tmp_path)
+    with claims.claim("x") as mine, claims.claim("x") as other, claims.claim("y") as elsewhere:
+        assert (mine, other, elsewhere) == (True, False, True)
+    with claims.claim("x") as again:
+        assert again
+
+
+@pytest.mark.parametrize(("units", "workers"), [(7, 3), (3, 7), (8, 8), (0, 2)])
+def test_workers_begin_apart(units, workers):
+    starts = [start_of([None] * units, rank, workers) for rank in range(workers)]
+    assert starts == sorted(starts) and all(0 <= start < max(1, units) for start in starts)
+    assert len(set(starts)) == max(1, min(units, workers))
+
+
+# --- runs -----------------------------------------------------------------------------------------------------
+
+def test_a_killed_worker_changes_nothing(write, tmp_path):
+    """Two processes on one folder, one killed once it has made something: the tidy table equals a single run's."""
+    methods = {name: {"config": f"configs/{config}.yaml"} for name, config in
+               (("rolling", "self_forcing"), ("sink", "deep_sink"))}
+    path = write(methods=methods, seconds=[0.5, 0.7], batch_size=1)  # beside others, rounding differs
+    assert run(path, tmp_path / "alone") == 0
+    crew = [SERVER.Process(target=_run_and_exit, args=(path, tmp_path / "shared", rank)) for rank in range(2)]
+    for process in crew:
+        process.start()
+    end = time.monotonic() + WAIT_S
+    while not finished(tmp_path / "shared") and time.monotonic() < end:
+        time.sleep(0.005)
+    crew[1].kill()
+    for process in crew:
+        process.join(WAIT_S)
+    assert crew[0].exitcode == 0
+    made = finished(tmp_path / "shared")
+    assert len(made) == len(set(made)) == 12  # nothing lost, nothing twice
+    assert (tmp_path / "shared" / TABLE).read_bytes() == (tmp_path / "alone" / TABLE).read_bytes()
+
+
+def _run_and_exit(path: Path, folder: Path, rank: int) -> None:
+    if rank == 0:
+        raise SystemExit(run(path, folder))
+    sweep = load_sweep(path)
+    tasks, measures = prepare(sweep, folder, device="cpu", local_rank=0, random_weights=True)
+    labour(sweep, tasks, measures, folder, rank=rank, world_size=2)
+
+
+def test_a_run_goes_on_and_more_may_join(write, tmp_path):
+    """A second run makes and measures only what a wider sweep adds."""
+    folder = tmp_path / "out"
+    assert run(write(prompts={"captions": [{"split": "test", "count": 2}]}), folder) == 0
+    kept = [path for path in folder.rglob("*") if path.suffix in (".mp4", ".json", ".csv") and path.parent != folder]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    assert run(write(seeds=[0, 1]), folder) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(finished(folder)) == 6 and len({row.video for row in load(folder).rows}) == 6
+
+
+def test_only_what_a_table_needs(write, tmp_path, capsys):
+    """One table's methods are made now, the others later, and then all are in the results."""
+    methods = {name: {"config": "configs/self_forcing.yaml"} for name in ("a", "b")}
+    path, out = write(methods=methods, tables={"t": {"title": "T", "methods": ["b"]}}), tmp_path / "out"
+    assert run(path, out, "--only", "t") == 0
+    assert {row.method for row in load(out).rows} == {"b"}
+    assert run(path, out, "--only", "a") == 0
+    assert {row.method for row in load(out).rows} == {"a", "b"} and len(finished(out)) == 6
+    assert run(path, out, "--only", "nope") == 2
+    assert "--only nope: unknown. Name some of: " in capsys.readouterr().err
+
+
+def test_other_settings_are_refused(write, tmp_path, capsys):
+    assert run(write(), tmp_path / "out") == 0
+    assert run(write(seconds=[0.7]), tmp_path / "out") == 2
+    assert "made with other settings" in capsys.readouterr().err
+
+
+def test_a_bad_video_is_a_row_that_says_so(write, tmp_path, monkeypatch):
+    """The rest goes on, the exit status says that something is missing, and the next run tries again."""
+    make = catalogue._made
+    monkeypatch.setitem(catalogue.EVERY, "picky", ("", ""))
+    monkeypatch.setattr(
+        catalogue, "_made", lambda name, choices: Picky() if name == "picky" else make(name, choices))
+    assert run(write(metrics=["picky"]), tmp_path / "out") == 1
+    assert sorted(row.error for row in load(tmp_path / "out").rows) == ["", "", "not this one"]
+    monkeypatch.setattr(Picky, "refused", "-")
+    assert run(write(metrics=["picky"]), tmp_path / "out") == 0
+    assert [row.error for row in load(tmp_path / "out").rows] == ["", "", ""]
+
+
+class Picky:
+    """A metric that says 1, and refuses prompts that begin so."""
+
+    refused = "There is a blue square"
+    name, reports, granularities, needs, protocol = "picky", ("one",), ("whole",), (), "by hand"
+
+    def start(self, video):
+        if video.prompt.startswith(self.refused):
+            raise CannotMeasureError("not this one")
+        return self
+
+    def add(self, frame):
+        pass
+
+    def values(self):
+        return [Value("one", "whole", None, 1.0)]
+
+
+# --- the tidy table -------------------------------------------------------------------------------------------
+
+def test_the_record_says_how_the_numbers_came_about(write, tmp_path):
+    assert run(write(seeds=[3]), tmp_path / "out") == 0
+    saved = load(tmp_path / "out")
+    assert saved.provenance["seeds"] == [3] and len(saved.provenance["prompts_sha256"]) == 64
+    assert saved.provenance["weights_sha256"]["transformer"] == "random" and "torch" in saved.provenance["versions"]
+    assert saved.variants["rolling"]["settings"]["config"]["kv_cache"]["policy"] == "rolling"
+    assert {row.protocol for row in saved.rows} == {WorldMetric.protocol} and {row.seed for row in saved.rows} == {"3"}
+    assert len(saved.videos) == 3 and all(saved.path_of(video["video"]).is_file() for video in saved.videos)
+
+
+def test_a_file_shows_what_its_frames_do(tmp_path):
+    """Two roads to a rendered clip's numbers: from its frames in memory, and from an H.264 file of them."""
+    clip = sample(1, "test")
+    frames = to_frames(render([clip.scene])).numpy()[0]
+    with VideoWriter(tmp_path / "clip.mp4", fps=16) as writer:
+        writer.write(frames)
+    with open_video(tmp_path / "clip.mp4") as stream:
+        info = VideoInfo("clip", stream.fps, stream.height, stream.width, clip.caption, ChunkLayout())
+        rows = measure(stream.frames, info, [WorldMetric()]).values["world"]
+    whole = {row.metric: row.value for row in rows if row.granularity == "whole"}
+    direct = analyse(frames, clip.said, 16.0, ChunkLayout()).to_json()["video"]
+    assert whole["world_rate_colour"] == pytest.approx(direct["rate"]["colour"], abs=0.05)
+    assert whole["world_holds_shape"] == 1
+    assert whole["world_background_drift"] == pytest.approx(direct["background_drift"], abs=0.01)
+    assert len([row for row in rows if (row.metric, row.granularity) == ("world_speed", "second")]) == 5
+
+
+def test_prompts_of_another_world_are_told():
+    with pytest.raises(CannotMeasureError, match="no caption of the embedded model's world"):
+        WorldMetric().start(VideoInfo("clip", 16.0, 32, 32, "A red panda.", ChunkLayout()))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_the_sweeps_here_can_be_read(path):
+    assert variants_of(load_sweep(path))
+
+
+def test_ray_workers_share_a_sweep_and_one_is_killed(write, tmp_path):
+    """Three tasks on a local cluster, the process of one killed in the middle: as in a single run, nothing twice."""
+    pytest.importorskip("ray")
+    methods = {name: {"config": f"configs/{config}.yaml"} for name, config in
+               (("rolling", "self_forcing"), ("sink", "deep_sink"))}
+    path = write(methods=methods, seconds=[0.5, 0.7], batch_size=1)
+    assert run(path, tmp_path / "alone") == 0
+    folder = tmp_path / "shared"
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "evaluation", "sweep", str(path), "--output_folder", str(folder), "--device", "cpu",
+         "--random_weights", "--ray", "local", "--workers", "3"],
+        cwd=REPOSITORY,
+    )
+    end = time.monotonic() + 2 * WAIT_S
+    while not finished(folder) and time.monotonic() < end:
+        time.sleep(0.01)
+    workers = [pid for pid in descendants(driver.pid) if title(pid).startswith("ray::_ray_task")]
+    os.kill(workers[0], signal.SIGKILL)
+    assert driver.wait(2 * WAIT_S) == 0
+    made = finished(folder)
+    assert len(made) == len(set(made)) == 12
+    assert (folder / TABLE).read_bytes() == (tmp_path / "alone" / TABLE).read_bytes()
+
+
+def title(pid: int) -> str:
+    """How a process calls itself; nothing if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes started by `pid`, and by those."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found += [child, *descendants(child)]
+    return found

@@ -1,0 +1,368 @@
+"""What is made of a sweep's numbers: means, curves, tables, figures, recordings, and the page in a real browser."""
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import SMALL, policy_of
+from reference import ReferenceModel, reference_rollout
+from small_model import write_small_model
+from test_against_reference import BASE, Given
+
+from evaluation.__main__ import main
+from evaluation.metrics.table import Row, write_csv
+from evaluation.sweep.figures import draw_ablation, moments_of
+from evaluation.sweep.numbers import MetricName, Numbers
+from evaluation.sweep.page import PAGE, write_page
+from evaluation.sweep.quoted import quoted_names, read_quoted
+from evaluation.sweep.record import Watcher, read_recorded, records_path
+from evaluation.sweep.recorded import by_age, frequency, jaccard_distances
+from evaluation.sweep.results import Saved, load
+from evaluation.sweep.tables import latex, make_grid, markdown, to_html
+from utils.config import REPOSITORY, ConfigError
+from utils.video import read_video
+
+PAGE_PARTS = REPOSITORY / "evaluation" / "sweep"
+HOSTS = re.compile(r"(?:src|href)=\"(?:[a-z]+:)?//|@import|url\(")
+
+
+def row(method: str, video: int, metric: str, granularity: str, start_s: float | None, value: float) -> Row:
+    return Row(f"{method}/{video}.mp4", method, f"prompt {video}", "0", metric, granularity, start_s, value, "by hand")
+
+
+# --- numbers --------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def numbers() -> Numbers:
+    """Two methods, two videos each, one number a video and two windows."""
+    rows = [row(m, v, "drift", "whole", None, x) for m, v, x in
+            (("a", 0, 1.0), ("a", 1, 3.0), ("b", 0, 5.0), ("b", 1, 9.0))]
+    rows += [row("a", v, "clip_score", "window10s", start, x) for v, start, x in
+             ((0, 0.0, 30.0), (0, 10.0, 32.0), (1, 0.0, 34.0), (1, 10.0, 36.0))]
+    return Numbers(rows)
+
+
+def test_means_by_hand(numbers):
+    assert numbers.mean("a", MetricName.parse("drift@whole")).value == 2
+    assert numbers.mean("b", MetricName.parse("drift@whole")).value == 7
+    assert numbers.mean("a", MetricName.parse("drift@clip2s")) is None
+    found = numbers.mean("a", MetricName.parse("drift@whole"))
+    assert (found.low, found.high) == (1, 3)  # of two videos, resampled: from twice the one to twice the other
+
+
+def test_windows_alone_and_averaged(numbers):
+    """Two roads to the mean over windows: from each video's mean, and from each window's mean."""
+    every = numbers.mean("a", MetricName.parse("clip_score@window10s")).value
+    parts = [numbers.mean("a", MetricName.parse(f"clip_score@window10s:{start}")).value for start in (0, 10)]
+    assert parts == [32, 34] and every == sum(parts) / 2
+    curve = numbers.curve("a", "clip_score", "window10s")
+    assert curve.start_s == [0, 10] and curve.mean == parts
+    assert numbers.metrics_over_time("window10s") == ["clip_score"] and numbers.metrics_over_time("second") == []
+
+
+def test_protocols_are_never_mixed(numbers):
+    """Two roads to one name: refused until the column says which it means."""
+    both = Numbers([row("a", 0, "d", "whole", None, 1.0),
+                    Row("a/0.mp4", "a", "", "0", "d", "whole", None, 5.0, "VBench-Long")])
+    name = MetricName.parse("d@whole")
+    with pytest.raises(ConfigError, match="2 protocols .VBench-Long; by hand."):
+        both.mean("a", name)
+    assert both.mean("a", name, "VBench").value == 5 and both.mean("a", name, "hand").value == 1
+    assert both.protocol(name, "VBench") == "VBench-Long"
+
+
+# --- tables ---------------------------------------------------------------------------------------------------
+
+COLUMN = {"metric": "drift@whole", "label": "Drift_1 & <more>", "better": "lower", "scale": 10.0, "digits": 1,
+          "protocol": ""}
+
+
+def saved_of(tmp_path: Path, **sweep) -> Saved:
+    defaults = {"tables": {}, "ablations": {}, "record": {"methods": []}, "shown": 4}
+    return Saved(tmp_path, defaults | sweep, {"a": {}, "b": {}}, [], {}, [])
+
+
+def test_a_table_marks_the_best_of_ours_and_what_is_quoted(tmp_path, numbers):
+    columns = [COLUMN, {"metric": "dynamic_degree@clip2s", "label": "Dyn", "better": "none", "scale": 100, "digits": 2,
+                         "protocol": ""}]
+    table = {"title": "T", "methods": [], "columns": columns, "quoted": "deep_forcing_table1"}
+    grid = make_grid(table, saved_of(tmp_path), numbers)
+    ours, quoted = [line for line in grid.lines if not line.quoted], [line for line in grid.lines if line.quoted]
+    assert [line.cells[1].text for line in ours] == ["20.0", "70.0"]
+    assert [line.cells[1].best for line in ours] == [True, False] and not any(line.cells[2].best for line in quoted)
+    assert [line.name for line in quoted][-1] == "Deep Forcing" and quoted[-1].cells[2].text == "57.19"
+    assert quoted[-1].cells[1].text == "–"
+    text = markdown(grid)
+    assert "**20.0** [10.0, 30.0]" in text and "| *Deep Forcing* (quoted) |  | – | 57.19 |" in text
+    assert "arXiv:2512.05081" in text and "not measured in this sweep" in text
+
+
+def test_other_granularities_are_never_set_beside_each_other(tmp_path, numbers):
+    column = {"metric": "dynamic_degree@whole", "label": "Dyn", "better": "none", "scale": 1, "digits": 2,
+              "protocol": ""}
+    table = {"title": "T", "methods": ["a"], "columns": [column], "quoted": "deep_forcing_table1"}
+    assert {line.cells[1].text for line in make_grid(table, saved_of(tmp_path), numbers).lines} == {"–"}
+
+
+def test_names_are_escaped(tmp_path, numbers):
+    grid = make_grid({"title": "A & B_c", "methods": [], "columns": [COLUMN], "quoted": None}, saved_of(tmp_path),
+                     numbers)
+    assert r"Drift\_1 \& <more> $\downarrow$" in latex(grid) and r"\caption{A \& B\_c." in latex(grid)
+    assert "Drift_1 &amp; &lt;more&gt; ↓" in to_html(grid) and "<more>" not in to_html(grid)
+    assert latex(grid).count(r"\\") == 3 and latex(grid).count(" & ") == 2 * 3
+
+
+def test_quoted_tables_are_whole():
+    """As many numbers as columns; PackForcing's overall CLIP scores are the means of their windows, but for one row
+    whose note says so."""
+    assert len(quoted_names()) == 5
+    for name in quoted_names():
+        source, rows = read_quoted(name)
+        assert "arXiv" in source and all(rows.values())
+    for method, values in read_quoted("packforcing_table2")[1].items():
+        *windows, overall = values.values()
+        assert (abs(sum(windows) / 6 - overall) < 0.011) == (method != "Deep Forcing")
+    with pytest.raises(ConfigError, match="'nope' is unknown"):
+        read_quoted("nope")
+
+
+# --- recordings -----------------------------------------------------------------------------------------------
+
+def watched(tiny, policy, frames=30, layers=(0, 1)):
+    """A rollout with and without a watcher on it."""
+    pipeline, noise, seeds = tiny.pipeline(policy), tiny.noise(), [0]
+    plain = torch.cat([c.latents for c in pipeline(tiny.text(), frames, noise, seeds)], 1)
+    kernels = [block.self_attn.backend for block in tiny.model.blocks]
+    watcher, latents = Watcher(pipeline, layers), []
+    with watcher.watching():
+        for chunk in pipeline(tiny.text(), frames, tiny.noise(), seeds):
+            watcher.next_chunk(chunk.span.frames)
+            latents.append(chunk.latents)
+    assert [block.self_attn.backend for block in tiny.model.blocks] == kernels
+    assert not tiny.model._forward_hooks
+    return watcher, plain, torch.cat(latents, 1)
+
+
+def test_watching_changes_no_bit_and_shares_are_whole(tiny, policy):
+    """For every policy: same latents, nothing left behind, each query's attention sums to one over what it may see."""
+    watcher, plain, seen = watched(tiny, policy)
+    assert torch.equal(plain, seen)
+    attention = watcher.tensors()["attention"]
+    assert attention.shape == (10, 2, SMALL.num_heads, 30)
+    torch.testing.assert_close(attention.sum(-1), torch.ones(10, 2, SMALL.num_heads))
+    if policy == policy_of({"policy": "rolling", "window_frames": 12}):  # 9 frames of past, 3 of its own
+        assert (attention[-1, ..., :18] == 0).all() and (attention[-1, ..., 18:] > 0).all()
+    if policy.compression is not None:  # chunks are shown whole or not at all
+        for layer, chosen in enumerate(watcher.tensors()["chosen"][-1]):
+            shown = [attention[-1, layer, :, start:start + 3] for start in chosen.tolist() if start >= 0]
+            assert len(shown) >= 2 and all((share > 0).all() for share in shown)
+        assert watcher.event_chunks[-1] == 9
+
+
+def test_chosen_tokens_are_those_of_the_reference(tiny):
+    """Two roads to which tokens are left: our indices, followed from chunk to chunk, and the reference's records."""
+    frames, geometry = 24, tiny.geometry
+    tiny.model.double()
+    generator = torch.Generator().manual_seed(3)
+    text = torch.randn(1, SMALL.text_len, SMALL.text_dim, generator=generator, dtype=torch.float64)
+    shape = (1, frames, SMALL.in_dim, geometry.latent_height, geometry.latent_width)
+    source = Given(torch.randn(shape, generator=generator, dtype=torch.float64), 0, 0)
+    config = {name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__}
+    reference = reference_rollout(
+        ReferenceModel(tiny.model.state_dict(), config), prompt_embeds=text, noise=source.noise, policy=BASE,
+        renoise=lambda chunk, step: source.draw(chunk, step, 3), steps=(1000, 500),
+    )
+    watcher = Watcher(tiny.pipeline(policy_of(BASE)), [0])
+    with watcher.watching():
+        for chunk in watcher.pipeline(text, frames, source, [0]):
+            watcher.next_chunk(chunk.span.frames)
+    for ours, (theirs,) in zip(watcher._tokens, reference.tokens, strict=True):
+        places = [(t.frame * geometry.rows + t.row) * geometry.columns + t.col for t in theirs]
+        assert ours.tolist() == [int(place) for place in places]
+    assert watcher.event_chunks == [chunk for chunk, _ in reference.topc]
+    assert set(watcher.chosen[-1][0].tolist()) <= set(range(frames * geometry.frame_tokens))
+
+
+def test_jaccard_by_hand():
+    chosen = torch.tensor([[[1, 2], [1, 2]], [[2, 3], [1, 2]], [[4, 5], [2, 1]]])  # [events, layers, C]
+    torch.testing.assert_close(jaccard_distances(chosen), torch.tensor([[2 / 3, 0.0], [1.0, 0.0]]))
+
+
+# --- a whole sweep --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The folder of a small sweep of a random model, reported; its prompts hold what HTML must not take literally."""
+    folder = tmp_path_factory.mktemp("report")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a </script><b>bold</b> & \"quoted\" circle\na plain square\n")
+    column = {"metric": "brightness@whole", "label": "brightness", "better": "higher", "digits": 3}
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({
+        "seconds": [6], "model": str(write_small_model(folder)), "prompts": {"file": str(prompts)}, "batch_size": 2,
+        "methods": {"sink_3": {"config": "configs/deep_sink.yaml", "set": ["kv_cache.sink_frames=3"]},
+                    "rolling": {"config": "configs/self_forcing.yaml"},
+                    "forcing": {"config": "configs/deep_forcing.yaml"}},
+        "metrics": ["picture"], "record": {"methods": ["forcing", "rolling"], "seconds": 7},
+        "tables": {"main": {"title": "Main <table>", "columns": [column], "quoted": "deep_forcing_stability"}},
+        "ablations": {"sink": {"title": "Sink", "x": "sink_frames", "methods": ["sink_3", "rolling"],
+                               "metrics": ["brightness@whole"]}},
+    }))
+    out = folder / "out"
+    assert main(["sweep", str(path), "--output_folder", str(out), "--device", "cpu", "--random_weights"]) == 0
+    assert main(["report", str(out), "--no_figures"]) == 0
+    return out
+
+
+class Reader(HTMLParser):
+    """Tags that are open at the end, all that are referred to, and the text of scripts."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.files, self.scripts, self.tags = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.files += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "input", "img", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert tag == self.open.pop(), tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+
+
+def page_of(folder: Path) -> tuple[str, Reader]:
+    text = (folder / PAGE).read_text()
+    reader = Reader()
+    reader.feed(text)
+    return text, reader
+
+
+def test_the_page_is_whole_and_needs_nothing_else(done):
+    """Well-formed, no other host, its data is JSON, every video that it names is there, prompts are no markup."""
+    text, reader = page_of(done)
+    assert not reader.open and len(reader.scripts) == 2 and "b" not in reader.tags[:reader.tags.index("table")]
+    assert not HOSTS.search(text) and "http" not in re.sub(r"http://www.w3.org/\S+", "", text)
+    data = json.loads(reader.scripts[0])
+    assert data["prompts"][0].startswith("a </script>") and data["metrics"]
+    files = [video["file"] for mine in data["videos"].values() for video in mine.values()]
+    assert len(files) == 6 and all((done / file).is_file() for file in files)
+    assert all(len(curve["mean"]) == 6 for means in data["means"].values() for curve in means.values())
+    assert "Main &lt;table&gt;" in text and 'class="quoted"' in text
+
+
+def test_curves_on_the_page_are_those_of_the_table(done):
+    data, saved = json.loads(page_of(done)[1].scripts[0]), load(done)
+    video = data["videos"]["rolling"]["1"]
+    values = [r.value for r in saved.rows if f"videos/{r.video}" == video["file"] and r.metric == "brightness"
+              and r.granularity == "second"]
+    assert video["curves"]["brightness"]["mean"] == pytest.approx(values, rel=1e-4)
+
+
+def test_the_script_parses():
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("needs node")
+    assert subprocess.run([node, "--check", str(PAGE_PARTS / "page.js")], check=False).returncode == 0
+
+
+def test_recordings_of_a_sweep(done):
+    """What the files hold, and that a second run watches nothing again."""
+    forcing, rolling = (read_recorded(records_path(done, name)) for name in ("forcing", "rolling"))
+    assert rolling.chosen is None and forcing.chosen.shape[1] == 1
+    torch.testing.assert_close(forcing.attention.sum(-1), torch.ones(forcing.attention.shape[:-1]))
+    assert frequency(forcing).sum() == pytest.approx(1)
+    ages = by_age(rolling)
+    assert (ages[..., :21] > 0).all() and ages.shape[-1] == rolling.attention.shape[-1]
+    assert (ages[..., 21:] == 0).all()  # a window of 21 frames sees none that is older
+
+
+def test_moments_are_frames_of_the_file(done):
+    path = next((done / "videos" / "rolling").glob("*.mp4"))
+    every = torch.from_numpy(read_video(path))
+    assert len(every) == 96 and torch.equal(moments_of(path, 6), every[::19])
+
+
+def test_figures_of_a_sweep(done):
+    pytest.importorskip("matplotlib")
+    assert main(["report", str(done)]) == 0
+    names = {path.name for path in (done / "figures").glob("*.png")}
+    assert {"ablation_sink.png", "second_brightness.png", "grid_00.png", "grid_01.png",
+            "forcing_attention_over_earlier_frames.png", "forcing_selection_on_the_frames.png",
+            "forcing_selection_frequency_over_positions.png", "rolling_attention_over_earlier_frames.png",
+            "forcing_Jaccard_distance_of_consecutive_selections.png"} <= names
+    assert all((done / file).is_file() for file in page_of(done)[1].files)
+
+
+def test_an_ablation_needs_numbers_on_its_axis(done, tmp_path):
+    saved = load(done)
+    with pytest.raises(ConfigError, match=r"kv_cache.policy of rolling is 'rolling', no number"):
+        draw_ablation(saved, Numbers(saved.rows), "policy", ["rolling"], [], tmp_path / "x.png")
+
+
+def test_other_tools_numbers_join_ours(done, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(done, folder)
+    video = load(folder).videos[0]
+    (folder / "imported").mkdir()
+    write_csv([Row(video["video"], "rolling", "", "0", "imaging_quality", "clip2s", None, 0.7, "VBench-Long")],
+              folder / "imported" / "vbench.csv")
+    assert load(folder).rows[-1].value == 0.7 and len(load(folder).rows) == len(load(done).rows) + 1
+
+
+def test_a_folder_without_a_sweep_is_refused(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no sweep was finished there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_page_in_a_browser(done, tmp_path, lost):
+    """Chromium, from the folder: players start, keep step, seek together and go; one whose file is lost says so."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs Chromium")
+    folder = tmp_path / "moved somewhere else"
+    shutil.copytree(done, folder)
+    write_page(load(folder), Numbers(load(folder).rows), {}, {})
+    if lost:
+        next((folder / "videos" / "forcing").glob("a-script*.mp4")).unlink()
+    number = 2 if lost else 3
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page, problems = browser.new_page(), []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: None if request.url.startswith("file:") else problems.append(request.url))
+        page.goto((folder / PAGE).as_uri())
+        page.wait_for_function(f"players.filter((p) => p.readyState >= 3).length === {number}")
+        assert page.locator(".missing").count() == int(lost)
+        page.click("#play")
+        page.wait_for_function("now() > 0.7")
+        times = page.evaluate("players.filter((p) => !p.error).map((p) => p.currentTime)")
+        assert max(times) - min(times) < 0.25 and page.inner_text("#play") == "Pause"
+        page.evaluate("players[1].currentTime = 4")   # one runs away and is called back
+        page.wait_for_function("players.filter((p) => !p.error).every((p) => Math.abs(p.currentTime - now()) < 0.25)")
+        page.click("#play")
+        page.evaluate("seek(3)")
+        page.wait_for_function("players.filter((p) => !p.error).every((p) => Math.abs(p.currentTime - 3) < 0.05)")
+        page.wait_for_function("document.querySelector('line.now').getAttribute('x1') > 100")
+        page.check("#every")
+        assert page.locator("#curves svg").count() == page.locator("#metric option").count()
+        page.uncheck("#methods input >> nth=0")
+        assert page.locator("#players figure").count() == 2
+        page.select_option("#prompt", "1")
+        page.wait_for_function("players.length === 2 && players.every((p) => p.src.includes('a-plain-square'))")
+        page.wait_for_function("players.every((p) => Math.abs(p.currentTime - 3) < 0.05)")  # the moment is kept
+        browser.close()
+    assert not problems
