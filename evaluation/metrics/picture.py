@@ -7,11 +7,13 @@ from evaluation.metrics.protocol import Frame, Value, VideoInfo
 from evaluation.metrics.series import of_frames
 
 MEASURES = ("brightness", "contrast", "saturation", "sharpness", "clipped")
+UNSEEN = (float("nan"),) * len(MEASURES)
+SAMPLES_PER_S = 8.0
 CLIPPED, CLEAR = 3.0, 15.0  # levels from black or white: clipped up to here, and by less and less up to there
 
 
 class Picture:
-    """Frame-wise picture statistics, all in 0..1.
+    """Picture statistics of eight frames a second, all in 0..1.
 
     brightness: mean luma. contrast: its standard deviation (RMS contrast). saturation: mean of max - min of R, G, B
     (the chroma of HSV) of the thumbnail, since video stores colour coarsely. sharpness: mean gradient of luma at half
@@ -22,7 +24,7 @@ class Picture:
     reports = tuple(name for measure in MEASURES for name in (measure, f"{measure}_drift"))
     granularities = ("second", "whole", "first_last_5s", "first_last_15pct")
     needs = ()
-    protocol = "luma BT.601, 0..1; colours of the thumbnail; gradient at half size; drift: |first - last|"
+    protocol = "8 frames a second; luma BT.601; colours of the thumbnail; gradient at half size; drift: |first - last|"
 
     def start(self, video: VideoInfo) -> PictureReader:
         return PictureReader(video)
@@ -31,10 +33,11 @@ class Picture:
 class PictureReader:
     def __init__(self, video: VideoInfo):
         self.fps = video.fps
+        self.every = max(1, round(video.fps / SAMPLES_PER_S))
         self.series: list[tuple[float, ...]] = []
 
     def add(self, frame: Frame) -> None:
-        self.series.append(measures(frame))
+        self.series.append(UNSEEN if frame.index % self.every else measures(frame))
 
     def values(self) -> list[Value]:
         columns = np.array(self.series, np.float64).T
