@@ -68,7 +68,7 @@ def test_estimate_equals_what_is_allocated(preset: str) -> None:
     engine = Engine(plan)
     with torch.no_grad(), LiveBytes() as live:
         engine.prepare(["a red circle"])
-        pipeline = engine._pipeline_for(1)
+        pipeline = engine.pipeline_for(1)
         layers = [pipeline.cache.layer(i) for i in range(plan.architecture.num_layers)]
         stored = [t for layer in layers for t in (layer.store.keys, layer.store.values)]
         windows = [t for layer in layers for t in (layer.window._keys, layer.window._values)]

@@ -95,7 +95,7 @@ def test_late_frames_are_the_same(engine: Engine, replayed: bool) -> None:
     engine.release()
     expected = [video(engine, text) for text in PROMPTS]
     if replayed:
-        own = engine._pipeline_for(1)
+        own = engine.pipeline_for(1)
         engine._pipeline = 1, GraphedPipeline(own.model, own.sampler, own.geometry, own.cache, TapeRecorder())
     lane, engine._lane = engine._lane, LateLane(CPU, CPU, aside=False)
     try:
@@ -114,8 +114,8 @@ def test_a_processor_makes_frames_between_chunks(engine: Engine) -> None:
     chunks = engine.stream([VideoRequest(PROMPTS[0], SampleSeed(0))], 6, clock)
     first = next(chunks)
     assert first.span.index == 0 and set(clock.totals_ms()) == {"dit", "vae"}
-    assert engine._pipeline_for(1).cache.seen_frames == 0  # the context pass comes after
+    assert engine.pipeline_for(1).cache.seen_frames == 0  # the context pass comes after
     next(chunks)
-    assert engine._pipeline_for(1).cache.seen_frames == 3
+    assert engine.pipeline_for(1).cache.seen_frames == 3
     with pytest.raises(ConfigError, match="overlap=on needs a CUDA device"):
         Setting(model="tiny", overlap="on").plan(CPU)

@@ -14,7 +14,7 @@ from evaluation.sweep.work import Unit
 from pipeline.build import RunPlan
 from pipeline.engine import Engine
 from pipeline.length import asked_pixel_frames, check_timelines, video_length
-from pipeline.preflight import check_memory
+from pipeline.memory import fit_memory
 from pipeline.render import Job, check_number, is_finished, make_jobs, refuse_other_settings, render
 from utils.config import REPOSITORY, ConfigError
 from utils.outputs import OutputFolder
@@ -70,7 +70,7 @@ def _task(
     try:
         pixel_frames = asked_pixel_frames(plan, latent_frames=0, seconds=variant.seconds)
         check_timelines(plan, items, video_length(plan, pixel_frames, given_frames=0), given_frames=0)
-        check_memory(plan, sweep.batch_size)
+        plan = fit_memory(plan, "auto", sweep.batch_size)
     except ConfigError as error:
         raise ConfigError(f"method {variant.name}: {error}") from error
     jobs = [
