@@ -368,7 +368,7 @@ def test_a_later_key_wins_over_the_flags(setting: Setting) -> None:
 
 
 def test_video_files_are_not_needed() -> None:
-    """Machines without the video codecs can measure: nothing that `python -m benchmarks` imports reads or writes them."""
+    """Machines without the video codecs can measure: `python -m benchmarks` imports nothing that needs them."""
     seen: set[str] = set()
     todo = ["benchmarks.__main__"]
     while todo:
