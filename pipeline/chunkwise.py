@@ -73,18 +73,23 @@ class ChunkwisePipeline:
         if self.packer is not None:
             self.packer.start(decode)
         track = self.prompt_track(embeddings, switches)
-        for span in self.geometry.prefill_chunks(given_frames):
-            latents = initial_latent[:, span.start:span.stop].to(self.model.device)
-            self.cache.begin(span)
-            self.remember(span, latents, track.text)
-            track.note(span, latents)
-            yield Chunk(span, latents, given=True)
+        if initial_latent is not None:
+            yield from self.given(initial_latent, track)
         for span in spans:
             text = track.text_at(span.start)
             latents = self.denoise(span, text, noise)
             yield Chunk(span, latents)  # before the context pass, which whoever shows them need not wait for
             self.remember(span, latents, text)
             track.note(span, latents)
+
+    def given(self, initial_latent: Tensor, track: PromptTrack) -> Iterator[Chunk]:
+        """The chunks of latents [B, F0, C, h, w] that a video begins with; they enter memory by context passes."""
+        for span in self.geometry.prefill_chunks(initial_latent.shape[1]):
+            latents = initial_latent[:, span.start:span.stop].to(self.model.device)
+            self.cache.begin(span)
+            self.remember(span, latents, track.text)
+            track.note(span, latents)
+            yield Chunk(span, latents, given=True)
 
     def prompt_track(self, embeddings: Tensor, switches: Sequence[PromptSwitch]) -> PromptTrack:
         """The prompts of one rollout, the first of them embedded."""

@@ -37,12 +37,8 @@ class RollingForcingPipeline(ChunkwisePipeline):
         levels = self.sampler.num_passes
         self.cache.reset(seeds)
         track = self.prompt_track(embeddings, switches)
-        for span in self.geometry.prefill_chunks(given_frames):
-            latents = initial_latent[:, span.start:span.stop].to(self.model.device)
-            self.cache.begin(span)
-            self.remember(span, latents, track.text)
-            track.note(span, latents)
-            yield Chunk(span, latents, given=True)
+        if initial_latent is not None:
+            yield from self.given(initial_latent, track)
         noisy: list[Tensor] = []  # of the window's chunks, oldest first
         for window in range(len(spans) + levels - 1):
             first = max(0, window - levels + 1)
