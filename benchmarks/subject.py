@@ -8,6 +8,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -17,10 +18,10 @@ from benchmarks.clock import Clock
 from benchmarks.cycles import Schedule
 from benchmarks.decoders import COUNTED, FrameStream, OpenStream
 from benchmarks.settings import Setting
+from pipeline.assemble import assemble
 from pipeline.build import RunPlan
 from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.noise import SampleSeed, SeededNoise
-from pipeline.packets import make_packer
 from wan.geometry import ChunkSpan
 from wan.model import CausalWanModel, TextContext, randomize
 from wan.vae import WanVAE
@@ -43,16 +44,10 @@ def make_pipeline(plan: RunPlan, setting: Setting) -> ChunkwisePipeline:
         model = CausalWanModel(plan.architecture, plan.attention_backend)
     randomize(model, seed=0)
     model = model.to(plan.dtype).eval().requires_grad_(False)
-    pipeline = plan.acceleration.pipeline(
-        model, plan.sampler, plan.geometry, plan.cache_shape(setting.batch), plan.policy,
-        shared_window=plan.memory.shared_window,
-    )
-    pipeline.packer = make_packer(
-        model, pipeline.cache, plan.geometry, plan.policy, plan.sampler.context_time,
-        lambda: WanVAE.random(plan.spec.vae, device=plan.device, dtype=plan.dtype, seed=0),
-        plan.branch and plan.branch.load(random=True, device=plan.device, dtype=plan.dtype),
-    )
-    return pipeline
+    plan.acceleration.prepare(model)
+    vae = partial(WanVAE.random, plan.spec.vae, device=plan.device, dtype=plan.dtype, seed=0)
+    branch = plan.branch and plan.branch.load(random=True, device=plan.device, dtype=plan.dtype)
+    return assemble(plan, model, setting.batch, vae, branch)
 
 
 class Subject:

@@ -13,9 +13,6 @@ from importlib.util import find_spec
 
 import torch
 
-from pipeline.chunkwise import ChunkwisePipeline
-from pipeline.graphs import GraphedPipeline
-from pipeline.sampler import FewStepSampler
 from utils.config import ConfigError
 from utils.files import user_cache_dir
 from wan.backends import AttentionBackend, load_backend
@@ -88,18 +85,6 @@ class Acceleration:
         self, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, *, shared_window: bool = False,
     ) -> KVCache:
         return KVCache(shape, geometry, policy, compiler=self.compiler, shared_window=shared_window)
-
-    def pipeline(
-        self, model: CausalWanModel, sampler: FewStepSampler, geometry: VideoGeometry, shape: CacheShape,
-        policy: KVPolicy, *, shared_window: bool = False,
-    ) -> ChunkwisePipeline:
-        """The loop over a cache of its own. For loaded weights; the model is accelerated in place."""
-        self.prepare(model)
-        cache = self.cache(shape, geometry, policy, shared_window=shared_window)
-        recorder = self.recorder(model.device)
-        if recorder is not None:
-            return GraphedPipeline(model, sampler, geometry, cache, recorder)
-        return ChunkwisePipeline(model, sampler, geometry, cache)
 
     def prepare(self, model: CausalWanModel) -> None:
         """Accelerate the model in place."""

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipeline.assemble import assemble
 from pipeline.build import RunPlan
 from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.decoder import OnceDecoder
 from pipeline.noise import SampleSeed, SeededNoise
 from pipeline.overlap import DecoderLane, Decoding, FrameChunk, handed_out
-from pipeline.packets import make_packer
 from pipeline.timeline import PromptSwitch, switch_frames
 from utils.files import user_cache_dir
 from utils.hashing import fingerprint
@@ -187,18 +187,7 @@ class Engine:
         """The loop for so many videos at once, its memory included; kept until another number is asked for."""
         if self._pipeline is None or self._pipeline[0] != batch:
             self._pipeline = None  # free the old cache before the new one is allocated
-            plan = self.plan
-            cache = plan.acceleration.cache(
-                plan.cache_shape(batch), plan.geometry, plan.policy, shared_window=plan.memory.shared_window,
-            )
-            pipeline = plan.loop.pipeline(
-                self._model, cache, encode=lambda pixels: self._wan_vae().encode(pixels),
-                recorder=plan.acceleration.recorder(plan.device),
-            )
-            pipeline.packer = make_packer(
-                self._model, cache, plan.geometry, plan.policy, plan.sampler.context_time, self._wan_vae, self._branch,
-            )
-            self._pipeline = (batch, pipeline)
+            self._pipeline = (batch, assemble(self.plan, self._model, batch, self._wan_vae, self._branch))
         return self._pipeline[1]
 
 
@@ -217,7 +206,6 @@ class _Embeddings:
         hashes, spec = plan.weights, plan.spec
         identity = fingerprint([hashes["text_encoder"], hashes["tokenizer"], str(plan.dtype)])
         cache = EmbeddingCache(user_cache_dir() / "embeddings", identity, plan.architecture.text_len)
-
         words = PromptTokens.load(spec.tokenizer, plan.architecture.text_len, spec.understands)
 
         def load() -> TextEncoder:

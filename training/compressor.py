@@ -19,6 +19,7 @@ from training.loop import Ema, copy_tensors, learning_rate, step_seed
 from training.matching import DistributionMatching, Flow
 from training.memory import PackedRollout, PacketRotation, Rotation
 from training.optim import Optimizers
+from training.rollout import self_rollout
 from training.settings import CompressorSettings
 from training.teacher import draw_sigmas
 from wan.compressor import BranchSizes, HighResolutionBranch
@@ -127,24 +128,10 @@ class CompressorStage:
             branch=self.branch,
         )
         packer.start(None)
-        leave, parts = len(noise) - 1, []
-        for span in self._geometry.chunks(noise.shape[2]):
-            memory.begin(span)
-            fresh = noise[:, :, span.start:span.stop]
-            x = fresh[0]
-            for index in range(leave + 1):
-                with torch.set_grad_enabled(index == leave and torch.is_grad_enabled()):
-                    flow = self.model(x, self._times(x, self._sampler.times[index]), text, memory).float()
-                    x0 = x - self._sampler.sigmas[index] * flow
-                if index < leave:
-                    x = self._sampler.renoise(x0, fresh[index + 1], index + 1)
-            with torch.no_grad():
-                self.model(x0.detach(), self._times(x, self._sampler.context_time), text, memory)
-            if span.stop < noise.shape[2]:
-                packer.remember(x0.detach(), text)
-            memory.commit()
-            parts.append(x0)
-        return torch.cat(parts, dim=1)
+        return self_rollout(
+            self.model, self._sampler, self._geometry, memory, text, noise,
+            after_context=lambda latents: packer.remember(latents, text),
+        )
 
     def _update(
         self, embeddings: Tensor, nothing: Tensor, rollout_noise: Tensor, noise: Tensor, sigma: Tensor,
@@ -174,7 +161,3 @@ class CompressorStage:
                 f"compressor.latent_frames={s.latent_frames} is too short for any packet to be seen. "
                 f"Use at least {shortest}, and recent_frames of at least {chunk}."
             )
-
-    @staticmethod
-    def _times(x: Tensor, time: float) -> Tensor:
-        return torch.full(x.shape[:2], time, device=x.device)

@@ -18,6 +18,7 @@ from training.matching import DistributionMatching
 from training.memory import RolloutMemory, Rotation
 from training.optim import Optimizers
 from training.parts import CaptionEncoder
+from training.rollout import self_rollout
 from training.settings import Settings
 from training.teacher import TeacherForcedFlow, draw_sigmas
 from wan.geometry import VideoGeometry
@@ -98,35 +99,9 @@ class StudentStage:
     def _update(
         self, embeddings: Tensor, nothing: Tensor, rollout_noise: Tensor, noise: Tensor, sigma: Tensor,
     ) -> dict[str, Tensor]:
-        video = self._rollout(embeddings, rollout_noise)
+        memory = RolloutMemory(self._rotation, len(self.model.blocks), self._device)
+        text = self.model.embed_text(embeddings)
+        video = self_rollout(self.model, self._sampler, self._geometry, memory, text, rollout_noise)
         loss = self._matching.loss(video, embeddings, nothing, noise, sigma)
         self._optimizers.backward(loss)
         return {"matching": loss, "video": video}
-
-    def _rollout(self, embeddings: Tensor, noise: Tensor) -> Tensor:
-        """A clip [B, F, C, h, w] from the student's own memory; gradient through the last pass of each chunk alone.
-
-        Shapes: noise [passes, B, F, C, h, w], one draw a pass.
-        """
-        text = self.model.embed_text(embeddings)
-        memory = RolloutMemory(self._rotation, len(self.model.blocks), self._device)
-        leave, parts = len(noise) - 1, []
-        for span in self._geometry.chunks(noise.shape[2]):
-            memory.begin(span)
-            fresh = noise[:, :, span.start:span.stop]
-            x = fresh[0]
-            for index in range(leave + 1):
-                with torch.set_grad_enabled(index == leave):
-                    flow = self.model(x, self._times(x, self._sampler.times[index]), text, memory).float()
-                    x0 = x - self._sampler.sigmas[index] * flow
-                if index < leave:
-                    x = self._sampler.renoise(x0, fresh[index + 1], index + 1)
-            with torch.no_grad():
-                self.model(x0.detach(), self._times(x, self._sampler.context_time), text, memory)
-            memory.commit()
-            parts.append(x0)
-        return torch.cat(parts, dim=1)
-
-    @staticmethod
-    def _times(x: Tensor, time: float) -> Tensor:
-        return torch.full(x.shape[:2], time, device=x.device)
