@@ -84,9 +84,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--vae_device", default="auto", help="where the VAE works, such as cuda:1 (default: as --device)")
     add("--attention", choices=BACKENDS, default="auto", help="attention kernel (default: the fastest that is there)")
-    add("--acceleration", choices=tuple(MODES), default="auto",
-        help="eager: plain passes; exact: compiled parts and CUDA graphs, the same results; fp8: "
-        "that and 8-bit linear layers, approximate (default: eager)")
+    add("--acceleration", choices=tuple(MODES), default="exact",
+        help="on a GPU: exact: compiled parts and CUDA graphs, the same results; fp8: that, and linear layers and "
+        "attention in 8-bit floats, approximate; eager: plain passes (default %(default)s)")
     add("--memory", choices=PRESETS, default="auto", help="what lives where (default: the fastest that fits)")
     add("--overwrite", action="store_true", help="redo finished videos (default: skip them)")
     add("--dry_run", action="store_true", help="print what would be done and stop")

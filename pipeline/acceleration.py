@@ -15,13 +15,13 @@ import torch
 
 from utils.config import ConfigError
 from utils.files import user_cache_dir
-from wan.backends import AttentionBackend, load_backend
+from wan.backends import FP8_BACKENDS, AttentionBackend, load_backend
 from wan.compiler import Compiler, inductor, keep_compiled, plain
 from wan.fp8 import LEAST_CAPABILITY, quantise_layers
 from wan.geometry import VideoGeometry
 from wan.kv_cache.cache import KVCache
-from wan.kv_cache.layer import CacheShape
 from wan.kv_cache.policy import KVPolicy
+from wan.kv_cache.shape import CacheShape
 from wan.model import CausalWanModel
 from wan.recorder import CudaRecorder, Recorder
 from wan.vae import WanVAE
@@ -36,7 +36,7 @@ class Acceleration:
     graphs: bool | None = None    # CUDA graphs for whole chunks
     decoder: bool | None = None   # fused passes of the VAE's decoder, a chunk at a time
     overlap: bool | None = None   # frames of a chunk are made while the transformer works on the next
-    fp8: bool = False             # linear layers in 8-bit floats: approximate
+    fp8: bool = False             # linear layers, and attention where a kernel can, in 8-bit floats: approximate
 
     @classmethod
     def eager(cls, attention: str = "auto") -> Acceleration:
@@ -65,6 +65,10 @@ class Acceleration:
             decoder=on_gpu if self.decoder is None else self.decoder,
             overlap=on_gpu if self.overlap is None else self.overlap, fp8=self.fp8,
         )
+
+    @property
+    def fp8_attention(self) -> bool:
+        return self.fp8 and self.attention in FP8_BACKENDS
 
     def backend(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
         return load_backend(self.attention, device, dtype, head_dim)[1]
@@ -101,7 +105,7 @@ class Acceleration:
 
 
 MODES: dict[str, Callable[..., Acceleration]] = {  # by what a user calls them
-    "auto": Acceleration.eager, "eager": Acceleration.eager, "exact": Acceleration,
+    "exact": Acceleration, "eager": Acceleration.eager,
     "fp8": partial(Acceleration, fp8=True),
 }
 

@@ -21,8 +21,9 @@ from pipeline.sampler import FewStepSampler
 from pipeline.timeline import OnSwitch
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.cache import KVCache
-from wan.kv_cache.layer import CacheShape, LayerCache
+from wan.kv_cache.layer import LayerCache
 from wan.kv_cache.policy import KVPolicy
+from wan.kv_cache.shape import CacheShape
 from wan.model import CausalWanModel
 from wan.recorder import Recorder
 

@@ -99,11 +99,13 @@ def _fixed_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
             quantise_layers(model)
     tensors = [*model.parameters(), *model.buffers()]
     sizes = plan.policy.sizes(plan.geometry)
-    token = 2 * a.dim * size * batch  # keys and values of a layer
+    shape, values = plan.cache_shape(batch), 2 * a.dim * batch  # of a token's keys and values in a layer
+    token = values * size
+    stored, seen = (values * (dtype or plan.dtype).itemsize for dtype in (shape.store_dtype, shape.window_dtype))
     windows = 1 if plan.memory.shared_window else a.num_layers
     parts = {
-        "transformer": sum(x.nbytes for x in tensors), "kv_store": sizes.capacity_tokens * a.num_layers * token,
-        "kv_window": sizes.window_tokens * windows * token, "text": a.text_len * a.num_layers * token,
+        "transformer": sum(x.nbytes for x in tensors), "kv_store": sizes.capacity_tokens * a.num_layers * stored,
+        "kv_window": sizes.window_tokens * windows * seen, "text": a.text_len * a.num_layers * token,
     }
     archive = sizes.archive
     if archive is not None and not (archive.offload and plan.device.type == "cuda"):

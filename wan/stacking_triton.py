@@ -7,7 +7,7 @@ from torch import Tensor
 
 from wan.stacking import Sum
 
-TILE = 4096  # values a program holds at a time
+TILE = 1024  # values a program holds at a time, in one warp
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def spread(value: Sum, times: int) -> Tensor:
     _spread_kernel[triton.cdiv(pixels, rows), times](
         x, x if value.bias is None else value.bias, x if value.shortcut is None else value.shortcut, out,
         pixels, height, width, TIMES=times, C=share, HAS_BIAS=value.bias is not None,
-        HAS_SHORTCUT=value.shortcut is not None, ROWS=rows, COLUMNS=columns,
+        HAS_SHORTCUT=value.shortcut is not None, ROWS=rows, COLUMNS=columns, num_warps=1,
     )
     return out
 
@@ -119,6 +119,6 @@ def stack(value: Sum, gamma: Tensor | None, past: Tensor, keep: bool = True) -> 
         x if gamma is None else gamma, past, stacked, x,  # each value is read before it is settled in place
         frames, pixels, channels**0.5,
         C=channels, HAS_BIAS=value.bias is not None, HAS_SHORTCUT=value.shortcut is not None,
-        NORM=gamma is not None, SETTLE=keep and not value.is_settled, ROWS=rows, COLUMNS=columns,
+        NORM=gamma is not None, SETTLE=keep and not value.is_settled, ROWS=rows, COLUMNS=columns, num_warps=1,
     )
     return stacked, x if keep else None

@@ -124,7 +124,7 @@ class FastDecoder:
     def _attend(self, attention: nn.Module, x: Tensor) -> Tensor:
         """Attention inside each frame, by diffusers' own module."""
         images = x.flatten(0, 1).permute(0, 3, 1, 2).unsqueeze(2)
-        return attention(images).squeeze(2).permute(0, 2, 3, 1).reshape(x.shape)
+        return attention(images).squeeze(2).permute(0, 2, 3, 1).contiguous().view(x.shape)
 
     def _upsample(self, block: WanUpBlock, x: Sum, first: bool) -> Sum:
         """Twice the height and width, and of "upsample3d" the frames, but for a video's very first one."""
