@@ -91,6 +91,7 @@ def expect(said: str, *words: str) -> None:
         (["--seed", -1], ["--seed", "'-1'", "at least 0"]),
         (["--sed", 1], ["--sed", "--help"]),
         (["--config_path", "configs/deep_forcin.yaml"], ["deep_forcin.yaml: no such file", "deep_forcing.yaml"]),
+        (["--config_path", "configs"], ["configs: is a folder", "Give one of its .yaml files"]),
         (["--config_path", "configs/self_forcing_dmd/self_forcing_dmd_sink14.yaml"],
          ["sink_size=14 and --Recent 4 need 18 frames", "exceeds --Budget 16", "--is_ds_only 1"]),
         (["--config_path", "configs/full.yaml", "--num_output_frames", 22],
@@ -218,7 +219,7 @@ def damaged(kind: str, model: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     "kind, words",
     [
-        ("missing", ["is not there", "python -m utils.download"]),
+        ("missing", ["is not there", "Correct its path", "python -m utils.download"]),
         ("truncated", ["cannot be read", "cut off or damaged", "python -m utils.download"]),
         ("truncated pt", ["cannot be read", "cut off or damaged"]),
         ("other size", ["does not fit", "dim 64, 1 layers", "asks for dim 32, 2 layers"]),

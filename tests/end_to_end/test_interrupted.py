@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import pipeline.engine
+import pipeline.render
 import utils.outputs
 import utils.video
 from end_to_end.runs import PROMPTS, PRUNED, CommandLine, ended, hidden, is_whole, manifest, record, videos, wait_until
+from utils.files import BeingWrittenError
 from utils.interrupt import StopRequest
 from utils.progress import VideoProgress
 from utils.video import VideoWriter, read_video
@@ -80,6 +82,23 @@ def test_other_settings_are_refused(cli: CommandLine, capsys, change: list, told
     assert is_whole(cli.folder / "videos", 1)
     first, second = manifest(cli.folder / "videos")
     assert first["video"] == second["video"] and first["fingerprint"] != second["fingerprint"]
+
+
+def test_a_video_that_another_run_made_meanwhile_is_not_replaced(cli: CommandLine, monkeypatch: pytest.MonkeyPatch):
+    """While this run loads, another finishes a video of the same name with other settings: that one stays."""
+    options, prepare = ["--prompt", PROMPTS[0], "--num_output_frames", 3], pipeline.engine.Engine.prepare
+    folder = cli.folder / "videos"
+
+    def late(engine: pipeline.engine.Engine, texts: list[str]) -> None:
+        monkeypatch.setattr(pipeline.engine.Engine, "prepare", prepare)
+        assert cli(*options, "--policy", "rolling") == 0
+        prepare(engine, texts)
+
+    monkeypatch.setattr(pipeline.engine.Engine, "prepare", late)
+    assert cli(*options) == 1
+    [stem] = videos(folder)
+    assert is_whole(folder, 1) and record(folder, stem)["settings"]["config"]["kv_cache"]["policy"] == "rolling"
+    assert "made with other settings" in manifest(folder)[-1]["error"]
 
 
 def test_overwrite_redoes_and_keeps_the_old_until_then(cli: CommandLine, monkeypatch: pytest.MonkeyPatch):
@@ -272,6 +291,24 @@ def test_failed_record_leaves_nothing_that_looks_finished(cli: CommandLine, monk
 def unprobed(self: utils.outputs.OutputFolder, folder: Path, *, overwrite: bool) -> None:
     self.folder, self.overwrite = Path(folder), overwrite
     self.folder.mkdir()
+
+
+def test_waiting_for_another_run_is_said_once(cli: CommandLine, monkeypatch: pytest.MonkeyPatch, caplog):
+    """A video that another process is writing is looked at again and again, but the log does not grow with it."""
+    caplog.set_level("INFO")
+    start, looks = utils.outputs.OutputFolder.start, iter(range(5))
+
+    def busy(folder: utils.outputs.OutputFolder, stem: str) -> None:
+        if next(looks, None) is not None:
+            raise BeingWrittenError(f"{stem}: another process is writing")
+        start(folder, stem)
+
+    monkeypatch.setattr(pipeline.render, "WAIT_S", 0)
+    monkeypatch.setattr(utils.outputs.OutputFolder, "start", busy)
+    assert cli("--prompt", PROMPTS[0], "--num_output_frames", 3) == 0
+    assert sum(": start, " in line for line in caplog.messages) == 1
+    assert sum("another process is writing" in line for line in caplog.messages) == 1
+    assert is_whole(cli.folder / "videos", 1)
 
 
 def test_two_runs_into_one_folder(cli: CommandLine):
