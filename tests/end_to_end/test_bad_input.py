@@ -328,6 +328,15 @@ def test_process_ends_with_one_line(cli: CommandLine, tmp_path: Path):
     expect(result.stderr, "error: --set context_nois=1: unknown key")
 
 
+def test_the_scripts_take_paths_as_their_caller_means_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Started elsewhere, a script finds a relative --data_path in the caller's folder, not in the repository."""
+    (tmp_path / "mine.txt").touch()
+    monkeypatch.setenv("PYTHON", sys.executable)
+    command = ["bash", str(ROOT / "DS_inference.sh"), "--data_path", "mine.txt"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2 and "error: mine.txt: the file is empty" in result.stderr
+
+
 def test_interrupt_while_modules_load(tmp_path: Path):
     """Ctrl-C in the first seconds ends the program by that signal, without a trace."""
     command = [sys.executable, "-X", "importtime", str(ROOT / "inference.py"), "--help"]
