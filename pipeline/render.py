@@ -108,7 +108,7 @@ def is_finished(folder: OutputFolder, job: Job) -> bool:
 def refuse_other_settings(folder: OutputFolder, jobs: Sequence[Job]) -> None:
     """Raise ConfigError if a finished video of the same name was made with other settings.
 
-    Before anything loads, and before each video: another run may have made it in the meantime.
+    Before anything loads, before each video and before it takes its name: another run may have made it meanwhile.
     """
     other = [job for job in jobs if folder.state(job.stem, job.fingerprint) == "other_settings"]
     if other:
@@ -255,6 +255,8 @@ def _render_batch(
             if stop.requested and left > 0:
                 whole = False
                 break
+        if whole:  # whoever was about to record a video when this one began has done so by now
+            refuse_other_settings(folder, batch)
         kept = [] if whole else [writer.keep_partial() for writer in writers]
     for job, writer in zip(batch, writers, strict=True):
         record = _record(plan, job, length, writer.frames_written, clock)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -84,17 +85,20 @@ def test_other_settings_are_refused(cli: CommandLine, capsys, change: list, told
     assert first["video"] == second["video"] and first["fingerprint"] != second["fingerprint"]
 
 
-def test_a_video_that_another_run_made_meanwhile_is_not_replaced(cli: CommandLine, monkeypatch: pytest.MonkeyPatch):
-    """While this run loads, another finishes a video of the same name with other settings: that one stays."""
-    options, prepare = ["--prompt", PROMPTS[0], "--num_output_frames", 3], pipeline.engine.Engine.prepare
+@pytest.mark.parametrize("owner, moment", [(pipeline.engine.Engine, "prepare"), (VideoProgress, "update")])
+def test_a_video_that_another_run_made_meanwhile_is_not_replaced(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch, owner: type, moment: str,
+):
+    """While this run loads, or writes, a video of the same name and other settings is finished: that one stays."""
+    options, original = ["--prompt", PROMPTS[0], "--num_output_frames", 3], getattr(owner, moment)
     folder = cli.folder / "videos"
+    assert cli(*options, "--policy", "rolling", out="other") == 0
 
-    def late(engine: pipeline.engine.Engine, texts: list[str]) -> None:
-        monkeypatch.setattr(pipeline.engine.Engine, "prepare", prepare)
-        assert cli(*options, "--policy", "rolling") == 0
-        prepare(engine, texts)
+    def late(*arguments: object) -> None:
+        shutil.copytree(cli.folder / "other", folder, dirs_exist_ok=True)
+        original(*arguments)
 
-    monkeypatch.setattr(pipeline.engine.Engine, "prepare", late)
+    monkeypatch.setattr(owner, moment, late)
     assert cli(*options) == 1
     [stem] = videos(folder)
     assert is_whole(folder, 1) and record(folder, stem)["settings"]["config"]["kv_cache"]["policy"] == "rolling"
