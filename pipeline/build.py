@@ -309,7 +309,7 @@ def check_files(plan: RunPlan, *, named: bool) -> bool:
 def _advice(spec: ModelSpec, part: str, path: Path, *, other_model: bool = False) -> Iterator[None]:
     """What a file's errors lack: how to get it, and that the weights may be another model's."""
     if not path.exists():
-        raise ConfigError(f"{part} {path} is not there. Get it with: {spec.download}")
+        raise ConfigError(f"{part} {path} is not there. Correct its path, or get the model's own with: {spec.download}")
     try:
         yield
     except CheckpointError as error:

@@ -106,7 +106,10 @@ def is_finished(folder: OutputFolder, job: Job) -> bool:
 
 
 def refuse_other_settings(folder: OutputFolder, jobs: Sequence[Job]) -> None:
-    """Raise ConfigError if a finished video of the same name was made with other settings."""
+    """Raise ConfigError if a finished video of the same name was made with other settings.
+
+    Before anything loads, before each video and before it takes its name: another run may have made it meanwhile.
+    """
     other = [job for job in jobs if folder.state(job.stem, job.fingerprint) == "other_settings"]
     if other:
         stem = other[0].stem
@@ -224,6 +227,9 @@ def _render_batch(
     engine: Engine, folder: OutputFolder, batch: Sequence[Job], pixel_frames: int, stop: StopRequest, told: set[str],
 ) -> bool:
     """Make the videos of one batch; returns whether they are whole. `told` are the notices given so far."""
+    for job in batch:
+        folder.start(job.stem)
+    refuse_other_settings(folder, batch)
     plan, clock = engine.plan, StageClock(engine.plan.device)
     reset_peak_memory(plan.device)
     source = batch[0].item.source
@@ -237,8 +243,6 @@ def _render_batch(
     left, whole = length.pixel_frames, True
     with ExitStack() as stack:
         progress = stack.enter_context(VideoProgress(batch[0].stem, num_chunks=chunks, fps=plan.geometry.fps))
-        for job in batch:
-            folder.start(job.stem)
         paths = [folder.video_path(job.stem) for job in batch]
         writers = [stack.enter_context(VideoWriter(path, fps=plan.geometry.fps)) for path in paths]
         for chunk in engine.stream([job.request for job in batch], length.latent_frames, clock, initial):
@@ -251,6 +255,8 @@ def _render_batch(
             if stop.requested and left > 0:
                 whole = False
                 break
+        if whole:  # whoever was about to record a video when this one began has done so by now
+            refuse_other_settings(folder, batch)
         kept = [] if whole else [writer.keep_partial() for writer in writers]
     for job, writer in zip(batch, writers, strict=True):
         record = _record(plan, job, length, writer.frames_written, clock)

@@ -105,7 +105,7 @@ def test_commit_needs_a_whole_chunk(tiny: Tiny) -> None:
         ({"policy": "sinc"}, "Did you mean sink"),
         ({"policy": "sink", "window_frames": 12, "sink_framez": 3}, "Did you mean sink_frames"),
         ({"policy": "sink", "window_frames": 12}, "lacks sink_frames"),
-        ({"policy": "sink", "window_frames": 12.0, "sink_frames": 3}, "is a float; it must be a int"),
+        ({"policy": "sink", "window_frames": 12.0, "sink_frames": 3}, "is a float; int is wanted"),
         ({"policy": "sink", "window_frames": 12, "sink_frames": True}, "is a bool"),
         ({"policy": "sink", "window_frames": 12, "sink_frames": 3, "positions": "close"}, "not one of released"),
     ],

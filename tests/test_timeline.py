@@ -314,9 +314,9 @@ def test_bad_timelines_say_what_is_wrong(tmp_path: Path, text: str, words: str) 
 
 
 def test_bad_yaml_timelines_say_what_is_wrong(tmp_path: Path) -> None:
-    """The same for .yaml; a broken one is named, and extended prompts do not go with timelines."""
-    wanted = "a timeline is a list"
-    for text, words in (("a: 1", wanted), ("[1", "cannot be read as YAML"), ("", wanted)):
+    """The same for .yaml; a broken one is named with its line, and extended prompts do not go with timelines."""
+    wanted, deep = "a timeline is a list", ("[" * 3000, "nested too deeply")
+    for text, words in (("a: 1", wanted), ("[1", "t.yaml:1: not valid YAML"), ("", wanted), deep):
         with pytest.raises(ValueError, match=words):
             load(tmp_path / "t.yaml", text)
     (tmp_path / "long.txt").write_text("long\n")

@@ -231,6 +231,8 @@ def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
     """The layers of `path`: what it extends, from the first base on, then itself."""
     if path.resolve() in [file.resolve() for file in above]:
         raise ConfigError(f"extends goes in a circle: {' extends '.join(map(str, (*above, path)))}. Drop one of them.")
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder. Give one of its .yaml files.")
     if not path.is_file():
         known = [file.name for file in path.parent.glob("*.yaml")]
         user = f", though {above[-1]} extends it" if above else ""
@@ -250,11 +252,8 @@ def _read_file(path: Path) -> Layer:
             found = "is empty" if root is None else f"holds a {'list' if root.id == 'sequence' else 'single value'}"
             raise ConfigError(f"{path}: {found}; a config is lines of `key: value`, such as `extends: base.yaml`.")
         values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise ConfigError(f"{path}:{mark.line + 1}: not valid YAML: {error.problem.rstrip('.')}.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {_first_line(error)}.") from error
+        raise _no_yaml(path, error) from error
     where = {}
     for key, value in root.value:
         where[key.value] = f"{path}:{key.start_mark.line + 1}"
@@ -273,7 +272,8 @@ def _read_override(text: str) -> Layer:
     try:
         values = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
     except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
-        raise ConfigError(f"{name}: the value cannot be read as YAML: {_first_line(error)}.") from error
+        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else _first_line(error)
+        raise ConfigError(f"{name}: the value cannot be read as YAML: {problem.rstrip('.')}.") from error
     inner = [f"{group}.{key}" for group in GROUPS if isinstance(values.get(group), dict) for key in values[group]]
     return _normalised(Layer(name, values, dict.fromkeys([*values, *inner], name)))
 
@@ -352,8 +352,17 @@ def read_plain_yaml(path: Path) -> Any:
     """
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {_first_line(error)}.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise _no_yaml(path, error) from error
+
+
+def _no_yaml(path: Path, error: Exception) -> ConfigError:
+    """Why the file is no YAML, with the line where the parser knows it."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        return ConfigError(f"{path}:{mark.line + 1}: not valid YAML: {error.problem.rstrip('.')}.")
+    problem = error.strerror if isinstance(error, OSError) else _first_line(error)
+    return ConfigError(f"{path}: cannot be read as YAML: {problem}.")
 
 
 def load_structured(path: Path, schema: type, overrides: Sequence[str] = ()) -> Any:
@@ -363,11 +372,15 @@ def load_structured(path: Path, schema: type, overrides: Sequence[str] = ()) -> 
         ConfigError: the file cannot be read, or a key or value does not fit.
     """
     try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(schema), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)),
-        )
+        read = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise _no_yaml(path, error) from error
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), read, OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_object(merged)
-    except (OSError, TypeError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+    except (TypeError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        key, problem = getattr(error, "full_key", None), _first_line(error)
+        where = f"{path}: {key}" if key and str(key) not in problem else path
         raise ConfigError(
-            f"{path}: {_first_line(error)}. Keys and types are those of {schema.__module__}.{schema.__name__}."
+            f"{where}: {problem}. Keys and types are those of {schema.__module__}.{schema.__name__}."
         ) from error

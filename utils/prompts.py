@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+TABLE_SUFFIXES = (".json", ".csv", ".tsv")  # text, but a line is no prompt
 PROBE_BYTES = 1 << 16
 T = TypeVar("T")
 
@@ -128,6 +129,8 @@ def read_text_lines(path: Path) -> list[str]:
 
 
 def _read_bytes(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise PromptError(f"{path}: is no plain file. Write what comes from there into a .txt, one prompt a line")
     if not path.is_file():
         raise PromptError(_missing(path))
     try:
@@ -195,6 +198,8 @@ def _read_lines_of(path: Path, i2v: bool) -> list[_Line]:
         return _read_yaml(path)
     if path.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES and path.is_file():
         raise PromptError(f"{path}: is an image or video, not prompts. Add --i2v and --prompt 'text' to continue it")
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        raise PromptError(f"{path}: {path.suffix} is not read. Give a .txt with one prompt a line, a .jsonl or a .yaml")
     return _text_lines(path)
 
 

@@ -43,7 +43,10 @@ def run(options: argparse.Namespace) -> int:
     from evaluation.metrics.table import read_table, write_parquet
     from evaluation.metrics.videos import find_videos
     from pipeline.build import choose_device
+    from utils.config import ConfigError
 
+    if min([options.workers, *(options.chunk_frames or ())]) < 1:
+        raise ConfigError("--workers and --chunk_frames count from 1 on. Ask for 1 or more of each.")
     chunks = None if options.chunk_frames is None else ChunkLayout(*options.chunk_frames)
     videos = find_videos(options.folders, prompts=options.prompts, chunks=chunks)
     choices = Choices(str(choose_device(options.device)), options.weights, options.vlm)

@@ -277,7 +277,7 @@ def _check_type(key: str, value: Any, expected: Any) -> None:
         if value not in get_args(expected):
             raise ValueError(f"{key}={value!r} is not one of {', '.join(map(str, get_args(expected)))}.")
     elif type(value) is not expected:
-        raise ValueError(f"{key}={value!r} is a {type(value).__name__}; it must be a {expected.__name__}.")
+        raise ValueError(f"{key}={value!r} is a {type(value).__name__}; {expected.__name__} is wanted.")
 
 
 def check_range(key: str, value: int, low: int, high: int, reason: str) -> None:
