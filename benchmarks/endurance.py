@@ -15,6 +15,7 @@ from benchmarks.clock import Clock
 from benchmarks.cycles import Schedule
 from benchmarks.subject import Stages, Subject
 from benchmarks.summary import Speed, allocated_gib, cycle_means, read_memory, start_memory, summarise
+from pipeline.build import RunPlan
 
 EARLY_CHUNK = 40  # memory here is compared with that at the end
 
@@ -62,7 +63,7 @@ def endure(subject: Subject, schedule: Schedule, clock: Clock) -> Endurance:
         stages.append(made.stage_ms)
         allocated.append(allocated_gib(plan.device))
     speed = summarise(plan, "dit", subject.setting.batch, schedule, stages, [], read_memory(plan.device))
-    first, last = first_and_last_minute(subject, schedule, stages)
+    first, last = first_and_last_minute(plan, schedule, stages)
     return Endurance(
         speed=speed, first_minute_ms=first, last_minute_ms=last, last_over_first=last / first,
         all_finite=bool(finite), host_syncs_in_passes=0 if plan.device.type == "cuda" else None,
@@ -70,9 +71,9 @@ def endure(subject: Subject, schedule: Schedule, clock: Clock) -> Endurance:
     )
 
 
-def first_and_last_minute(subject: Subject, schedule: Schedule, stages: list[Stages]) -> tuple[float, float]:
+def first_and_last_minute(plan: RunPlan, schedule: Schedule, stages: list[Stages]) -> tuple[float, float]:
     """Median cycle of the first measured minute of video, and of the last; of a short video the same cycles."""
-    g = subject.plan.geometry
+    g = plan.geometry
     minute = 60 * g.fps / g.pixel_frames(g.chunk_frames, first=False)
     means = cycle_means(schedule, [sum(chunk.values()) for chunk in stages])
     begin, end = schedule.cycles[0].start, schedule.cycles[-1].stop

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 
@@ -24,7 +25,10 @@ from wan.kv_cache.policy import KVPolicy
 from wan.kv_cache.shape import CacheShape
 from wan.model import CausalWanModel
 from wan.recorder import CudaRecorder, Recorder
+from wan.tiny_vae import TinyVAE
 from wan.vae import WanVAE
+
+Decoder = TypeVar("Decoder", WanVAE, TinyVAE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +100,12 @@ class Acceleration:
             quantise_layers(model)
         model.accelerate(self.compiler)
 
-    def accelerate_decoder(self, vae: WanVAE, latents: int) -> WanVAE:
-        """The same VAE, whose decoder takes so many latent frames a call."""
+    def accelerate_decoder(self, decoder: Decoder, latents: int) -> Decoder:
+        """The same decoder, which takes so many latent frames a call."""
         if self.decoder:
-            on_gpu = vae.device.type == "cuda"
-            vae.accelerate(CudaRecorder(vae.device) if self.graphs and on_gpu else None, part_frames=latents)
-        return vae
+            on_gpu = decoder.device.type == "cuda"
+            decoder.accelerate(CudaRecorder(decoder.device) if self.graphs and on_gpu else None, part_frames=latents)
+        return decoder
 
 
 MODES: dict[str, Callable[..., Acceleration]] = {  # by what a user calls them

@@ -149,10 +149,10 @@ def decoder_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
     g = plan.geometry
     with torch.no_grad(), FastKernels(), LiveBytes() as live:
         if plan.tiny_decoder is None:
-            vae = WanVAE.skeleton(plan.spec.vae, plan.dtype)
-            decoder = plan.acceleration.accelerate_decoder(vae, plan.decoder_latents)
+            decoder = WanVAE.skeleton(plan.spec.vae, plan.dtype)
         else:
             decoder = TinyVAE.skeleton(plan.architecture.out_dim, plan.dtype)
+        plan.acceleration.accelerate_decoder(decoder, plan.decoder_latents)
         stream, weights = decoder.stream(), live.now
         live.restart()
         for _ in range(2):  # of the first chunk less is made

@@ -198,7 +198,7 @@ def test_first_and_last_minute(setting: Setting) -> None:
     plan = setting.changed("policy=self_forcing").plan(CPU)
     schedule, subject = schedule_of_seconds(plan, 180), Scripted(setting, schedule_of_cycles(plan, 12), [], "a")
     stages = [{"denoise": float(i)} for i in range(len(schedule.windows))]
-    first, last = first_and_last_minute(subject, schedule, stages)
+    first, last = first_and_last_minute(subject.plan, schedule, stages)
     assert first == schedule.steady.start + 39.5 and last == schedule.steady.stop - 40.5
 
 
@@ -307,6 +307,20 @@ def test_plot_draws_every_line(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Non
     drawn = {call.kwargs["label"]: call.args[:2] for call in axes.plot.call_args_list}
     assert drawn == lines and axes.set_xscale.called
     figure.savefig.assert_called_once_with(tmp_path / "plot.png", dpi=110)
+
+
+def test_stream_json(tmp_path, model: str) -> None:
+    """Times between finished chunks; no decoder, no stream."""
+    flags = ("stream", "--model", model, "--latencies", "2")
+    with pytest.raises(SystemExit):
+        run(tmp_path, *flags, "--measure", "dit")
+    result = run(tmp_path, *flags)["streamed"]
+    assert list(result) == ["wan_vae", "tiny_vae"]
+    for line in result.values():
+        speed = line["speed"]
+        assert speed["stage_ms"] == {"between": approx(speed["chunk_ms"]["mean"])} and speed["cycles"] == 12
+        assert (speed["first_pixel_frames"], speed["first_frames_ms"]["count"]) == (9, 2)
+        assert line["last_over_first"] == approx(line["last_minute_ms"] / line["first_minute_ms"])
 
 
 def test_exactness_and_endurance_json(tmp_path, model: str) -> None:

@@ -153,7 +153,7 @@ def test_auto_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> No
     assert memory.fit_memory(plan, "auto", 1).memory == FULL
     monkeypatch.setattr(memory, "device_bytes", lambda device: 8 * GIB)
     for name in ("auto", "12gb"):
-        with pytest.raises(ConfigError, match=r"8\.0 GiB.*full 18\.2.*24gb 12\.8.*12gb 9\.5.*--decoder taehv"):
+        with pytest.raises(ConfigError, match=r"8\.0 GiB.*full 18\.1.*24gb 12\.7.*12gb 9\.3.*--decoder taehv"):
             memory.fit_memory(plan, name, 1)
     monkeypatch.setattr(memory, "device_bytes", lambda device: 16 * GIB)
     with pytest.raises(ConfigError, match="Use --memory 24gb"):

@@ -1,6 +1,6 @@
 """Latents -> pixels with TAEHV: a decoder some 25 times cheaper than Wan's own, and approximate.
 
-It is causal, and all that it remembers is what each block saw one frame before: a stream decodes one latent frame
+It is causal, and all that it remembers is what each block saw one frame before: a stream decodes a few latent frames
 at a time, in memory that does not grow with the video. Encoding stays with the Wan VAE.
 
 Two files have this layout. They differ in the latents that they read, and nothing in them says which:
@@ -25,6 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wan.checkpoint import CheckpointError, check_fit, load_strictly, read_tensors
+from wan.recorder import Recorder
 from wan.stream import StreamDecoder
 from wan.vae_passes import Past
 
@@ -37,6 +38,7 @@ STAGES = ((256, 128, 1), (128, 64, 2), (64, 64, 2))  # channels, channels after 
 class TinyVAE:
     """A tiny decoder in the place of the Wan VAE's; the same streams, frame counts and value range."""
 
+    part_frames = 1       # latent frames a call
     temporal_stride = 4   # pixel frames a latent frame spans; the first latent frame spans one
     spatial_stride = 8    # pixels a latent spans along height, and along width
 
@@ -103,24 +105,24 @@ class TinyVAE:
         """On the meta device: shapes without data."""
         return cls(_network(latent_channels)["decoder"].to(dtype))
 
+    def accelerate(self, recorder: Recorder | None, *, part_frames: int) -> None:
+        """Decode so many latent frames a call; its kernels are few and large then, so that nothing is recorded."""
+        self.part_frames = part_frames
+
     def stream(self) -> StreamDecoder:
         """Start decoding a video. Any number of streams can share a decoder without touching each other."""
         return StreamDecoder(self)
-
-    @property
-    def part_frames(self) -> int:
-        return 1
 
     def new_past(self) -> Past:
         return {}
 
     def decode_part(self, latent: Tensor, past: Past) -> Tensor:
-        """[B, C, 1, h, w] normalised -> pixels [B, 3, 1 or 4, H, W] in [-1, 1]; `past` is advanced.
+        """[B, C, F, h, w] normalised -> pixels [B, 3, T, H, W] in [-1, 1]; `past` is advanced.
 
         The first latent frame makes four images as the others do, but stands for one pixel frame: the last.
         Returns: float32; of a float64 decoder, float64.
         """
-        z = latent.squeeze(2).to(self.device, self._wide)
+        z = latent.transpose(1, 2).flatten(0, 1).to(self.device, self._wide)
         if self._mean is not None and self._std is not None:
             z = z * self._std + self._mean
         x = (torch.tanh(z / BOUND) * BOUND).to(self.dtype, memory_format=torch.channels_last)
@@ -128,7 +130,7 @@ class TinyVAE:
         for layer in self._decoder:
             x = _remembering(layer, x, len(latent), past) if isinstance(layer, _Block) else layer(x)
         pixels = rearrange(x, "(b t) c h w -> b c t h w", b=len(latent))
-        pixels = pixels[:, :, -1:] if first else pixels
+        pixels = pixels[:, :, self.temporal_stride - 1:] if first else pixels
         return pixels.to(self._wide).clamp(0, 1) * 2 - 1
 
 
