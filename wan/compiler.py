@@ -71,7 +71,6 @@ def compiled(function: Function, dynamic: bool) -> Function:
     return torch.compile(function, fullgraph=True, dynamic=None if dynamic else False)
 
 
-
 def keep_compiled(folder: Path) -> None:
     """Keep compiled kernels in `folder`, so that the next process need not compile; the user's own choice wins."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
