@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 
 from benchmarks.cycles import Schedule
 from benchmarks.decoders import COUNTED
-from benchmarks.endurance import EARLY_CHUNK, first_and_last_minute
-from benchmarks.summary import Speed, allocated_gib, read_memory, start_memory, summarise
+from benchmarks.endurance import Steadiness
+from benchmarks.summary import allocated_gib, read_memory, start_memory, summarise
 from pipeline.build import RunPlan
 from pipeline.decoder import TinyDecoder
 from pipeline.engine import Engine, VideoRequest
@@ -22,19 +22,7 @@ from pipeline.overlap import FrameChunk
 PROMPT = "a prompt"  # weights are random, its embedding too
 
 
-@dataclass(frozen=True)
-class Streamed:
-    """Times are milliseconds a chunk, medians over cycles."""
-
-    speed: Speed
-    first_minute_ms: float             # of the measured cycles
-    last_minute_ms: float
-    last_over_first: float
-    early_allocated_gib: float | None  # after chunk EARLY_CHUNK, or the last
-    final_allocated_gib: float | None
-
-
-def measure_stream(plan: RunPlan, counted: str, batch: int, schedule: Schedule, latencies: int) -> Streamed:
+def measure_stream(plan: RunPlan, counted: str, batch: int, schedule: Schedule, latencies: int) -> Steadiness:
     """Build the engine, warm it up, time the first frames of `latencies` videos, then one whole video.
 
     Args: counted: a line of the table that decodes.
@@ -67,7 +55,4 @@ def measure_stream(plan: RunPlan, counted: str, batch: int, schedule: Schedule, 
         summarise(plan, counted, batch, schedule, stages, first, read_memory(plan.device)),
         counted=COUNTED[counted].words + ", as the engine streams them",
     )
-    early, late = first_and_last_minute(plan, schedule, stages)
-    return Streamed(
-        speed, early, late, late / early, allocated[min(EARLY_CHUNK, len(allocated) - 1)], allocated[-1],
-    )
+    return Steadiness.of(plan, schedule, speed, stages, allocated)

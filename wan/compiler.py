@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable)
+_BY_HAND: dict[Callable, str] = {}  # functions, and the module of their kernel
 SHAPES = 64  # variants of one function: first chunks, odd chunks and caches of several sizes in one process
 
 
@@ -34,7 +35,7 @@ def by_hand(module: str) -> Callable[[Function], Function]:
     """Mark a function of tensors: `module` has a Triton kernel of the same name that computes the same faster."""
 
     def mark(function: Function) -> Function:
-        function.by_hand = module
+        _BY_HAND[function] = module
         return function
 
     return mark
@@ -45,7 +46,7 @@ def inductor(function: Function, *, dynamic: bool = False) -> Function:
 
     Shared by all who compile the same function.
     """
-    return with_kernel(function, dynamic) if hasattr(function, "by_hand") else compiled(function, dynamic)
+    return with_kernel(function, dynamic) if function in _BY_HAND else compiled(function, dynamic)
 
 
 @cache
@@ -58,7 +59,7 @@ def with_kernel(function: Function, dynamic: bool) -> Function:
     def run(first: Tensor, *others: Any) -> Any:
         if not first.is_cuda or first.dtype == torch.float64:
             return compiled(function, dynamic)(first, *others)
-        return getattr(import_module(function.by_hand), function.__name__)(first, *others)
+        return getattr(import_module(_BY_HAND[function]), function.__name__)(first, *others)
 
     return run
 
