@@ -46,7 +46,7 @@ class Fp8Linear(nn.Module):
         if weight.shape[0] % UNIT or weight.shape[1] % UNIT or weight.dtype != torch.bfloat16:
             raise ValueError(
                 f"8-bit layers need bfloat16 weights and multiples of {UNIT} channels, got {weight.dtype} "
-                f"{list(weight.shape)}. Use --acceleration exact for this model."
+                f"{list(weight.shape)}. Leave fp8 out for this model."
             )
         values, scale = quantise(weight.detach())
         self.register_buffer("weight", values, persistent=False)
