@@ -92,7 +92,10 @@ class Acceleration:
     def cache(
         self, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, *, shared_window: bool = False,
     ) -> KVCache:
-        return KVCache(shape, geometry, policy, compiler=self.compiler, shared_window=shared_window)
+        compiler = self.compiler
+        if {shape.store_dtype, shape.window_dtype} != {None} and not _compiles_fp8(shape.device):
+            compiler = plain
+        return KVCache(shape, geometry, policy, compiler=compiler, shared_window=shared_window)
 
     def prepare(self, model: CausalWanModel) -> None:
         """Accelerate the model in place."""
@@ -114,11 +117,16 @@ MODES: dict[str, Callable[..., Acceleration]] = {  # by what a user calls them
 }
 
 
+def _compiles_fp8(device: torch.device) -> bool:
+    """Whether compiled kernels can read and write 8-bit floats; torch's own can everywhere."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+
+
 def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     """Raise ConfigError where layers in 8-bit floats cannot run; a processor runs them, slowly."""
     if dtype != torch.bfloat16:
         raise ConfigError(f"fp8 needs bfloat16, not {dtype}. Add --set dtype=bfloat16, or leave fp8 out.")
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+    if not _compiles_fp8(device):
         least = ".".join(map(str, LEAST_CAPABILITY))
         raise ConfigError(
             f"fp8 needs a GPU of compute capability {least} or newer, and {device} is an older one. "

@@ -5,6 +5,7 @@ Sizes come from the networks themselves, run on the meta device, where tensors h
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,8 @@ from wan.model import CausalWanModel
 from wan.stream import to_uint8
 from wan.tiny_vae import TinyVAE
 from wan.vae import WanVAE
+
+logger = logging.getLogger(__name__)
 
 META = torch.device("meta")
 RESERVE = 2**30  # of a GPU, for what no tensor shows: CUDA's context, libraries' work spaces, gaps between blocks
@@ -60,6 +63,11 @@ def fit_memory(plan: RunPlan, name: str, batch: int) -> RunPlan:
             return chosen
         needs[preset] = _need(chosen, batch)
         if needs[preset] <= there:
+            if name == "auto" and chosen.memory.narrow_store:
+                logger.warning(
+                    "%s has %s: to fit, what is remembered is kept in 8-bit floats, which is approximate (--memory %s)",
+                    plan.device, _gib(there), preset,
+                )
             return chosen
     needs = {other: needs.get(other) or _need(dataclasses.replace(plan, memory=PRESETS[other]), batch)
              for other in PRESETS}
@@ -185,4 +193,5 @@ def words(plan: RunPlan, batch: int) -> str:
     """The estimate as a line."""
     parts = estimate_bytes(plan, batch)
     listed = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())
-    return f"preset {plan.memory.name}: {_gib(needed_bytes(parts))} at most, by estimate: {listed}"
+    approximate = ", memories in 8-bit floats (approximate)" if plan.memory.narrow_store else ""
+    return f"preset {plan.memory.name}{approximate}: {_gib(needed_bytes(parts))} at most, by estimate: {listed}"

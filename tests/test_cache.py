@@ -20,16 +20,18 @@ from wan.rope import rotate_time, time_phase
 
 
 def test_store_keeps_exactly_what_it_is_told() -> None:
-    """Retain and append, against a Python list of tokens per sample."""
+    """Retain, with some that stay where they are and without, and append, against a list of tokens per sample."""
     generator = torch.Generator().manual_seed(0)
     store = KVStore(2, 40, 1, 4, torch.device("cpu"), torch.float64)
     lists: list[list[tuple]] = [[], []]
     for step in range(12):
         keys, values = torch.randn(2, 2, 7, 1, 4, generator=generator, dtype=torch.float64)
-        store.stage(keys * 0 - 1, values * 0 - 1)  # an earlier pass, overwritten
-        store.stage(keys, values)
+        for slots, new in zip(store.slots(7), (keys, values), strict=True):
+            slots.copy_(new)
         kept = min(store.length, 20)
-        retain = torch.stack([torch.randperm(store.length, generator=generator)[:kept].sort().values for _ in range(2)])
+        still = 3 if step % 2 else 0
+        others = [torch.randperm(store.length - still, generator=generator)[:kept - still].sort() for _ in range(2)]
+        retain = torch.stack([torch.cat([torch.arange(still), still + slots.values]) for slots in others])
         chosen = retain[:, 1:4] if kept > 4 else None
         for sample in range(2):
             tokens = lists[sample]
@@ -39,7 +41,7 @@ def test_store_keeps_exactly_what_it_is_told() -> None:
                     tokens[slot] = (key, value, origin, uses + 1)
             lists[sample] = [tokens[slot] for slot in retain[sample].tolist()]
             lists[sample] += [(keys[sample, i], values[sample, i], step, 0) for i in range(7)]
-        store.commit(retain=retain, chosen=chosen, origin=torch.full((7,), step, dtype=torch.int32))
+        store.commit(retain=retain, chosen=chosen, origin=torch.full((7,), step, dtype=torch.int32), still=still)
         for sample in range(2):
             assert store.length == len(lists[sample])
             for slot, (key, value, origin, uses) in enumerate(lists[sample]):

@@ -140,15 +140,19 @@ def test_parts_keep_the_decoder_small() -> None:
     assert sizes[1, 1][0] < sizes[3, 1][0] < sizes[3, 2][0] and len({now for _, now in sizes.values()}) == 1
 
 
-def test_auto_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the device's size: plenty, enough, less; too little names all that was tried."""
+def test_auto_takes_the_fastest_that_fits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By the device's size: plenty, enough, less (and said where that is approximate); too little names all."""
     plan = large_plan("full", exact=True)
     needs = {name: memory.needed_bytes(large_estimate(name)) for name in PRESETS}
     monkeypatch.setattr(memory, "estimate_bytes", lambda plan, batch: large_estimate(plan.memory.name))
     assert needs["full"] > needs["24gb"] > needs["12gb"]
     for name, need in needs.items():
         monkeypatch.setattr(memory, "device_bytes", lambda device, need=need: need)
+        caplog.clear()
         assert memory.fit_memory(plan, "auto", 1).memory.name == name
+        assert ("approximate (--memory 12gb)" in caplog.text) is PRESETS[name].narrow_store
     monkeypatch.setattr(memory, "device_bytes", lambda device: 80 * GIB)
     assert memory.fit_memory(plan, "auto", 1).memory == FULL
     monkeypatch.setattr(memory, "device_bytes", lambda device: 8 * GIB)

@@ -50,10 +50,13 @@ def inductor(function: Function, *, dynamic: bool = False) -> Function:
 
 @cache
 def with_kernel(function: Function, dynamic: bool) -> Function:
-    """The kernel for tensors on a GPU, and what torch.compile makes of the function for others."""
+    """The kernel for tensors on a GPU, and what torch.compile makes of the function for others.
+
+    Kernels compute in float32, which is not enough for float64.
+    """
 
     def run(first: Tensor, *others: Any) -> Any:
-        if not first.is_cuda:
+        if not first.is_cuda or first.dtype == torch.float64:
             return compiled(function, dynamic)(first, *others)
         return getattr(import_module(function.by_hand), function.__name__)(first, *others)
 
@@ -66,7 +69,6 @@ def compiled(function: Function, dynamic: bool) -> Function:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     import_module("wan.whole_rows").prefer_whole_rows()  # only now: the compiler takes seconds to import
     return torch.compile(function, fullgraph=True, dynamic=None if dynamic else False)
-
 
 
 def keep_compiled(folder: Path) -> None:

@@ -10,6 +10,7 @@ M tokens, K channels in, N channels out.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from wan.model import Block, CausalWanModel
 
 FP8 = torch.float8_e4m3fn
 MOST = torch.finfo(FP8).max
+HAS_TRITON = find_spec("triton") is not None
 UNIT = 16  # what the kernels want K and N to be multiples of
 LEAST_CAPABILITY = (8, 9)  # of a CUDA device: the first with such kernels
 # Of each block. The rest (embeddings, modulation, head, the text's keys and values) is little work.
@@ -86,7 +88,7 @@ class Fp8MLP(nn.Sequential):
 @torch.library.custom_op("deep_forcing::gelu_quantise", mutates_args=())
 def gelu_quantise(product: Tensor, rows: Tensor, columns: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """GELU (tanh) of product [M, K] * rows [M, 1] * columns [1, K] + bias [K], as `quantise` gives it."""
-    if product.is_cuda:
+    if product.is_cuda and HAS_TRITON:
         return import_module("wan.fp8_triton").gelu_quantise(product, rows, columns, bias)
     return quantise(F.gelu(product.float() * (rows * columns) + bias, approximate="tanh"))
 

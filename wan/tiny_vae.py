@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from wan.checkpoint import CheckpointError, check_fit, load_strictly, read_tensors
 from wan.recorder import Recorder
+from wan.stacking import Sum, load_kernels
 from wan.stream import StreamDecoder
 from wan.vae_passes import Past
 
@@ -161,7 +162,7 @@ class _Block(nn.Module):
 
 
 class _Grow(nn.Module):
-    """Each image becomes `frames` images in a row, twice as high and wide.
+    """Each image becomes `frames` images in a row, twice as high and wide, in one pass over memory.
 
     The convolution looks at single pixels, so it may run before they are doubled, at a quarter of the cost.
     """
@@ -172,8 +173,8 @@ class _Grow(nn.Module):
         self.conv = nn.Conv2d(width, width * frames, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = rearrange(self.conv(x), "n (t c) h w -> (n t) c h w", t=self.frames)
-        return F.interpolate(x.contiguous(memory_format=torch.channels_last), scale_factor=2, mode="nearest")
+        images = self.conv(x).permute(0, 2, 3, 1).contiguous().unsqueeze(1)  # [N, 1, h, w, t c]
+        return load_kernels(x.device).spread(Sum(images), self.frames).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def _remembering(block: _Block, x: Tensor, clips: int, past: Past) -> Tensor:

@@ -77,11 +77,6 @@ class KVStore:
         """Where the chunk's `new` keys and values [B, L, H, D] are staged: beyond `length`."""
         return self.keys[:, self.length:self.length + new], self.values[:, self.length:self.length + new]
 
-    def stage(self, keys: Tensor, values: Tensor) -> None:
-        """Write the chunk's [B, L, H, D] beyond `length`; a later call overwrites an earlier one."""
-        for slots, new in zip(self.slots(keys.shape[1]), (keys, values), strict=True):
-            write(slots, new)
-
     def commit(self, *, retain: Tensor, chosen: Tensor | None, origin: Tensor, still: int = 0) -> None:
         """Keep `retain`, count `chosen`, append the staged tokens.
 
