@@ -129,8 +129,7 @@ def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     if not _compiles_fp8(device):
         least = ".".join(map(str, LEAST_CAPABILITY))
         raise ConfigError(
-            f"fp8 needs a GPU of compute capability {least} or newer, and {device} is an older one. "
-            "Leave fp8 out."
+            f"fp8 needs a GPU of compute capability {least} or newer, and {device} is an older one. Leave fp8 out."
         )
 
 
