@@ -6,17 +6,18 @@ Exit status: 0 all videos are there, 1 some failed (listed at the end), 2 bad in
 """
 from __future__ import annotations
 
-import argparse
-import logging
 import signal
-import sys
-from pathlib import Path
-from typing import NoReturn
 
 if __name__ == "__main__":  # the imports below take seconds: Ctrl-C ends them at once, without a trace
     at_interrupt = signal.getsignal(signal.SIGINT)
     if at_interrupt is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 

@@ -100,9 +100,15 @@ class Setting:
         if self.resolution is not None:
             height, width = self.resolution.split("x")
             flags += [f"height={height}", f"width={width}"]
+        path = REPOSITORY / "configs" / f"{self.policy}.yaml"
+        if self.policy in policy_fields() and not path.is_file():
+            raise ConfigError(
+                f"--policy {self.policy}: the flag names a YAML of configs/ here, and this is a cache policy alone. "
+                f"Use such a name, or --set kv_cache.policy={self.policy}."
+            )
         default = f"model={REAL if device.type == 'cuda' else EMBEDDED}"
         config = load_config(
-            REPOSITORY / "configs" / f"{self.policy}.yaml", policy_fields=policy_fields(), build_policy=build_policy,
+            path, policy_fields=policy_fields(), build_policy=build_policy,
             overrides=[default, *self.overrides, *flags],
         )
         if config.pipeline != "chunkwise":

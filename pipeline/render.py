@@ -23,7 +23,7 @@ from utils.config import ConfigError
 from utils.files import BeingWrittenError
 from utils.hashing import fingerprint, sha256_file
 from utils.interrupt import StopRequest
-from utils.outputs import OutputFolder, video_stem
+from utils.outputs import ManifestError, OutputFolder, video_stem
 from utils.profiling import StageClock, peak_memory_bytes, reset_peak_memory
 from utils.progress import VideoProgress
 from utils.prompts import PromptItem
@@ -181,6 +181,7 @@ def render(
     A video that another process is making is left to it, and waited for at the end: made here if that one fails.
     """
     summary, queue, told = Summary(), deque(batches(jobs, batch_size)), set()
+    unlisted: dict[str, str] = {}  # there and recorded, but the manifest could not take their line
     with StopRequest() as stop:
         while queue and not summary.interrupted:
             batch = [job for job in queue.popleft() if not is_finished(folder, job)]  # another run may have made it
@@ -197,6 +198,8 @@ def render(
                 time.sleep(WAIT_S)
             except Exception as error:
                 why = reason(error)
+                if isinstance(error, ManifestError):
+                    unlisted |= {job.stem: why for job in batch if is_finished(folder, job)}
                 trace = logger.isEnabledFor(logging.DEBUG)
                 logger.error("%s failed: %s", ", ".join(job.stem for job in batch), why, exc_info=trace)
             if why is not None:
@@ -212,6 +215,7 @@ def render(
     for job in jobs:
         if job.stem in summary.failed and is_finished(folder, job):  # another run was making it
             del summary.failed[job.stem]
+    summary.failed |= unlisted
     return summary
 
 

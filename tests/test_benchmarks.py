@@ -340,6 +340,7 @@ def test_exactness_and_endurance_json(tmp_path, model: str) -> None:
 @pytest.mark.parametrize(("flags", "message"), [
     ("speed --policy full", "never forgets"),
     ("speed --policy deep_forcin", "Did you mean deep_forcing"),
+    ("speed --policy participative", "--set kv_cache.policy=participative"),
     ("speed --policy rolling_forcing", "Choose a config whose pipeline is chunkwise"),
     ("speed --attention flush", "attention=flush is unknown. Known: auto, fa3"),
     ("speed --resolution 480", "HEIGHTxWIDTH"),
@@ -353,8 +354,7 @@ def test_exactness_and_endurance_json(tmp_path, model: str) -> None:
     ("speed --compare attention=sdpa attention", "'attention' is no setting"),
     ("speed --compare batch=two batch=1", "no whole number"),
     ("speed --device tpu", "--device tpu"),
-    ("sweep --over window --windows 3", "no window of 3 frames fits"),
-    ("sweep --lengths 5", "Ask for"),
+    ("sweep --over window --windows 3", "no window of 3 frames fits"), ("sweep --lengths 5", "Ask for"),
     ("exactness", "float32 is what errors are measured against"),
     ("exactness --every 0", "--every 0"),
     ("exactness --compare window=21 window=24", "Add --free_running"),

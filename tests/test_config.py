@@ -201,7 +201,7 @@ warp_denoising_step: true
 num_train_timestep: 1000
 timestep_shift: 5.0
 guidance_scale: 3.0
-wandb_project: anything
+wandb_project: ???
 lr: 2.0e-06
 beta1: 0.0
 ema_weight: 0.99

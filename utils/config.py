@@ -37,6 +37,7 @@ from utils.config_schema import (
     checked,
     is_training_key,
     nearest,
+    refuse_open,
     refuse_unknown,
     rules_of,
     setting,
@@ -279,12 +280,14 @@ def _read_override(text: str) -> Layer:
 
 
 def _normalised(layer: Layer) -> Layer:
-    """`layer` without empty groups, and with upstream's model_kwargs.timestep_shift as timestep_shift."""
+    """`layer` without an empty model_kwargs, and with its timestep_shift as timestep_shift."""
+    refuse_open(layer)
     values, where = dict(layer.values), dict(layer.where)
     for key in GROUPS:
-        if key in values and not isinstance(values[key], dict | None):
-            raise ConfigError(f"{layer.at(key)}: {key}={values[key]!r} is not allowed. Allowed: a group of keys.")
-        if key in values and not values[key]:
+        may_be_empty = key == "model_kwargs" and not layer.name.startswith("--set ")  # as in files of upstream
+        if key in values and not (values[key] and isinstance(values[key], dict)):
+            if not may_be_empty or values[key] not in (None, {}):
+                raise ConfigError(f"{layer.at(key)}: {key}={values[key]!r} is not allowed. Allowed: a group of keys.")
             del values[key]
     kwargs = dict(values.get("model_kwargs", {}))
     if "timestep_shift" in kwargs:
@@ -344,14 +347,22 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def read_plain_yaml(path: Path) -> Any:
-    """What stands in the YAML at `path`, as plain data.
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, instead of taking the last."""
 
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"found duplicate key {key.value}", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def read_plain_yaml(path: Path) -> Any:
+    """What stands in the YAML at `path`, as plain data. Raises: ConfigError, if it cannot be read."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise _no_yaml(path, error) from error
 

@@ -271,9 +271,21 @@ def _timeline(entries: object, where: str) -> _Line:
 
 def _json_record(path: Path, number: int, line: str) -> object:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=_unique)
+    except PromptError as error:
+        raise PromptError(f"{path}: line {number}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise PromptError(f"{path}: line {number} is not JSON: {error}. Write one object a line") from error
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; PromptError for a key that stands there twice, of which only the last would count."""
+    record: dict[str, object] = {}
+    for key, value in pairs:
+        if key in record:
+            raise PromptError(f"{key!r} stands there twice. Keep one, or give each its own line")
+        record[key] = value
+    return record
 
 
 def _json_line(path: Path, number: int, record: object) -> _Line:

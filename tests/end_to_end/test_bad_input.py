@@ -77,6 +77,7 @@ def expect(said: str, *words: str) -> None:
         (["--seconds", "nan"], ["--seconds nan is no length"]),
         (["--seconds", "1e308"], ["--seconds 1e+308 is no length"]),
         (["--seconds", 5, *SHORT], ["--num_output_frames", "not allowed with", "--seconds"]),
+        (["--policy", "deep_sink"], ["--policy deep_sink", "Use --config_path configs/deep_sink.yaml"]),
         (["--policy", "particpative"], ["'particpative' is unknown", "Did you mean participative?"]),
         (["--policy", "rolling", "--Budget", 16], ["--Budget 16", "policy rolling does not have", "Drop --Budget"]),
         (["--Budget", 12, "--Recent", 4], ["need 14 frames", "exceeds budget_frames=12"]),

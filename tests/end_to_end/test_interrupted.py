@@ -280,16 +280,34 @@ def test_failures_of_every_video_are_listed(cli: CommandLine):
     assert is_whole(folder, 2)
 
 
-def test_failed_record_leaves_nothing_that_looks_finished(cli: CommandLine, monkeypatch: pytest.MonkeyPatch):
+def test_failed_record_leaves_nothing_that_looks_finished(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch, caplog,
+):
     """The disk fills up between the video and its sidecar: the video does not count, and is redone."""
     with monkeypatch.context() as patch:
         patch.setattr(utils.outputs, "write_atomically", disk_full)
         patch.setattr(utils.outputs.OutputFolder, "__init__", unprobed)
         assert cli("--prompt", PROMPTS[0], "--num_output_frames", 3) == 1
     folder = cli.folder / "videos"
-    assert not list(folder.glob("*.json")) and [line["status"] for line in manifest(folder)] == ["failed"]
+    assert not list(folder.glob("*.json"))
+    [line] = manifest(folder)
+    assert line["status"] == "failed" and "No space left" in line["error"]
+    assert f"{line['video'].removesuffix('.mp4')}.json cannot be written" in line["error"]
+    assert "Make room" in line["error"] and f"failed: {line['video'][:-4]}: {line['error']}" in caplog.messages
     assert cli("--prompt", PROMPTS[0], "--num_output_frames", 3) == 0
     assert is_whole(folder, 1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_manifest_that_takes_no_line_is_a_failure(cli: CommandLine, caplog, batch_size: int):
+    """A folder stands in its place: status 1, every video named once with the reason, though all are there."""
+    (cli.folder / "videos" / "manifest.jsonl").mkdir(parents=True)
+    command = ["--data_path", cli.prompts(*PROMPTS), "--num_output_frames", 3, "--save_with_index"]
+    assert cli(*command, "--batch_size", batch_size) == 1
+    assert len(videos(cli.folder / "videos")) == len(list((cli.folder / "videos").glob("*.json"))) == 3
+    said = [line for line in caplog.messages if line.startswith("failed: ")]
+    assert [line.partition("-0: ")[0] for line in said] == [f"failed: {number:04d}" for number in range(3)]
+    assert all("manifest.jsonl cannot be added to: Is a directory" in line and "Errno" not in line for line in said)
 
 
 def unprobed(self: utils.outputs.OutputFolder, folder: Path, *, overwrite: bool) -> None:
