@@ -77,7 +77,7 @@ def _task(tasks: argparse._SubParsersAction, name: str, words: str) -> argparse.
     add("--graphs", default="auto", help=f"CUDA graphs: {', '.join(SWITCH)} (default %(default)s)")
     add("--decoder", default="auto", help=f"the Wan VAE's fast decoder: {', '.join(SWITCH)} (default %(default)s)")
     add("--overlap", default="auto", help=f"decoding beside the transformer: {', '.join(SWITCH)} (default %(default)s)")
-    add("--fp8", choices=("on", "off"), default="off", help="linear layers in 8-bit floats (default %(default)s)")
+    add("--fp8", choices=("on", "off"), default="off", help="8-bit layers and attention (default %(default)s)")
     add("--memory", default="full", help=f"{', '.join(PRESETS)}: what lives where (default %(default)s)")
     add("--attention", default="auto", help=f"kernel: {', '.join(ATTENTION)} (default %(default)s)")
     add("--resolution", metavar="HxW", help="height x width in pixels, such as 480x832 (default: the model's own)")

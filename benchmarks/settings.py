@@ -39,7 +39,7 @@ class Setting:
     graphs: str = "auto"              # a key of SWITCH: CUDA graphs
     decoder: str = "auto"             # a key of SWITCH: the Wan VAE's fast decoder
     overlap: str = "auto"             # a key of SWITCH: frames made beside the transformer, in Engine.stream
-    fp8: str = "off"                  # on or off: linear layers in 8-bit floats
+    fp8: str = "off"                  # on or off: linear layers, and attention by FA3, in 8-bit floats
     memory: str = "full"              # a preset, or auto for the fastest that fits
     resolution: str | None = None     # HEIGHTxWIDTH in pixels; None: the model's own
     batch: int = 1                    # videos made side by side
