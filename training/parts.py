@@ -86,8 +86,8 @@ def make_tokenizer(words: list[str]) -> Tokenizer:
 def make_text_encoder(settings: TextSettings, text_dim: int, vocabulary: int) -> UMT5EncoderModel:
     """A small umT5 encoder whose heads look, in turn, at the word before, the word after, all before, anywhere.
 
-    Words have no other order than the bias of their distance. Begun at nearly zero it is learned slowly, and which colour
-    is whose, or which shape comes first, with it; so it begins as slopes do in ALiBi (arXiv:2108.12409).
+    Words have no other order than the bias of their distance. Begun at nearly zero, it is learned slowly, and with
+    it which colour is whose and which shape comes first; so it begins as slopes do in ALiBi (arXiv:2108.12409).
     """
     config = UMT5Config(
         vocab_size=vocabulary, d_model=text_dim, d_kv=text_dim // settings.heads, d_ff=settings.ffn_dim,
