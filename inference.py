@@ -6,17 +6,18 @@ Exit status: 0 all videos are there, 1 some failed (listed at the end), 2 bad in
 """
 from __future__ import annotations
 
-import argparse
-import logging
 import signal
-import sys
-from pathlib import Path
-from typing import NoReturn
 
 if __name__ == "__main__":  # the imports below take seconds: Ctrl-C ends them at once, without a trace
     at_interrupt = signal.getsignal(signal.SIGINT)
     if at_interrupt is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -84,9 +85,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--vae_device", default="auto", help="where the VAE works, such as cuda:1 (default: as --device)")
     add("--attention", choices=BACKENDS, default="auto", help="attention kernel (default: the fastest that is there)")
-    add("--acceleration", choices=tuple(MODES), default="auto",
-        help="eager: plain passes; exact: compiled parts and CUDA graphs, the same results; fp8: "
-        "that and 8-bit linear layers, approximate (default: eager)")
+    add("--acceleration", choices=tuple(MODES), default="exact",
+        help="on a GPU: exact: compiled parts and CUDA graphs, the same results; fp8: that, and linear layers and "
+        "attention in 8-bit floats, approximate; eager: plain passes (default %(default)s)")
     add("--memory", choices=PRESETS, default="auto", help="what lives where (default: the fastest that fits)")
     add("--overwrite", action="store_true", help="redo finished videos (default: skip them)")
     add("--dry_run", action="store_true", help="print what would be done and stop")

@@ -1,6 +1,7 @@
 """Speed, memory and error, with random weights: timings do not depend on them.
 
     python -m benchmarks speed --policy deep_forcing --output speed.json
+    python -m benchmarks stream --seconds 600
     python -m benchmarks speed --policy deep_sink --compare kv_cache.window_frames=21 kv_cache.window_frames=15
     python -m benchmarks sweep --policy self_forcing --measure dit --lengths 5 60 600
     python -m benchmarks exactness --seconds 60
@@ -19,6 +20,7 @@ import shlex
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -72,6 +74,23 @@ def run_speed(options: argparse.Namespace, base: Setting, device: torch.device) 
             "compared": options.compare, "settings": described, "measured": lines,
         }
     return speed_table(lines), {"setting": described[0], "measured": lines}
+
+
+def run_stream(options: argparse.Namespace, base: Setting, device: torch.device) -> Result:
+    if options.latencies < 1:
+        raise ConfigError(f"--latencies {options.latencies} is too small. Ask for 1 or more.")
+    plan = base.plan(device)
+    schedule, lines = _schedule(options, plan), {}
+    measure_stream = import_module("benchmarks.stream").measure_stream  # needs video codecs, which nothing else does
+    for counted in options.measure:
+        logger.info("%s: %d chunks, after a warm-up", counted, len(schedule.windows))
+        lines[counted] = measure_stream(plan, counted, base.batch, schedule, options.latencies)
+    words = [
+        f"{name}: first minute {line.first_minute_ms:.1f} ms, last {line.last_minute_ms:.1f} ms a chunk: "
+        f"{line.last_over_first:.4f}" for name, line in lines.items()
+    ]
+    table = speed_table({name: line.speed for name, line in lines.items()})
+    return "\n".join([table, *words]), {"setting": base.describe(plan), "streamed": lines}
 
 
 def run_sweep(options: argparse.Namespace, base: Setting, device: torch.device) -> Result:
@@ -176,8 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; bad input is an error on stderr and exit status 2."""
     options = parse_arguments(__doc__, arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    tasks = {"speed": run_speed, "sweep": run_sweep, "exactness": run_exactness, "endurance": run_endurance,
-             "memory": run_memory}
+    tasks = {"speed": run_speed, "stream": run_stream, "sweep": run_sweep, "exactness": run_exactness,
+             "endurance": run_endurance, "memory": run_memory}
     begin = time.perf_counter()
     try:
         device = choose_device(options.device)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.cycles import LEAST_CYCLES
@@ -20,11 +21,12 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
     tasks = parser.add_subparsers(dest="task", required=True)
     speed = _task(tasks, "speed", "time of a chunk, first frames, memory")
     _add_measure(speed)
-    length = speed.add_mutually_exclusive_group()
-    length.add_argument("--cycles", type=int, help=f"prune cycles to measure, at least {LEAST_CYCLES} (the default)")
-    length.add_argument("--seconds", type=float, help="length of the video whose whole cycles are measured")
-    speed.add_argument("--latencies", type=int, default=5, help="times to time first frames (default %(default)s)")
+    _add_length(speed)
     _add_compare(speed, "two settings that take turns, cycle by cycle")
+
+    stream = _task(tasks, "stream", "the engine's own stream: frames a second as a consumer sees them")
+    _add_measure(stream, without=("dit",))
+    _add_length(stream)
 
     sweep = _task(tasks, "sweep", "speed over length and window size, with a plot")
     _add_measure(sweep)
@@ -75,7 +77,7 @@ def _task(tasks: argparse._SubParsersAction, name: str, words: str) -> argparse.
     add("--graphs", default="auto", help=f"CUDA graphs: {', '.join(SWITCH)} (default %(default)s)")
     add("--decoder", default="auto", help=f"the Wan VAE's fast decoder: {', '.join(SWITCH)} (default %(default)s)")
     add("--overlap", default="auto", help=f"decoding beside the transformer: {', '.join(SWITCH)} (default %(default)s)")
-    add("--fp8", choices=("on", "off"), default="off", help="linear layers in 8-bit floats (default %(default)s)")
+    add("--fp8", choices=("on", "off"), default="off", help="8-bit layers and attention (default %(default)s)")
     add("--memory", default="full", help=f"{', '.join(PRESETS)}: what lives where (default %(default)s)")
     add("--attention", default="auto", help=f"kernel: {', '.join(ATTENTION)} (default %(default)s)")
     add("--resolution", metavar="HxW", help="height x width in pixels, such as 480x832 (default: the model's own)")
@@ -86,9 +88,17 @@ def _task(tasks: argparse._SubParsersAction, name: str, words: str) -> argparse.
     return parser
 
 
-def _add_measure(parser: argparse.ArgumentParser) -> None:
-    words = "; ".join(f"{name}: {counted.words}" for name, counted in COUNTED.items())
-    parser.add_argument("--measure", nargs="+", choices=COUNTED, default=list(COUNTED), help=f"{words} (default: all)")
+def _add_measure(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    known = {name: counted.words for name, counted in COUNTED.items() if name not in without}
+    words = "; ".join(f"{name}: {what}" for name, what in known.items())
+    parser.add_argument("--measure", nargs="+", choices=known, default=list(known), help=f"{words} (default: all)")
+
+
+def _add_length(parser: argparse.ArgumentParser) -> None:
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--cycles", type=int, help=f"prune cycles to measure, at least {LEAST_CYCLES} (the default)")
+    length.add_argument("--seconds", type=float, help="length of the video whose whole cycles are measured")
+    parser.add_argument("--latencies", type=int, default=5, help="times to time first frames (default %(default)s)")
 
 
 def _add_compare(parser: argparse.ArgumentParser, words: str) -> None:

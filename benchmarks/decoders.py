@@ -48,7 +48,8 @@ def load_wan_vae(plan: RunPlan) -> OpenStream:
 
 
 def load_tiny_vae(plan: RunPlan) -> OpenStream:
-    return _opener(TinyVAE.random(plan.architecture.out_dim, device=plan.device, dtype=plan.dtype, seed=0))
+    vae = TinyVAE.random(plan.architecture.out_dim, device=plan.device, dtype=plan.dtype, seed=0)
+    return _opener(plan.acceleration.accelerate_decoder(vae, plan.decoder_latents))
 
 
 COUNTED = {

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 
@@ -15,22 +16,42 @@ from benchmarks.clock import Clock
 from benchmarks.cycles import Schedule
 from benchmarks.subject import Stages, Subject
 from benchmarks.summary import Speed, allocated_gib, cycle_means, read_memory, start_memory, summarise
+from pipeline.build import RunPlan
 
 EARLY_CHUNK = 40  # memory here is compared with that at the end
 
 
-@dataclass(frozen=True)
-class Endurance:
+@dataclass(frozen=True, kw_only=True)
+class Steadiness:
     """Times are milliseconds a chunk, medians over cycles."""
 
     speed: Speed
-    first_minute_ms: float           # of the measured cycles
+    first_minute_ms: float             # of the measured cycles
     last_minute_ms: float
     last_over_first: float
+    early_allocated_gib: float | None  # after chunk EARLY_CHUNK, or the last
+    final_allocated_gib: float | None
+
+    @classmethod
+    def of(
+        cls, plan: RunPlan, schedule: Schedule, speed: Speed, stages: list[Stages], allocated: list[float | None],
+        **more: Any,
+    ) -> Self:
+        """From the stages of every chunk and what was allocated after each."""
+        first, last = first_and_last_minute(plan, schedule, stages)
+        return cls(
+            speed=speed, first_minute_ms=first, last_minute_ms=last, last_over_first=last / first,
+            early_allocated_gib=allocated[min(EARLY_CHUNK, len(allocated) - 1)], final_allocated_gib=allocated[-1],
+            **more,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endurance(Steadiness):
+    """Of the transformer alone."""
+
     all_finite: bool
     host_syncs_in_passes: int | None  # 0: one would have ended the run; None: only a GPU can tell
-    early_allocated_gib: float | None  # after chunk EARLY_CHUNK
-    final_allocated_gib: float | None
 
 
 @contextmanager
@@ -62,17 +83,15 @@ def endure(subject: Subject, schedule: Schedule, clock: Clock) -> Endurance:
         stages.append(made.stage_ms)
         allocated.append(allocated_gib(plan.device))
     speed = summarise(plan, "dit", subject.setting.batch, schedule, stages, [], read_memory(plan.device))
-    first, last = first_and_last_minute(subject, schedule, stages)
-    return Endurance(
-        speed=speed, first_minute_ms=first, last_minute_ms=last, last_over_first=last / first,
+    return Endurance.of(
+        plan, schedule, speed, stages, allocated,
         all_finite=bool(finite), host_syncs_in_passes=0 if plan.device.type == "cuda" else None,
-        early_allocated_gib=allocated[min(EARLY_CHUNK, len(allocated) - 1)], final_allocated_gib=allocated[-1],
     )
 
 
-def first_and_last_minute(subject: Subject, schedule: Schedule, stages: list[Stages]) -> tuple[float, float]:
+def first_and_last_minute(plan: RunPlan, schedule: Schedule, stages: list[Stages]) -> tuple[float, float]:
     """Median cycle of the first measured minute of video, and of the last; of a short video the same cycles."""
-    g = subject.plan.geometry
+    g = plan.geometry
     minute = 60 * g.fps / g.pixel_frames(g.chunk_frames, first=False)
     means = cycle_means(schedule, [sum(chunk.values()) for chunk in stages])
     begin, end = schedule.cycles[0].start, schedule.cycles[-1].stop

@@ -63,7 +63,7 @@ def measure_memory(subject: Subject, schedule: Schedule, clock: Clock) -> Memory
             times[name].append(clock.ms(begin, end))
     nbytes = cache.nbytes()
     chunk_ms = Spread.of([sum(stages[i].values()) for i in schedule.steady if i < last])
-    first, final = first_and_last_minute(subject, schedule.first(len(schedule.cycles) - 1), stages)
+    first, final = first_and_last_minute(plan, schedule.first(len(schedule.cycles) - 1), stages)
     medians = {name: statistics.median(ms) for name, ms in times.items()}
     medians["rotation"] = medians["window"] - medians["gather"]
     tokens = plan.geometry.frame_tokens

@@ -39,7 +39,7 @@ class Setting:
     graphs: str = "auto"              # a key of SWITCH: CUDA graphs
     decoder: str = "auto"             # a key of SWITCH: the Wan VAE's fast decoder
     overlap: str = "auto"             # a key of SWITCH: frames made beside the transformer, in Engine.stream
-    fp8: str = "off"                  # on or off: linear layers in 8-bit floats
+    fp8: str = "off"                  # on or off: linear layers, and attention by FA3, in 8-bit floats
     memory: str = "full"              # a preset, or auto for the fastest that fits
     resolution: str | None = None     # HEIGHTxWIDTH in pixels; None: the model's own
     batch: int = 1                    # videos made side by side
@@ -100,9 +100,15 @@ class Setting:
         if self.resolution is not None:
             height, width = self.resolution.split("x")
             flags += [f"height={height}", f"width={width}"]
+        path = REPOSITORY / "configs" / f"{self.policy}.yaml"
+        if self.policy in policy_fields() and not path.is_file():
+            raise ConfigError(
+                f"--policy {self.policy}: the flag names a YAML of configs/ here, and this is a cache policy alone. "
+                f"Use such a name, or --set kv_cache.policy={self.policy}."
+            )
         default = f"model={REAL if device.type == 'cuda' else EMBEDDED}"
         config = load_config(
-            REPOSITORY / "configs" / f"{self.policy}.yaml", policy_fields=policy_fields(), build_policy=build_policy,
+            path, policy_fields=policy_fields(), build_policy=build_policy,
             overrides=[default, *self.overrides, *flags],
         )
         if config.pipeline != "chunkwise":

@@ -24,8 +24,8 @@ from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.sampler import FewStepSampler, schedule
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.cache import KVCache
-from wan.kv_cache.layer import CacheShape
 from wan.kv_cache.policy import build_policy
+from wan.kv_cache.shape import CacheShape
 from wan.model import CausalWanModel, WanConfig
 from wan.text_encoder import TextEncoder
 from wan.vae import WanVAE

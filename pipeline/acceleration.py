@@ -10,21 +10,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 
 from utils.config import ConfigError
 from utils.files import user_cache_dir
-from wan.backends import AttentionBackend, load_backend
+from wan.backends import FP8_BACKENDS, AttentionBackend, load_backend
 from wan.compiler import Compiler, inductor, keep_compiled, plain
 from wan.fp8 import LEAST_CAPABILITY, quantise_layers
 from wan.geometry import VideoGeometry
 from wan.kv_cache.cache import KVCache
-from wan.kv_cache.layer import CacheShape
 from wan.kv_cache.policy import KVPolicy
+from wan.kv_cache.shape import CacheShape
 from wan.model import CausalWanModel
 from wan.recorder import CudaRecorder, Recorder
+from wan.tiny_vae import TinyVAE
 from wan.vae import WanVAE
+
+Decoder = TypeVar("Decoder", WanVAE, TinyVAE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,7 @@ class Acceleration:
     graphs: bool | None = None    # CUDA graphs for whole chunks
     decoder: bool | None = None   # fused passes of the VAE's decoder, a chunk at a time
     overlap: bool | None = None   # frames of a chunk are made while the transformer works on the next
-    fp8: bool = False             # linear layers in 8-bit floats: approximate
+    fp8: bool = False             # linear layers, and attention where a kernel can, in 8-bit floats: approximate
 
     @classmethod
     def eager(cls, attention: str = "auto") -> Acceleration:
@@ -66,6 +70,10 @@ class Acceleration:
             overlap=on_gpu if self.overlap is None else self.overlap, fp8=self.fp8,
         )
 
+    @property
+    def fp8_attention(self) -> bool:
+        return self.fp8 and self.attention in FP8_BACKENDS
+
     def backend(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
         return load_backend(self.attention, device, dtype, head_dim)[1]
 
@@ -84,7 +92,10 @@ class Acceleration:
     def cache(
         self, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, *, shared_window: bool = False,
     ) -> KVCache:
-        return KVCache(shape, geometry, policy, compiler=self.compiler, shared_window=shared_window)
+        compiler = self.compiler
+        if {shape.store_dtype, shape.window_dtype} != {None} and not _compiles_fp8(shape.device):
+            compiler = plain
+        return KVCache(shape, geometry, policy, compiler=compiler, shared_window=shared_window)
 
     def prepare(self, model: CausalWanModel) -> None:
         """Accelerate the model in place."""
@@ -92,29 +103,33 @@ class Acceleration:
             quantise_layers(model)
         model.accelerate(self.compiler)
 
-    def accelerate_decoder(self, vae: WanVAE, latents: int) -> WanVAE:
-        """The same VAE, whose decoder takes so many latent frames a call."""
+    def accelerate_decoder(self, decoder: Decoder, latents: int) -> Decoder:
+        """The same decoder, which takes so many latent frames a call."""
         if self.decoder:
-            on_gpu = vae.device.type == "cuda"
-            vae.accelerate(CudaRecorder(vae.device) if self.graphs and on_gpu else None, part_frames=latents)
-        return vae
+            on_gpu = decoder.device.type == "cuda"
+            decoder.accelerate(CudaRecorder(decoder.device) if self.graphs and on_gpu else None, part_frames=latents)
+        return decoder
 
 
 MODES: dict[str, Callable[..., Acceleration]] = {  # by what a user calls them
-    "auto": Acceleration.eager, "eager": Acceleration.eager, "exact": Acceleration,
+    "exact": Acceleration, "eager": Acceleration.eager,
     "fp8": partial(Acceleration, fp8=True),
 }
+
+
+def _compiles_fp8(device: torch.device) -> bool:
+    """Whether compiled kernels can read and write 8-bit floats; torch's own can everywhere."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
 def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     """Raise ConfigError where layers in 8-bit floats cannot run; a processor runs them, slowly."""
     if dtype != torch.bfloat16:
-        raise ConfigError(f"fp8 needs bfloat16, not {dtype}. Add --set dtype=bfloat16, or use --acceleration exact.")
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        raise ConfigError(f"fp8 needs bfloat16, not {dtype}. Add --set dtype=bfloat16, or leave fp8 out.")
+    if not _compiles_fp8(device):
         least = ".".join(map(str, LEAST_CAPABILITY))
         raise ConfigError(
-            f"fp8 needs a GPU of compute capability {least} or newer, and {device} is an older one. "
-            "Use --acceleration exact."
+            f"fp8 needs a GPU of compute capability {least} or newer, and {device} is an older one. Leave fp8 out."
         )
 
 

@@ -26,9 +26,10 @@ from utils.config import Config, ConfigError, ModelSpec, load_model_spec
 from utils.hashing import fingerprint, sha256_file
 from wan.backends import AttentionBackend
 from wan.checkpoint import CheckpointError, check_transformer
+from wan.fp8 import FP8
 from wan.geometry import VideoGeometry
-from wan.kv_cache.layer import CacheShape
 from wan.kv_cache.policy import KVPolicy, build_policy
+from wan.kv_cache.shape import CacheShape
 from wan.lora import check_lora
 from wan.model import CausalWanModel, WanConfig
 from wan.prompt_tokens import load_tokenizer
@@ -89,6 +90,8 @@ class RunPlan:
         return CacheShape(
             layers=a.num_layers, heads=a.num_heads, head_dim=a.head_dim, batch=batch,
             device=self.device, dtype=self.dtype,
+            store_dtype=FP8 if self.memory.narrow_store else None,
+            window_dtype=FP8 if self.acceleration.fp8_attention else None,
         )
 
     @property
@@ -118,6 +121,7 @@ class RunPlan:
             "use_ema": self.use_ema, "weights": self.weights,
             **({} if self.spec.lora is None else {"lora_alpha": self.spec.lora_alpha}),
             **({"fp8": True} if self.acceleration.fp8 else {}),
+            **({"fp8_store": True} if self.memory.narrow_store else {}),
         }
 
 
@@ -305,7 +309,7 @@ def check_files(plan: RunPlan, *, named: bool) -> bool:
 def _advice(spec: ModelSpec, part: str, path: Path, *, other_model: bool = False) -> Iterator[None]:
     """What a file's errors lack: how to get it, and that the weights may be another model's."""
     if not path.exists():
-        raise ConfigError(f"{part} {path} is not there. Get it with: {spec.download}")
+        raise ConfigError(f"{part} {path} is not there. Correct its path, or get the model's own with: {spec.download}")
     try:
         yield
     except CheckpointError as error:

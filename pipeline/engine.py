@@ -180,8 +180,10 @@ class Engine:
     def _tiny_vae(self) -> TinyVAE:
         plan, tiny = self.plan, self.plan.tiny_decoder
         if plan.random_weights:
-            return TinyVAE.random(plan.architecture.out_dim, device=plan.decoder_device, dtype=plan.dtype, seed=0)
-        return TinyVAE.load(tiny.path, kind=tiny.kind, device=plan.decoder_device, dtype=plan.dtype)
+            decoder = TinyVAE.random(plan.architecture.out_dim, device=plan.decoder_device, dtype=plan.dtype, seed=0)
+        else:
+            decoder = TinyVAE.load(tiny.path, kind=tiny.kind, device=plan.decoder_device, dtype=plan.dtype)
+        return plan.acceleration.accelerate_decoder(decoder, plan.decoder_latents)
 
     def pipeline_for(self, batch: int) -> ChunkwisePipeline:
         """The loop for so many videos at once, its memory included; kept until another number is asked for."""

@@ -68,8 +68,15 @@ class GraphedPipeline(ChunkwisePipeline):
             self._run(("remember", *self.cache.shapes()), lambda: self._remember(clean, text), committed=True)
             return
         self._run(("see clean", *self.cache.shapes()), lambda: self._see_clean(clean, text), committed=False)
-        self.packer.remember(given, text)  # decodes and encodes: what it remembers is not the cache's
-        self.cache.commit()
+        tokens = self.packer.compress(given)  # decodes and encodes: what it remembers is not the cache's
+        packet = None if tokens is None else self._place("packet", tokens).copy_(tokens)
+
+        def passes() -> None:
+            if packet is not None:
+                self.packer.write(packet, text)
+            self.cache.commit()
+
+        self._run(("commit", packet is None, *self.cache.shapes()), passes, committed=True)
 
     def _run(self, key: Hashable, passes: Callable[[], None], *, committed: bool) -> None:
         """Do what `passes` does, in the fastest way that is known for `key`."""

@@ -1,6 +1,7 @@
 """How long a video becomes: what was asked for, rounded up to what can be made, and whether its prompts fit in."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from pipeline.build import RunPlan
@@ -9,6 +10,8 @@ from pipeline.timeline import switch_frames
 from utils.config import ConfigError
 from utils.prompts import PromptItem
 from utils.timelines import TimelineError
+
+logger = logging.getLogger(__name__)
 
 MOST_PIXEL_FRAMES = 2**31 - 1
 
@@ -60,10 +63,23 @@ def video_length(plan: RunPlan, pixel_frames: int, *, given_frames: int) -> Leng
 
 
 def check_timelines(plan: RunPlan, items: Sequence[PromptItem], length: Length, *, given_frames: int) -> None:
-    """Raise ConfigError if a later prompt of an item begins after its video's end, or shares a chunk with another."""
+    """Raise ConfigError if a later prompt of an item begins after its video's end, or shares a chunk with another.
+
+    Says in one line how early a joint window lets it show.
+    """
     starts = plan.loop.starts(length.latent_frames, given_frames) if any(item.later for item in items) else []
     for item in items:
         try:
             switch_frames(plan.geometry, [time for time, _ in item.later], starts, length.pixel_frames)
         except TimelineError as error:
             raise ConfigError(f"{item.prompt:.40}: {error}") from error
+    ahead = plan.loop.joint_chunks - 1
+    if starts and ahead:
+        g = plan.geometry
+        early_s = g.pixel_frames(ahead * g.chunk_frames, first=False) / g.fps
+        first_s = min(item.later[0][0] for item in items if item.later)
+        whole = f", that of {first_s:g} s from the beginning on" if first_s <= early_s else ""
+        logger.info(
+            "pipeline %s denoises %d chunks jointly, with the prompt of the newest: a later one may show up to %g s "
+            "early%s", plan.config.pipeline, ahead + 1, early_s, whole,
+        )

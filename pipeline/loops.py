@@ -21,8 +21,9 @@ from pipeline.sampler import FewStepSampler
 from pipeline.timeline import OnSwitch
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.cache import KVCache
-from wan.kv_cache.layer import CacheShape, LayerCache
+from wan.kv_cache.layer import LayerCache
 from wan.kv_cache.policy import KVPolicy
+from wan.kv_cache.shape import CacheShape
 from wan.model import CausalWanModel
 from wan.recorder import Recorder
 
@@ -90,6 +91,11 @@ class Loop(ABC):
     def starts(self, latent_frames: int, given_frames: int) -> list[int]:
         """Latent frame that each generated chunk begins with, in order."""
         return [span.start for span in self.geometry.chunks(latent_frames, prefilled=given_frames)]
+
+    @property
+    def joint_chunks(self) -> int:
+        """Chunks that are denoised in one pass; all of them read the prompt of the newest."""
+        return 1
 
     @abstractmethod
     def looks(self, latent_frames: int) -> Iterator[Look]:
@@ -170,6 +176,10 @@ class RollingForcingLoop(Loop):
                 f"pipeline=rolling_forcing denoises {joint} frames jointly ({self.sampler.num_passes} steps in "
                 f"denoising_step_list, chunks of {self.geometry.chunk_frames}), which its cache must hold: {error}"
             ) from error
+
+    @property
+    def joint_chunks(self) -> int:
+        return self.sampler.num_passes
 
     def looks(self, latent_frames: int) -> Iterator[Look]:
         spans, levels = list(self.geometry.chunks(latent_frames)), self.sampler.num_passes

@@ -5,6 +5,7 @@ Sizes come from the networks themselves, run on the meta device, where tensors h
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,8 @@ from wan.model import CausalWanModel
 from wan.stream import to_uint8
 from wan.tiny_vae import TinyVAE
 from wan.vae import WanVAE
+
+logger = logging.getLogger(__name__)
 
 META = torch.device("meta")
 RESERVE = 2**30  # of a GPU, for what no tensor shows: CUDA's context, libraries' work spaces, gaps between blocks
@@ -60,6 +63,11 @@ def fit_memory(plan: RunPlan, name: str, batch: int) -> RunPlan:
             return chosen
         needs[preset] = _need(chosen, batch)
         if needs[preset] <= there:
+            if name == "auto" and chosen.memory.narrow_store:
+                logger.warning(
+                    "%s has %s: to fit, what is remembered is kept in 8-bit floats, which is approximate (--memory %s)",
+                    plan.device, _gib(there), preset,
+                )
             return chosen
     needs = {other: needs.get(other) or _need(dataclasses.replace(plan, memory=PRESETS[other]), batch)
              for other in PRESETS}
@@ -99,11 +107,13 @@ def _fixed_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
             quantise_layers(model)
     tensors = [*model.parameters(), *model.buffers()]
     sizes = plan.policy.sizes(plan.geometry)
-    token = 2 * a.dim * size * batch  # keys and values of a layer
+    shape, values = plan.cache_shape(batch), 2 * a.dim * batch  # of a token's keys and values in a layer
+    token = values * size
+    stored, seen = (values * (dtype or plan.dtype).itemsize for dtype in (shape.store_dtype, shape.window_dtype))
     windows = 1 if plan.memory.shared_window else a.num_layers
     parts = {
-        "transformer": sum(x.nbytes for x in tensors), "kv_store": sizes.capacity_tokens * a.num_layers * token,
-        "kv_window": sizes.window_tokens * windows * token, "text": a.text_len * a.num_layers * token,
+        "transformer": sum(x.nbytes for x in tensors), "kv_store": sizes.capacity_tokens * a.num_layers * stored,
+        "kv_window": sizes.window_tokens * windows * seen, "text": a.text_len * a.num_layers * token,
     }
     archive = sizes.archive
     if archive is not None and not (archive.offload and plan.device.type == "cuda"):
@@ -147,10 +157,10 @@ def decoder_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
     g = plan.geometry
     with torch.no_grad(), FastKernels(), LiveBytes() as live:
         if plan.tiny_decoder is None:
-            vae = WanVAE.skeleton(plan.spec.vae, plan.dtype)
-            decoder = plan.acceleration.accelerate_decoder(vae, plan.decoder_latents)
+            decoder = WanVAE.skeleton(plan.spec.vae, plan.dtype)
         else:
             decoder = TinyVAE.skeleton(plan.architecture.out_dim, plan.dtype)
+        plan.acceleration.accelerate_decoder(decoder, plan.decoder_latents)
         stream, weights = decoder.stream(), live.now
         live.restart()
         for _ in range(2):  # of the first chunk less is made
@@ -183,4 +193,5 @@ def words(plan: RunPlan, batch: int) -> str:
     """The estimate as a line."""
     parts = estimate_bytes(plan, batch)
     listed = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())
-    return f"preset {plan.memory.name}: {_gib(needed_bytes(parts))} at most, by estimate: {listed}"
+    approximate = ", memories in 8-bit floats (approximate)" if plan.memory.narrow_store else ""
+    return f"preset {plan.memory.name}{approximate}: {_gib(needed_bytes(parts))} at most, by estimate: {listed}"

@@ -60,9 +60,14 @@ class Packer:
 
     def remember(self, latents: Tensor, text: TextContext) -> None:
         """Stage the packet of the chunk whose context pass is over, if the cache keeps it."""
+        tokens = self.compress(latents)
+        if tokens is not None:
+            self.write(tokens, text)
+
+    def compress(self, latents: Tensor) -> Tensor | None:
+        """Tokens of the chunk whose context pass is over, as `embed` makes them; None if the cache keeps no packet."""
         pixels = None if self._decode is None else self._decode(latents)
-        if self._cache.archives:
-            self.write(self.embed(latents, pixels), text)
+        return self.embed(latents, pixels) if self._cache.archives else None
 
     def embed(self, latents: Tensor, pixels: Tensor | None) -> Tensor:
         """Tokens [B, T, rows * columns, dim] at the network's input, of latents [B, F, C, h, w] and their pixels."""

@@ -37,7 +37,7 @@ def describe(plan: RunPlan, length: Length, batch: int) -> str:
         f"speed     attention by {plan.acceleration.attention}, "
         f"{'compiled' if plan.acceleration.compile else 'not compiled'}, "
         f"{'CUDA graphs' if plan.acceleration.graphs else 'no CUDA graphs'}, "
-        f"{'8-bit linear layers (approximate), ' if plan.acceleration.fp8 else ''}decoding on {plan.decoder_device} "
+        f"{'8-bit layers (approximate), ' if plan.acceleration.fp8 else ''}decoding on {plan.decoder_device} "
         f"{'beside the transformer' if plan.decodes_aside else 'between its chunks'}",
         f"window    {shown} frames, chunk by chunk; at most {sizes.window_tokens} tokens attended, "
         f"{sizes.capacity_tokens} stored",

@@ -23,7 +23,7 @@ from utils.config import ConfigError
 from utils.files import BeingWrittenError
 from utils.hashing import fingerprint, sha256_file
 from utils.interrupt import StopRequest
-from utils.outputs import OutputFolder, video_stem
+from utils.outputs import ManifestError, OutputFolder, video_stem
 from utils.profiling import StageClock, peak_memory_bytes, reset_peak_memory
 from utils.progress import VideoProgress
 from utils.prompts import PromptItem
@@ -106,7 +106,10 @@ def is_finished(folder: OutputFolder, job: Job) -> bool:
 
 
 def refuse_other_settings(folder: OutputFolder, jobs: Sequence[Job]) -> None:
-    """Raise ConfigError if a finished video of the same name was made with other settings."""
+    """Raise ConfigError if a finished video of the same name was made with other settings.
+
+    Before anything loads, before each video and before it takes its name: another run may have made it meanwhile.
+    """
     other = [job for job in jobs if folder.state(job.stem, job.fingerprint) == "other_settings"]
     if other:
         stem = other[0].stem
@@ -178,6 +181,7 @@ def render(
     A video that another process is making is left to it, and waited for at the end: made here if that one fails.
     """
     summary, queue, told = Summary(), deque(batches(jobs, batch_size)), set()
+    unlisted: dict[str, str] = {}  # there and recorded, but the manifest could not take their line
     with StopRequest() as stop:
         while queue and not summary.interrupted:
             batch = [job for job in queue.popleft() if not is_finished(folder, job)]  # another run may have made it
@@ -194,6 +198,8 @@ def render(
                 time.sleep(WAIT_S)
             except Exception as error:
                 why = reason(error)
+                if isinstance(error, ManifestError):
+                    unlisted |= {job.stem: why for job in batch if is_finished(folder, job)}
                 trace = logger.isEnabledFor(logging.DEBUG)
                 logger.error("%s failed: %s", ", ".join(job.stem for job in batch), why, exc_info=trace)
             if why is not None:
@@ -209,6 +215,7 @@ def render(
     for job in jobs:
         if job.stem in summary.failed and is_finished(folder, job):  # another run was making it
             del summary.failed[job.stem]
+    summary.failed |= unlisted
     return summary
 
 
@@ -224,6 +231,9 @@ def _render_batch(
     engine: Engine, folder: OutputFolder, batch: Sequence[Job], pixel_frames: int, stop: StopRequest, told: set[str],
 ) -> bool:
     """Make the videos of one batch; returns whether they are whole. `told` are the notices given so far."""
+    for job in batch:
+        folder.start(job.stem)
+    refuse_other_settings(folder, batch)
     plan, clock = engine.plan, StageClock(engine.plan.device)
     reset_peak_memory(plan.device)
     source = batch[0].item.source
@@ -237,8 +247,6 @@ def _render_batch(
     left, whole = length.pixel_frames, True
     with ExitStack() as stack:
         progress = stack.enter_context(VideoProgress(batch[0].stem, num_chunks=chunks, fps=plan.geometry.fps))
-        for job in batch:
-            folder.start(job.stem)
         paths = [folder.video_path(job.stem) for job in batch]
         writers = [stack.enter_context(VideoWriter(path, fps=plan.geometry.fps)) for path in paths]
         for chunk in engine.stream([job.request for job in batch], length.latent_frames, clock, initial):
@@ -251,6 +259,8 @@ def _render_batch(
             if stop.requested and left > 0:
                 whole = False
                 break
+        if whole:  # whoever was about to record a video when this one began has done so by now
+            refuse_other_settings(folder, batch)
         kept = [] if whole else [writer.keep_partial() for writer in writers]
     for job, writer in zip(batch, writers, strict=True):
         record = _record(plan, job, length, writer.frames_written, clock)

@@ -198,7 +198,7 @@ def test_first_and_last_minute(setting: Setting) -> None:
     plan = setting.changed("policy=self_forcing").plan(CPU)
     schedule, subject = schedule_of_seconds(plan, 180), Scripted(setting, schedule_of_cycles(plan, 12), [], "a")
     stages = [{"denoise": float(i)} for i in range(len(schedule.windows))]
-    first, last = first_and_last_minute(subject, schedule, stages)
+    first, last = first_and_last_minute(subject.plan, schedule, stages)
     assert first == schedule.steady.start + 39.5 and last == schedule.steady.stop - 40.5
 
 
@@ -309,6 +309,20 @@ def test_plot_draws_every_line(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Non
     figure.savefig.assert_called_once_with(tmp_path / "plot.png", dpi=110)
 
 
+def test_stream_json(tmp_path, model: str) -> None:
+    """Times between finished chunks; no decoder, no stream."""
+    flags = ("stream", "--model", model, "--latencies", "2")
+    with pytest.raises(SystemExit):
+        run(tmp_path, *flags, "--measure", "dit")
+    result = run(tmp_path, *flags)["streamed"]
+    assert list(result) == ["wan_vae", "tiny_vae"]
+    for line in result.values():
+        speed = line["speed"]
+        assert speed["stage_ms"] == {"between": approx(speed["chunk_ms"]["mean"])} and speed["cycles"] == 12
+        assert (speed["first_pixel_frames"], speed["first_frames_ms"]["count"]) == (9, 2)
+        assert line["last_over_first"] == approx(line["last_minute_ms"] / line["first_minute_ms"])
+
+
 def test_exactness_and_endurance_json(tmp_path, model: str) -> None:
     """The other two tasks, as short as they may be."""
     result = run(
@@ -326,6 +340,7 @@ def test_exactness_and_endurance_json(tmp_path, model: str) -> None:
 @pytest.mark.parametrize(("flags", "message"), [
     ("speed --policy full", "never forgets"),
     ("speed --policy deep_forcin", "Did you mean deep_forcing"),
+    ("speed --policy participative", "--set kv_cache.policy=participative"),
     ("speed --policy rolling_forcing", "Choose a config whose pipeline is chunkwise"),
     ("speed --attention flush", "attention=flush is unknown. Known: auto, fa3"),
     ("speed --resolution 480", "HEIGHTxWIDTH"),
@@ -339,8 +354,7 @@ def test_exactness_and_endurance_json(tmp_path, model: str) -> None:
     ("speed --compare attention=sdpa attention", "'attention' is no setting"),
     ("speed --compare batch=two batch=1", "no whole number"),
     ("speed --device tpu", "--device tpu"),
-    ("sweep --over window --windows 3", "no window of 3 frames fits"),
-    ("sweep --lengths 5", "Ask for"),
+    ("sweep --over window --windows 3", "no window of 3 frames fits"), ("sweep --lengths 5", "Ask for"),
     ("exactness", "float32 is what errors are measured against"),
     ("exactness --every 0", "--every 0"),
     ("exactness --compare window=21 window=24", "Add --free_running"),

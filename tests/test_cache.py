@@ -2,31 +2,36 @@
 from __future__ import annotations
 
 import resource
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import EVERY_POLICY, Tiny, make_tiny, policy_of
 from test_policy_contract import walk
+from torch.testing import assert_close
 
+from wan.fp8 import FP8, MOST
 from wan.geometry import ChunkSpan
 from wan.kv_cache.cache import KVCache
-from wan.kv_cache.layer import CacheShape
 from wan.kv_cache.policy import build_policy
+from wan.kv_cache.shape import CacheShape
 from wan.kv_cache.store import KVStore, take
 from wan.rope import rotate_time, time_phase
 
 
 def test_store_keeps_exactly_what_it_is_told() -> None:
-    """Retain and append, against a Python list of tokens per sample."""
+    """Retain, with some that stay where they are and without, and append, against a list of tokens per sample."""
     generator = torch.Generator().manual_seed(0)
     store = KVStore(2, 40, 1, 4, torch.device("cpu"), torch.float64)
     lists: list[list[tuple]] = [[], []]
     for step in range(12):
         keys, values = torch.randn(2, 2, 7, 1, 4, generator=generator, dtype=torch.float64)
-        store.stage(keys * 0 - 1, values * 0 - 1)  # an earlier pass, overwritten
-        store.stage(keys, values)
+        for slots, new in zip(store.slots(7), (keys, values), strict=True):
+            slots.copy_(new)
         kept = min(store.length, 20)
-        retain = torch.stack([torch.randperm(store.length, generator=generator)[:kept].sort().values for _ in range(2)])
+        still = 3 if step % 2 else 0
+        others = [torch.randperm(store.length - still, generator=generator)[:kept - still].sort() for _ in range(2)]
+        retain = torch.stack([torch.cat([torch.arange(still), still + slots.values]) for slots in others])
         chosen = retain[:, 1:4] if kept > 4 else None
         for sample in range(2):
             tokens = lists[sample]
@@ -36,7 +41,7 @@ def test_store_keeps_exactly_what_it_is_told() -> None:
                     tokens[slot] = (key, value, origin, uses + 1)
             lists[sample] = [tokens[slot] for slot in retain[sample].tolist()]
             lists[sample] += [(keys[sample, i], values[sample, i], step, 0) for i in range(7)]
-        store.commit(retain=retain, chosen=chosen, origin=torch.full((7,), step, dtype=torch.int32))
+        store.commit(retain=retain, chosen=chosen, origin=torch.full((7,), step, dtype=torch.int32), still=still)
         for sample in range(2):
             assert store.length == len(lists[sample])
             for slot, (key, value, origin, uses) in enumerate(lists[sample]):
@@ -102,7 +107,7 @@ def test_commit_needs_a_whole_chunk(tiny: Tiny) -> None:
         ({"policy": "sinc"}, "Did you mean sink"),
         ({"policy": "sink", "window_frames": 12, "sink_framez": 3}, "Did you mean sink_frames"),
         ({"policy": "sink", "window_frames": 12}, "lacks sink_frames"),
-        ({"policy": "sink", "window_frames": 12.0, "sink_frames": 3}, "is a float; it must be a int"),
+        ({"policy": "sink", "window_frames": 12.0, "sink_frames": 3}, "is a float; int is wanted"),
         ({"policy": "sink", "window_frames": 12, "sink_frames": True}, "is a bool"),
         ({"policy": "sink", "window_frames": 12, "sink_frames": 3, "positions": "close"}, "not one of released"),
     ],
@@ -171,3 +176,35 @@ def test_random_choice_is_a_function_of_seed_layer_chunk_and_slot() -> None:
     middle = (lowest + highest) / 2
     spread = (highest - lowest) / 12**0.5 / len(share) ** 0.5
     assert abs(share.double().mean() - middle) < 5 * spread
+
+
+def test_narrow_memories_and_windows_round_once() -> None:
+    """Keys and values in 8-bit floats: a window made of a narrow store is what rounding the store's tokens alone gives,
+    what attention reads of a narrow window is the wide one rounded, and what is too large becomes the largest.
+    """
+    tiny = make_tiny(dtype=torch.float32)
+    wide = tiny.cache_shape(1)
+    shapes = {"wide": wide, "store": replace(wide, store_dtype=FP8), "window": replace(wide, window_dtype=FP8)}
+    policy = policy_of({"policy": "rolling", "window_frames": 6})
+    caches = {name: KVCache(shape, tiny.geometry, policy) for name, shape in shapes.items()}
+    size = (1, tiny.geometry.chunk_frames * tiny.geometry.frame_tokens, wide.heads, wide.head_dim)
+    generator = torch.Generator().manual_seed(0)
+    windows = {}
+    for span in tiny.geometry.chunks(6):
+        new = [200 * torch.randn(size, generator=generator) for _ in range(3)]
+        for name, cache in caches.items():
+            cache.begin(span)
+            for layer in range(wide.layers):
+                windows[name] = cache.layer(layer).extend(*new)
+            cache.commit()
+    seen, narrow = windows["wide"], windows["window"]
+    assert narrow.query.dtype == narrow.keys.dtype == narrow.values.dtype == FP8
+    for ours, theirs in ((narrow.query, seen.query), (narrow.keys, seen.keys), (narrow.values, seen.values)):
+        assert_close(ours.float(), theirs.clamp(-MOST, MOST).to(FP8).float(), rtol=0, atol=0)
+    past = size[1]
+    stored = caches["wide"].layer(0).store
+    assert_close(
+        windows["store"].values[:, :past], stored.values[:, :past].clamp(-MOST, MOST).to(FP8).float(), rtol=0, atol=0,
+    )
+    assert torch.equal(windows["store"].values[:, past:], seen.values[:, past:])
+    assert (seen.keys.abs() > MOST).any()

@@ -343,8 +343,10 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     (index.parent / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match="1 of 2 shards are missing .*00002-of-00002"):
         check_transformer(index.parent, EXPECTED, use_ema=False)
-    numbers = '{"weight_map": {"a": 1, "b": "c"}}'
-    for text, message in (("{", "cannot be read"), ("[]", "holds a list"), (numbers, "not a shard index")):
+    numbers, none = '{"weight_map": {"a": 1, "b": "c"}}', '{"weight_map": {}}'
+    for text, message in (
+        ("{", "cannot be read"), ("[]", "holds a list"), (numbers, "not a shard index"), (none, "lists no tensor"),
+    ):
         index.write_text(text)
         with pytest.raises(CheckpointError, match=f"index.json: {message}"):
             check_transformer(index.parent, EXPECTED, use_ema=False)

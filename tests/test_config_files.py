@@ -38,6 +38,33 @@ def released():
             yield pytest.param(path, flags, id=f"{path.stem}-{'-'.join(flags) or 'plain'}")
 
 
+@pytest.mark.parametrize("text, words", [
+    ("height: ???", "a.yaml:2: height has no value"),
+    ("kv_cache:\n  sink_frames: ???", "a.yaml:3: kv_cache.sink_frames has no value"),
+    ("kv_cache:", "a.yaml:2: kv_cache=None is not allowed. Allowed: a group"),
+    ("kv_cache: {}", "a.yaml:2: kv_cache={} is not allowed. Allowed: a group"),
+])
+def test_what_is_left_open_never_falls_back_to_the_base(tmp_path, text, words):
+    """A value or a group that a file announces and does not give is refused, though its base has one."""
+    file = tmp_path / "a.yaml"
+    file.write_text(f"extends: {CONFIGS / 'deep_sink.yaml'}\n{text}\n")
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load(file)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ({"overrides": ["height=???"]}, "--set height=???: height has no value"),
+    ({"overrides": ["kv_cache=null"]}, "--set kv_cache=null: kv_cache=None is not allowed"),
+    ({"overrides": ["model_kwargs={}"]}, "--set model_kwargs={}: model_kwargs={} is not allowed"),
+    ({"policy": "deep_sink"}, "--policy deep_sink: is a method, not a cache policy. Use --config_path configs/deep_"),
+    ({"policy": "models/tiny"}, "cache policy 'models/tiny' is unknown"),
+])
+def test_flags_that_say_nothing_are_refused(flags, words):
+    """Each would otherwise change nothing, or is meant for --config_path."""
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load(CONFIGS / "deep_sink.yaml", **flags)
+
+
 @pytest.mark.parametrize("path", [path for path in RUNS if path.parent != DMD], ids=lambda path: path.stem)
 def test_our_configs_build_their_policy(path):
     """Each of our files makes a real policy that accepts its chunk, and so does its Deep Sink."""

@@ -177,5 +177,5 @@ def test_compiled_passes_equal_plain_ones(monkeypatch: pytest.MonkeyPatch) -> No
     assert_close(tiny.run(policy, FRAMES, pipeline=traced), plain, rtol=0, atol=1e-5)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     tiny.run(policy, FRAMES, text=1, pipeline=traced)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs <= 10
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs <= 13
     compiler.compiled.cache_clear()

@@ -195,6 +195,15 @@ def test_bad_arguments_are_one_line(tmp_path, capsys):
     assert "Did you mean picture?" in capsys.readouterr().err
     assert main(["measure", str(tmp_path / "none"), "--device", "cpu"]) == 2
     assert "no such folder" in capsys.readouterr().err
+    for flags in (["--workers", "0"], ["--chunk_frames", "0", "12"], ["--chunk_frames", "9", "-1"]):
+        assert main(["measure", str(tmp_path / "v"), *flags, "--output", str(tmp_path / "t.csv")]) == 2
+        assert "Ask for 1 or more" in capsys.readouterr().err and not (tmp_path / "t.csv").exists()
+    (tmp_path / "t.csv").mkdir()
+    for output, why in (("v", "is a folder"), ("t.csv", "is a folder"), ("new", "is no .csv")):
+        assert main(["measure", str(tmp_path / "v"), "--output", str(tmp_path / output), "--device", "cpu"]) == 2
+        said = capsys.readouterr().err
+        assert f"--output {tmp_path / output} {why}" in said and "metrics.csv" in said and "Errno" not in said
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_missing_package_costs_its_metric_alone(monkeypatch, caplog):

@@ -87,15 +87,19 @@ def bytes_of(tensors) -> int:
 
 
 def test_presets_make_the_same_video() -> None:
-    """Latents and frames, bit for bit: the plain decoder takes one latent a call anyway."""
-    made = []
-    for preset in PRESETS:
-        engine = Engine(tiny_plan(preset))
+    """Latents and frames, bit for bit (the plain decoder takes one latent a call anyway), but for memories in 8-bit
+    floats: the first chunk has none, and a rounding of 1/16 of each remembered value at most leaves later ones near.
+    """
+    made = {}
+    for name, preset in PRESETS.items():
+        engine = Engine(tiny_plan(name))
         engine.prepare(["a red circle"])
-        made.append(list(engine.stream([VideoRequest("a red circle", SampleSeed(0))], 9)))
-    for other in made[1:]:
-        for ours, theirs in zip(other, made[0], strict=True):
-            assert torch.equal(ours.latents, theirs.latents) and torch.equal(ours.frames, theirs.frames)
+        made[name] = list(engine.stream([VideoRequest("a red circle", SampleSeed(0))], 9))
+        for index, (ours, theirs) in enumerate(zip(made[name], made["full"], strict=True)):
+            if index == 0 or not preset.narrow_store:
+                assert torch.equal(ours.latents, theirs.latents) and torch.equal(ours.frames, theirs.frames)
+            else:
+                assert 0 < (ours.latents - theirs.latents).norm() < 0.05 * theirs.latents.norm()
 
 
 def test_the_large_model_takes_what_is_known_of_it() -> None:
@@ -109,16 +113,16 @@ def test_the_large_model_takes_what_is_known_of_it() -> None:
 
 
 def test_peaks_that_are_asked_for() -> None:
-    """Exact mode: VAE within 3.4 GiB and all within 18.3; 24gb within 15; 12gb not within 11 unless the decoder is
-    tiny, which the estimate says. Passes are counted uncompiled, which need more; libraries' work space is not in it.
+    """Exact mode: VAE within 3.4 GiB and all within 18.3; 24gb within 15; 12gb within 11, with a reserve. Passes are
+    counted uncompiled, which need more; libraries' work space is not in it.
     """
     exact = large_estimate("full")
     assert sum(size for name, size in exact.items() if name.startswith("wan")) < 3.4 * GIB
     assert memory.needed_bytes(exact) < 18.3 * GIB
     for speed in (True, False):
         assert memory.needed_bytes(large_estimate("24gb", exact=speed)) < 15 * GIB
-    assert 12 * GIB < memory.needed_bytes(large_estimate("12gb")) < 12.8 * GIB
-    assert memory.needed_bytes(large_estimate("12gb", tiny_decoder=True)) < 11 * GIB
+    small = memory.needed_bytes(large_estimate("12gb"))
+    assert memory.needed_bytes(large_estimate("12gb", tiny_decoder=True)) < small < 11 * GIB - memory.RESERVE
 
 
 def test_parts_keep_the_decoder_small() -> None:
@@ -136,20 +140,24 @@ def test_parts_keep_the_decoder_small() -> None:
     assert sizes[1, 1][0] < sizes[3, 1][0] < sizes[3, 2][0] and len({now for _, now in sizes.values()}) == 1
 
 
-def test_auto_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the device's size: plenty, enough, less; too little names all that was tried."""
+def test_auto_takes_the_fastest_that_fits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By the device's size: plenty, enough, less (and said where that is approximate); too little names all."""
     plan = large_plan("full", exact=True)
     needs = {name: memory.needed_bytes(large_estimate(name)) for name in PRESETS}
     monkeypatch.setattr(memory, "estimate_bytes", lambda plan, batch: large_estimate(plan.memory.name))
     assert needs["full"] > needs["24gb"] > needs["12gb"]
     for name, need in needs.items():
         monkeypatch.setattr(memory, "device_bytes", lambda device, need=need: need)
+        caplog.clear()
         assert memory.fit_memory(plan, "auto", 1).memory.name == name
+        assert ("approximate (--memory 12gb)" in caplog.text) is PRESETS[name].narrow_store
     monkeypatch.setattr(memory, "device_bytes", lambda device: 80 * GIB)
     assert memory.fit_memory(plan, "auto", 1).memory == FULL
-    monkeypatch.setattr(memory, "device_bytes", lambda device: 11 * GIB)
+    monkeypatch.setattr(memory, "device_bytes", lambda device: 8 * GIB)
     for name in ("auto", "12gb"):
-        with pytest.raises(ConfigError, match=r"11\.0 GiB.*full 18\.2.*24gb 12\.8.*12gb 12\.7.*--decoder taehv"):
+        with pytest.raises(ConfigError, match=r"8\.0 GiB.*full 18\.1.*24gb 12\.7.*12gb 9\.3.*--decoder taehv"):
             memory.fit_memory(plan, name, 1)
     monkeypatch.setattr(memory, "device_bytes", lambda device: 16 * GIB)
     with pytest.raises(ConfigError, match="Use --memory 24gb"):

@@ -15,8 +15,8 @@ from utils.config import REPOSITORY, load_config
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.archive import FIRST_PLACES
 from wan.kv_cache.cache import KVCache
-from wan.kv_cache.layer import CacheShape
 from wan.kv_cache.policy import build_policy, policy_fields
+from wan.kv_cache.shape import CacheShape
 
 CPU = torch.device("cpu")
 HEADS, DIM = 4, 12

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 from pipeline.noise import SampleSeed
 from wan.geometry import ChunkSpan
 from wan.kv_cache.cache import KVCache
-from wan.kv_cache.layer import CacheShape
 from wan.kv_cache.policy import KVPolicy, policy_fields
+from wan.kv_cache.shape import CacheShape
 
 FRAMES = 30  # ten chunks: windows of 12 frames roll or prune several times
 
@@ -49,7 +49,7 @@ def test_slots_are_sorted_unique_and_in_range(policy: KVPolicy) -> None:
     for layer, _, plan, _ in walk(policy):
         for sample in range(plan.retain.shape[0]):
             retain = plan.retain[sample].tolist()
-            assert retain == sorted(set(retain))
+            assert retain == sorted(set(retain)) and retain[:plan.still] == list(range(plan.still))
             assert not retain or retain[0] >= 0 and retain[-1] < layer.store.length
             assert set(plan.attend[sample].tolist()) <= set(retain)
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,8 @@ BAD_FILES = {
     "utf-16": ("p.txt", "a cat".encode("utf-16"), "UTF-16"),
     "latin-1": ("p.txt", "a cat\n\na caf\xe9\n".encode("latin-1"), "line 3 is not UTF-8 .byte 0xe9"),
     "a video": ("p.mp4", b"\x00\x00\x00\x18ftypmp42", "image or video, not prompts"),
+    "a table": ("p.csv", b"prompt,seed\na cat,1", ".csv is not read. Give a .txt"),
+    "json in one piece": ("p.json", b'[{"prompt": "a"}]', ".json is not read. .* a .jsonl"),
     "not json": ("p.jsonl", b'{"prompt": "a"}\n{"prompt": ', "line 2 is not JSON"),
     "a list": ("p.jsonl", b'["a"]', "line 1 is list"),
     "no prompt": ("p.jsonl", b'{"extended": "a"}', 'line 1: has no "prompt"'),
@@ -128,6 +131,13 @@ def test_bad_files_say_what_and_where(tmp_path, case):
     with pytest.raises(PromptError, match=said) as caught:
         load(put(tmp_path / name, content))
     assert name in str(caught.value)
+
+
+def test_a_pipe_is_no_missing_file(tmp_path):
+    """What is there, but no plain file, is not said to be missing: `--data_path <(command)`, /dev/stdin."""
+    os.mkfifo(tmp_path / "p.txt")
+    with pytest.raises(PromptError, match="p.txt: is no plain file. Write"):
+        load(tmp_path / "p.txt")
 
 
 def test_missing_files_name_the_nearest_and_the_remedy(tmp_path):

@@ -293,6 +293,10 @@ def test_timelines_and_prompts_mix_and_repeats_are_told_apart(tmp_path: Path) ->
 
 @pytest.mark.parametrize("text, words", [
     ('{"time": 1, "prompt": "a"}', "first time is 1, and a video begins at 0"),
+    ('{"time": 1, "prompt": "a"}\n{"time": 0, "prompt": "b"}', "time 0 follows 1. Put the prompts in order"),
+    ('{"time": 0, "prompt": "a", "time": 2}', "line 1: 'time' stands there twice"),
+    ('{"prompt": "a", "prompt": "b"}', "line 1: 'prompt' stands there twice"),
+    ('{"timeline": [{"time": 0, "prompt": "a", "prompt": "b"}]}', "line 1: 'prompt' stands there twice"),
     ('{"time": 0, "prompt": "a"}\n{"time": 0, "prompt": "b"}', "time 0 follows 0"),
     ('{"time": 0, "prompt": "a"}\n{"time": "5", "prompt": "b"}', "prompt 2: time is '5', and a number"),
     ('{"time": 0, "prompt": "a"}\n{"time": NaN, "prompt": "b"}', "prompt 2: time is nan"),
@@ -314,9 +318,10 @@ def test_bad_timelines_say_what_is_wrong(tmp_path: Path, text: str, words: str) 
 
 
 def test_bad_yaml_timelines_say_what_is_wrong(tmp_path: Path) -> None:
-    """The same for .yaml; a broken one is named, and extended prompts do not go with timelines."""
-    wanted = "a timeline is a list"
-    for text, words in (("a: 1", wanted), ("[1", "cannot be read as YAML"), ("", wanted)):
+    """The same for .yaml; a broken one is named with its line, and extended prompts do not go with timelines."""
+    wanted, deep = "a timeline is a list", ("[" * 3000, "nested too deeply")
+    twice = "- {time: 0, prompt: a}\n- {time: 5, prompt: b,\n   prompt: c}", "t.yaml:3: .*duplicate key prompt"
+    for text, words in (("a: 1", wanted), ("[1", "t.yaml:1: not valid YAML"), ("", wanted), deep, twice):
         with pytest.raises(ValueError, match=words):
             load(tmp_path / "t.yaml", text)
     (tmp_path / "long.txt").write_text("long\n")

@@ -37,6 +37,7 @@ from utils.config_schema import (
     checked,
     is_training_key,
     nearest,
+    refuse_open,
     refuse_unknown,
     rules_of,
     setting,
@@ -231,6 +232,8 @@ def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
     """The layers of `path`: what it extends, from the first base on, then itself."""
     if path.resolve() in [file.resolve() for file in above]:
         raise ConfigError(f"extends goes in a circle: {' extends '.join(map(str, (*above, path)))}. Drop one of them.")
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder. Give one of its .yaml files.")
     if not path.is_file():
         known = [file.name for file in path.parent.glob("*.yaml")]
         user = f", though {above[-1]} extends it" if above else ""
@@ -250,11 +253,8 @@ def _read_file(path: Path) -> Layer:
             found = "is empty" if root is None else f"holds a {'list' if root.id == 'sequence' else 'single value'}"
             raise ConfigError(f"{path}: {found}; a config is lines of `key: value`, such as `extends: base.yaml`.")
         values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise ConfigError(f"{path}:{mark.line + 1}: not valid YAML: {error.problem.rstrip('.')}.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {_first_line(error)}.") from error
+        raise _no_yaml(path, error) from error
     where = {}
     for key, value in root.value:
         where[key.value] = f"{path}:{key.start_mark.line + 1}"
@@ -273,18 +273,21 @@ def _read_override(text: str) -> Layer:
     try:
         values = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
     except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
-        raise ConfigError(f"{name}: the value cannot be read as YAML: {_first_line(error)}.") from error
+        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else _first_line(error)
+        raise ConfigError(f"{name}: the value cannot be read as YAML: {problem.rstrip('.')}.") from error
     inner = [f"{group}.{key}" for group in GROUPS if isinstance(values.get(group), dict) for key in values[group]]
     return _normalised(Layer(name, values, dict.fromkeys([*values, *inner], name)))
 
 
 def _normalised(layer: Layer) -> Layer:
-    """`layer` without empty groups, and with upstream's model_kwargs.timestep_shift as timestep_shift."""
+    """`layer` without an empty model_kwargs, and with its timestep_shift as timestep_shift."""
+    refuse_open(layer)
     values, where = dict(layer.values), dict(layer.where)
     for key in GROUPS:
-        if key in values and not isinstance(values[key], dict | None):
-            raise ConfigError(f"{layer.at(key)}: {key}={values[key]!r} is not allowed. Allowed: a group of keys.")
-        if key in values and not values[key]:
+        may_be_empty = key == "model_kwargs" and not layer.name.startswith("--set ")  # as in files of upstream
+        if key in values and not (values[key] and isinstance(values[key], dict)):
+            if not may_be_empty or values[key] not in (None, {}):
+                raise ConfigError(f"{layer.at(key)}: {key}={values[key]!r} is not allowed. Allowed: a group of keys.")
             del values[key]
     kwargs = dict(values.get("model_kwargs", {}))
     if "timestep_shift" in kwargs:
@@ -344,16 +347,33 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def read_plain_yaml(path: Path) -> Any:
-    """What stands in the YAML at `path`, as plain data.
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, instead of taking the last."""
 
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"found duplicate key {key.value}", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def read_plain_yaml(path: Path) -> Any:
+    """What stands in the YAML at `path`, as plain data. Raises: ConfigError, if it cannot be read."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {_first_line(error)}.") from error
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise _no_yaml(path, error) from error
+
+
+def _no_yaml(path: Path, error: Exception) -> ConfigError:
+    """Why the file is no YAML, with the line where the parser knows it."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        return ConfigError(f"{path}:{mark.line + 1}: not valid YAML: {error.problem.rstrip('.')}.")
+    problem = error.strerror if isinstance(error, OSError) else _first_line(error)
+    return ConfigError(f"{path}: cannot be read as YAML: {problem}.")
 
 
 def load_structured(path: Path, schema: type, overrides: Sequence[str] = ()) -> Any:
@@ -363,11 +383,15 @@ def load_structured(path: Path, schema: type, overrides: Sequence[str] = ()) -> 
         ConfigError: the file cannot be read, or a key or value does not fit.
     """
     try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(schema), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)),
-        )
+        read = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise _no_yaml(path, error) from error
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), read, OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_object(merged)
-    except (OSError, TypeError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+    except (TypeError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        key, problem = getattr(error, "full_key", None), _first_line(error)
+        where = f"{path}: {key}" if key and str(key) not in problem else path
         raise ConfigError(
-            f"{path}: {_first_line(error)}. Keys and types are those of {schema.__module__}.{schema.__name__}."
+            f"{where}: {problem}. Keys and types are those of {schema.__module__}.{schema.__name__}."
         ) from error

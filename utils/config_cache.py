@@ -9,12 +9,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from utils.config_schema import SCALAR, WINDOW, ConfigError, Layer, nearest, refuse_unknown, whole
 
 log = logging.getLogger(__name__)
 
+METHOD_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 UPSTREAM_CLIP_FRAMES = 21  # latent frames of a training clip, where the config does not say
 CLIP_KEYS = ("num_training_frames", "image_or_video_shape")
 BUDGET_FRAMES, RECENT_FRAMES = 16, 4  # what the released command takes without --Budget and --Recent
@@ -48,6 +50,7 @@ def cache_group(given: Layer, sets: Sequence[Layer], flags: CacheFlags, policy_f
         group = _own_group(given, policy_fields)
         _refuse_contradiction(given, group)
     if flags.policy is not None:
+        _refuse_method(flags.policy, policy_fields)
         group = _switch(group, flags.policy, policy_fields, f"--policy {flags.policy}")
     if flags.is_ds_only:
         group = _without_compression(group, given.name)
@@ -175,6 +178,15 @@ def _with_sets(group: dict[str, Any], sets: Sequence[Layer], policy_fields: Poli
         _check_field(group["policy"], key, value, policy_fields, layer)
         group = {**group, key: value}
     return group
+
+
+def _refuse_method(policy: str, policy_fields: PolicyFields) -> None:
+    """Raise ConfigError if --policy names a YAML of configs/, and no policy."""
+    if policy not in policy_fields and policy in [file.stem for file in METHOD_FOLDER.glob("*.yaml")]:
+        raise ConfigError(
+            f"--policy {policy}: is a method, not a cache policy. Use --config_path configs/{policy}.yaml, or one of: "
+            f"{', '.join(sorted(policy_fields))}."
+        )
 
 
 def _check_policy(policy: Any, policy_fields: PolicyFields, where: str) -> None:

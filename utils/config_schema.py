@@ -138,6 +138,17 @@ def checked(schema: type, values: Mapping[str, Any], where: Callable[[str], str]
     }
 
 
+def refuse_open(layer: Layer) -> None:
+    """Raise ConfigError for `???`, which would quietly leave a base's value in place."""
+    inner = {
+        f"{group}.{key}": value
+        for group, values in layer.values.items() if isinstance(values, Mapping) for key, value in values.items()
+    }
+    for key, value in {**layer.values, **inner}.items():
+        if value == "???" and not is_training_key(key):
+            raise ConfigError(f"{layer.at(key)}: {key} has no value, only ???. Give it one, or leave the key out.")
+
+
 def refuse_unknown(
     keys: Iterable[Any], known: Iterable[str], where: Callable[[str], str], *, prefix: str = "", explained: str
 ) -> None:

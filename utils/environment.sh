@@ -8,11 +8,13 @@
 environment() {  # environment REQUIREMENTS_FILE...
     local root found="" candidate file stamp
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+    CALLED_FROM="$PWD"
     cd "$root"
     if [ -n "${PYTHON:-}" ]; then
         return
     fi
-    VENV="${VENV:-$root/.venv}"
+    VENV="${VENV:-.venv}"
+    case "$VENV" in /*) ;; *) VENV="$root/$VENV" ;; esac
     PYTHON="$VENV/bin/python"
     if [ ! -x "$PYTHON" ]; then
         for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
@@ -38,12 +40,13 @@ environment() {  # environment REQUIREMENTS_FILE...
 }
 
 minute_of_video() {  # minute_of_video METHOD ARGUMENT...   configs/METHOD.yaml -> videos/METHOD, a minute for each prompt
-    local method="$1" argument
+    local method="$1" argument root="$PWD"
     local length=(--seconds 60)
     shift
     for argument in "$@"; do
         case "$argument" in --num_output_frames*) length=() ;; esac
     done
-    exec "$PYTHON" inference.py --config_path "configs/$method.yaml" ${length[@]+"${length[@]}"} --use_ema \
-        --output_folder "videos/$method" "$@"
+    cd "$CALLED_FROM"  # paths among the arguments are the caller's
+    exec "$PYTHON" "$root/inference.py" --config_path "$root/configs/$method.yaml" ${length[@]+"${length[@]}"} --use_ema \
+        --output_folder "$root/videos/$method" "$@"
 }

@@ -10,6 +10,7 @@ looks finished.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ import os
 import re
 import time
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +33,10 @@ MANIFEST = "manifest.jsonl"
 SLUG_CHARACTERS = 60
 DIGEST_CHARACTERS = 8
 INDEX_DIGITS = 4
+
+
+class ManifestError(OSError):
+    """The manifest could not take a line, which is written last: what the line is about is in place."""
 
 
 def video_stem(item: PromptItem, index: int, sample: int, seed: int, *, with_index: bool) -> str:
@@ -147,14 +152,29 @@ class OutputFolder:
 
     def _write(self, sidecar: Path, status: str, video: Path, record: Mapping) -> None:
         full = {"status": status, "video": video.name, "bytes": video.stat().st_size, **_jsonable(record)}
-        write_atomically(sidecar, (json.dumps(full, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+        text = json.dumps(full, indent=2, ensure_ascii=False) + "\n"
+        remedy = "Make room and start the same command again: a video without its record is made anew"
+        with _told(OSError, f"{sidecar} cannot be written", remedy):
+            write_atomically(sidecar, text.encode("utf-8"))
         self._append(full)
 
     def _append(self, record: dict) -> None:
         """Add one line to the manifest: the scalars of `record`, since the sidecar has the rest."""
         scalars = {k: v for k, v in record.items() if v is None or isinstance(v, (str, int, float))}
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        append_json_line(self.folder / MANIFEST, {"time": now, **scalars})
+        manifest = self.folder / MANIFEST
+        remedy = "Make it a file with room to grow; videos and records beside it are untouched"
+        with _told(ManifestError, f"{manifest} cannot be added to", remedy):
+            append_json_line(manifest, {"time": now, **scalars})
+
+
+@contextlib.contextmanager
+def _told(kind: type[OSError], what: str, remedy: str) -> Iterator[None]:
+    """An OSError within becomes a `kind` that says which file it was about, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(error.errno, f"{what}: {error.strerror or error}. {remedy}") from error
 
 
 def append_json_line(path: Path, record: Mapping) -> None:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+TABLE_SUFFIXES = (".json", ".csv", ".tsv")  # text, but a line is no prompt
 PROBE_BYTES = 1 << 16
 T = TypeVar("T")
 
@@ -128,6 +129,8 @@ def read_text_lines(path: Path) -> list[str]:
 
 
 def _read_bytes(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise PromptError(f"{path}: is no plain file. Write what comes from there into a .txt, one prompt a line")
     if not path.is_file():
         raise PromptError(_missing(path))
     try:
@@ -195,6 +198,8 @@ def _read_lines_of(path: Path, i2v: bool) -> list[_Line]:
         return _read_yaml(path)
     if path.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES and path.is_file():
         raise PromptError(f"{path}: is an image or video, not prompts. Add --i2v and --prompt 'text' to continue it")
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        raise PromptError(f"{path}: {path.suffix} is not read. Give a .txt with one prompt a line, a .jsonl or a .yaml")
     return _text_lines(path)
 
 
@@ -266,9 +271,21 @@ def _timeline(entries: object, where: str) -> _Line:
 
 def _json_record(path: Path, number: int, line: str) -> object:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=_unique)
+    except PromptError as error:
+        raise PromptError(f"{path}: line {number}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise PromptError(f"{path}: line {number} is not JSON: {error}. Write one object a line") from error
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; PromptError for a key that stands there twice, of which only the last would count."""
+    record: dict[str, object] = {}
+    for key, value in pairs:
+        if key in record:
+            raise PromptError(f"{key!r} stands there twice. Keep one, or give each its own line")
+        record[key] = value
+    return record
 
 
 def _json_line(path: Path, number: int, record: object) -> _Line:

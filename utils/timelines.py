@@ -33,11 +33,11 @@ def read_timeline(entries: Any, where: str) -> tuple[str, Later]:
     if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
         raise TimelineError(f"{where}: a timeline is a list of {{time, prompt}}, at least one. Got {entries!r:.80}")
     read = [_read_entry(entry, f"{where}: prompt {number}") for number, entry in enumerate(entries, 1)]
-    if read[0][0] != 0:
-        raise TimelineError(f"{where}: the first time is {read[0][0]:g}, and a video begins at 0. Add its prompt")
     for (before, _), (time, _) in zip(read, read[1:], strict=False):
         if time <= before:
             raise TimelineError(f"{where}: time {time:g} follows {before:g}. Put the prompts in order, each later")
+    if read[0][0] != 0:
+        raise TimelineError(f"{where}: the first time is {read[0][0]:g}, and a video begins at 0. Add a prompt at 0")
     return read[0][1], tuple(read[1:])
 
 

@@ -69,6 +69,7 @@ _PACKAGES = {  # modules, one of which must be there -> what installs them
     "flash": (("flash_attn",), "pip install flash-attn"),
 }
 NAMES = ("auto", *_LOADERS)
+FP8_BACKENDS = frozenset({"fa3"})  # that take queries, keys and values in 8-bit floats as well, and return bfloat16
 
 
 def installed() -> frozenset[str]:

@@ -278,8 +278,10 @@ def _shards(index: Path) -> list[Path]:
             f'{index}: not a shard index, which has "weight_map": tensor -> file. Download it again.'
         )
     names = sorted(set(shards.values()))
+    if not names:
+        raise CheckpointError(f"{index}: lists no tensor, so there is nothing to load. Download it again.")
     missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing or not names:
+    if missing:
         raise CheckpointError(f"{index}: {len(missing)} of {len(names)} shards are missing ({_some(missing)}).")
     return [index.parent / name for name in names]
 

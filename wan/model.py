@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from wan.attention import CrossAttention, Memory, SelfAttention
 from wan.backends import AttentionBackend, sdpa
 from wan.compiler import Compiler, plain
+from wan.fused import linear_gelu
 from wan.kv_cache.window import Window
 
 
@@ -88,8 +89,17 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, outputs))
+class MLP(nn.Sequential):
+    """Linear, GELU, linear."""
+
+    fused = False  # the first two are one kernel
+
+    def __init__(self, inputs: int, hidden: int, outputs: int):
+        super().__init__(nn.Linear(inputs, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, activation, second = self
+        return second(linear_gelu(x, first.weight, first.bias) if self.fused else activation(first(x)))
 
 
 class Block(nn.Module):
@@ -107,7 +117,7 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps=eps)
         self.cross_attn = CrossAttention(dim, config.num_heads, eps, backend)
         self.norm2 = nn.LayerNorm(dim, eps=eps, elementwise_affine=False)
-        self.ffn = _mlp(dim, config.ffn_dim, dim)
+        self.ffn = MLP(dim, config.ffn_dim, dim)
         self.modulation = nn.Parameter(torch.empty(1, 6, dim))
         self.compile_parts(plain)
 
@@ -174,7 +184,7 @@ class CausalWanModel(nn.Module):
         self.config = config
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size)
-        self.text_embedding = _mlp(config.text_dim, dim, dim)
+        self.text_embedding = MLP(config.text_dim, dim, dim)
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config, backend) for _ in range(config.num_layers))
@@ -205,13 +215,15 @@ class CausalWanModel(nn.Module):
         return TextContext(keys, values)
 
     def accelerate(self, compiler: Compiler) -> None:
-        """Let `compiler` run the blocks, and make one matrix product of q, k and v if that is not `plain`.
+        """Let `compiler` run the blocks, and if that is not `plain`, make one kernel of q, k and v and one of a linear
+        layer and GELU.
 
         For loaded weights in their final place.
         """
         for block in self.blocks:
             if compiler is not plain:
                 block.self_attn.join()
+                block.ffn.fused = isinstance(block.ffn[0], nn.Linear)
             block.compile_parts(compiler)
 
     def forward(self, x: Tensor, t: Tensor, text: TextContext, memory: LayeredMemory) -> Tensor:

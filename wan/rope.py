@@ -126,6 +126,13 @@ def turn(x: Tensor, by: Turn) -> Tensor:
     return (wide * by.cos + swapped * by.sin).to(x.dtype)
 
 
+def time_table(position: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the `Turn` of the temporal channels alone, to `position` [B, L] or [L]."""
+    phase = time_phase(position, head_dim, dtype)
+    table = turn_of(phase, 2 * phase.cos.shape[-1])
+    return table.cos, table.sin
+
+
 def rotate_time(x: Tensor, phase: Phase) -> Tensor:
     """Rotate the temporal channels of `x`; leave the rest untouched.
 

@@ -56,13 +56,17 @@ def stack(value: Sum, gamma: Tensor | None, past: Tensor, keep: bool = True) -> 
     Returns: the stacks [B, T, H, W, 3 C], oldest first, and the settled value [B, T, H, W, C] or None.
     """
     settled = value.settled()
-    x = settled
-    if gamma is not None:
-        x = F.silu(F.normalize(_wide(x), dim=-1) * x.shape[-1] ** 0.5 * gamma).to(x.dtype)
+    x = settled if gamma is None else activate(Sum(settled), gamma)
     video = torch.cat([past, x], dim=1)
     past.copy_(video[:, -PAST:])
     frames = x.shape[1]
     return torch.cat([video[:, tap:tap + frames] for tap in range(PAST + 1)], dim=-1), settled if keep else None
+
+
+def activate(value: Sum, gamma: Tensor) -> Tensor:
+    """The value, RMS-normalised over channels, scaled by gamma [C], and SiLU: [B, T, H, W, C]."""
+    x = value.settled()
+    return F.silu(F.normalize(_wide(x), dim=-1) * x.shape[-1] ** 0.5 * gamma).to(x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -85,6 +89,7 @@ class StackingKernels(Protocol):
     """This module, or its Triton twin."""
 
     stack: Callable[[Sum, Tensor | None, Tensor, bool], tuple[Tensor, Tensor | None]]
+    activate: Callable[[Sum, Tensor], Tensor]
     spread: Callable[[Sum, int], Tensor]
 
 

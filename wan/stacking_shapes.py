@@ -12,6 +12,11 @@ def stack(value: Sum, gamma: Tensor | None, past: Tensor, keep: bool = True) -> 
     return x.new_empty(*x.shape[:-1], (PAST + 1) * x.shape[-1]), x if keep else None
 
 
+def activate(value: Sum, gamma: Tensor) -> Tensor:
+    """Shapes of wan.stacking.activate."""
+    return value.x.new_empty(value.x.shape)
+
+
 def spread(value: Sum, times: int) -> Tensor:
     """Shapes of wan.stacking.spread."""
     clips, frames, height, width, channels = value.x.shape

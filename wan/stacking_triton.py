@@ -1,13 +1,40 @@
 """The Triton twin of wan/stacking.py: one read of every value, one write of each of its copies."""
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from wan.stacking import Sum
 
-TILE = 4096  # values a program holds at a time
+TILE = 1024  # values a program holds at a time, in one warp
+
+
+@triton.jit
+def _activated(value, scale, inside):
+    value = tl.where(inside, value, 0.0)
+    norm = tl.sqrt(tl.sum(value * value, axis=1))[:, None]
+    value = value / tl.maximum(norm, 1e-12) * scale
+    return value * tl.sigmoid(value)
+
+
+@triton.jit
+def _activate_kernel(
+    x, bias, shortcut, gamma, out, rows, root,
+    C: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHORTCUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = (row < rows) & (column < C)
+    place = row * C + column
+    value = tl.load(x + place, mask=inside, other=0).to(tl.float32)
+    if HAS_BIAS:
+        value += tl.load(bias + column, mask=column < C, other=0).to(tl.float32)
+    if HAS_SHORTCUT:
+        value += tl.load(shortcut + place, mask=inside, other=0).to(tl.float32)
+    scale = tl.load(gamma + column, mask=column < C, other=0).to(tl.float32) * root
+    tl.store(out + place, _activated(value, scale, inside).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -41,10 +68,7 @@ def _stack_kernel(
         if SETTLE:
             tl.store(settled + t * frame, value.to(settled.dtype.element_ty), mask=inside)
         if NORM:
-            value = tl.where(inside, value, 0.0)
-            norm = tl.sqrt(tl.sum(value * value, axis=1))[:, None]
-            value = value / tl.maximum(norm, 1e-12) * scale
-            value = value * tl.sigmoid(value)
+            value = _activated(value, scale, inside)
         newest = value.to(stacked.dtype.element_ty)
         here = stacked + t * 3 * frame
         tl.store(here, oldest, mask=inside)
@@ -83,6 +107,21 @@ def _spread_kernel(
     tl.store(out + below + C, result, mask=inside)
 
 
+def activate(value: Sum, gamma: Tensor) -> Tensor:
+    """As wan.stacking.activate; tensors are contiguous."""
+    x, out = value.x, torch.empty_like(value.x)
+    channels = x.shape[-1]
+    _check(x, value.bias, value.shortcut, gamma)
+    columns, pixels = triton.next_power_of_2(channels), x.numel() // channels
+    rows = max(1, TILE // columns)
+    _activate_kernel[triton.cdiv(pixels, rows),](
+        x, x if value.bias is None else value.bias, x if value.shortcut is None else value.shortcut, gamma, out,
+        pixels, channels**0.5, C=channels, HAS_BIAS=value.bias is not None,
+        HAS_SHORTCUT=value.shortcut is not None, ROWS=rows, COLUMNS=columns, num_warps=1,
+    )
+    return out
+
+
 def spread(value: Sum, times: int) -> Tensor:
     """As wan.stacking.spread; tensors are contiguous."""
     x = value.x
@@ -95,7 +134,7 @@ def spread(value: Sum, times: int) -> Tensor:
     _spread_kernel[triton.cdiv(pixels, rows), times](
         x, x if value.bias is None else value.bias, x if value.shortcut is None else value.shortcut, out,
         pixels, height, width, TIMES=times, C=share, HAS_BIAS=value.bias is not None,
-        HAS_SHORTCUT=value.shortcut is not None, ROWS=rows, COLUMNS=columns,
+        HAS_SHORTCUT=value.shortcut is not None, ROWS=rows, COLUMNS=columns, num_warps=1,
     )
     return out
 
@@ -119,6 +158,6 @@ def stack(value: Sum, gamma: Tensor | None, past: Tensor, keep: bool = True) -> 
         x if gamma is None else gamma, past, stacked, x,  # each value is read before it is settled in place
         frames, pixels, channels**0.5,
         C=channels, HAS_BIAS=value.bias is not None, HAS_SHORTCUT=value.shortcut is not None,
-        NORM=gamma is not None, SETTLE=keep and not value.is_settled, ROWS=rows, COLUMNS=columns,
+        NORM=gamma is not None, SETTLE=keep and not value.is_settled, ROWS=rows, COLUMNS=columns, num_warps=1,
     )
     return stacked, x if keep else None

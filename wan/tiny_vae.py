@@ -1,6 +1,6 @@
 """Latents -> pixels with TAEHV: a decoder some 25 times cheaper than Wan's own, and approximate.
 
-It is causal, and all that it remembers is what each block saw one frame before: a stream decodes one latent frame
+It is causal, and all that it remembers is what each block saw one frame before: a stream decodes a few latent frames
 at a time, in memory that does not grow with the video. Encoding stays with the Wan VAE.
 
 Two files have this layout. They differ in the latents that they read, and nothing in them says which:
@@ -25,6 +25,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wan.checkpoint import CheckpointError, check_fit, load_strictly, read_tensors
+from wan.recorder import Recorder
+from wan.stacking import Sum, load_kernels
 from wan.stream import StreamDecoder
 from wan.vae_passes import Past
 
@@ -37,6 +39,7 @@ STAGES = ((256, 128, 1), (128, 64, 2), (64, 64, 2))  # channels, channels after 
 class TinyVAE:
     """A tiny decoder in the place of the Wan VAE's; the same streams, frame counts and value range."""
 
+    part_frames = 1       # latent frames a call
     temporal_stride = 4   # pixel frames a latent frame spans; the first latent frame spans one
     spatial_stride = 8    # pixels a latent spans along height, and along width
 
@@ -103,24 +106,24 @@ class TinyVAE:
         """On the meta device: shapes without data."""
         return cls(_network(latent_channels)["decoder"].to(dtype))
 
+    def accelerate(self, recorder: Recorder | None, *, part_frames: int) -> None:
+        """Decode so many latent frames a call; its kernels are few and large then, so that nothing is recorded."""
+        self.part_frames = part_frames
+
     def stream(self) -> StreamDecoder:
         """Start decoding a video. Any number of streams can share a decoder without touching each other."""
         return StreamDecoder(self)
-
-    @property
-    def part_frames(self) -> int:
-        return 1
 
     def new_past(self) -> Past:
         return {}
 
     def decode_part(self, latent: Tensor, past: Past) -> Tensor:
-        """[B, C, 1, h, w] normalised -> pixels [B, 3, 1 or 4, H, W] in [-1, 1]; `past` is advanced.
+        """[B, C, F, h, w] normalised -> pixels [B, 3, T, H, W] in [-1, 1]; `past` is advanced.
 
         The first latent frame makes four images as the others do, but stands for one pixel frame: the last.
         Returns: float32; of a float64 decoder, float64.
         """
-        z = latent.squeeze(2).to(self.device, self._wide)
+        z = latent.transpose(1, 2).flatten(0, 1).to(self.device, self._wide)
         if self._mean is not None and self._std is not None:
             z = z * self._std + self._mean
         x = (torch.tanh(z / BOUND) * BOUND).to(self.dtype, memory_format=torch.channels_last)
@@ -128,7 +131,7 @@ class TinyVAE:
         for layer in self._decoder:
             x = _remembering(layer, x, len(latent), past) if isinstance(layer, _Block) else layer(x)
         pixels = rearrange(x, "(b t) c h w -> b c t h w", b=len(latent))
-        pixels = pixels[:, :, -1:] if first else pixels
+        pixels = pixels[:, :, self.temporal_stride - 1:] if first else pixels
         return pixels.to(self._wide).clamp(0, 1) * 2 - 1
 
 
@@ -159,7 +162,7 @@ class _Block(nn.Module):
 
 
 class _Grow(nn.Module):
-    """Each image becomes `frames` images in a row, twice as high and wide.
+    """Each image becomes `frames` images in a row, twice as high and wide, in one pass over memory.
 
     The convolution looks at single pixels, so it may run before they are doubled, at a quarter of the cost.
     """
@@ -170,8 +173,8 @@ class _Grow(nn.Module):
         self.conv = nn.Conv2d(width, width * frames, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = rearrange(self.conv(x), "n (t c) h w -> (n t) c h w", t=self.frames)
-        return F.interpolate(x.contiguous(memory_format=torch.channels_last), scale_factor=2, mode="nearest")
+        images = self.conv(x).permute(0, 2, 3, 1).contiguous().unsqueeze(1)  # [N, 1, h, w, t c]
+        return load_kernels(x.device).spread(Sum(images), self.frames).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def _remembering(block: _Block, x: Tensor, clips: int, past: Past) -> Tensor:

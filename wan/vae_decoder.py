@@ -43,8 +43,8 @@ class FastDecoder:
         """`part_frames`: frames before the last doubling of the frame rate that go through the rest together."""
         self._decoder, self._kernels, self._part_frames = model.decoder, kernels, part_frames
         self._weights = {
-            module: _stacked_weight(module) for module in [model.post_quant_conv, *self._decoder.modules()]
-            if isinstance(module, nn.Conv2d | nn.Conv3d)
+            module: _stacked_weight(module, thin=module is self._decoder.conv_out)
+            for module in [model.post_quant_conv, *self._decoder.modules()] if isinstance(module, nn.Conv2d | nn.Conv3d)
         }
         self._quant = model.post_quant_conv
         doubling = [i for i, block in enumerate(self._decoder.up_blocks) if _doubles_time(block)]
@@ -103,8 +103,23 @@ class FastDecoder:
         x = self._upsample(levels[self._last_doubling], x, first)
         for block in levels[self._last_doubling + 1:]:
             x = self._upsample(block, self._residuals(block, x), first)
-        out, bias = self._causal(self._decoder.conv_out, x, self._decoder.norm_out.gamma.flatten())
-        return out + bias
+        return self._thin(self._decoder.conv_out, x, self._decoder.norm_out.gamma.flatten())
+
+    def _thin(self, conv: nn.Conv3d, x: Sum, gamma: Tensor) -> Tensor:
+        """A causal convolution to few channels: each frame for all its taps, then what meets is added up.
+
+        That reads and remembers frames once, not stacked.
+        """
+        taps = self._conv(conv, self._kernels.activate(x, gamma))
+        x.release()
+        past = self._past_of(conv, taps)
+        known = torch.cat([past, taps], dim=1)
+        past.copy_(known[:, -PAST:])
+        frames, channels = taps.shape[1], conv.out_channels
+        out = conv.bias.float()
+        for tap in range(PAST + 1):
+            out = out + known[:, tap:tap + frames, ..., tap * channels:(tap + 1) * channels]
+        return out.to(taps.dtype)
 
     def _residuals(self, block: WanUpBlock, x: Sum) -> Sum:
         for resnet in block.resnets:
@@ -124,7 +139,7 @@ class FastDecoder:
     def _attend(self, attention: nn.Module, x: Tensor) -> Tensor:
         """Attention inside each frame, by diffusers' own module."""
         images = x.flatten(0, 1).permute(0, 3, 1, 2).unsqueeze(2)
-        return attention(images).squeeze(2).permute(0, 2, 3, 1).reshape(x.shape)
+        return attention(images).squeeze(2).permute(0, 2, 3, 1).contiguous().view(x.shape)
 
     def _upsample(self, block: WanUpBlock, x: Sum, first: bool) -> Sum:
         """Twice the height and width, and of "upsample3d" the frames, but for a video's very first one."""
@@ -182,9 +197,14 @@ def _doubles_time(block: WanUpBlock) -> bool:
     return bool(block.upsamplers) and block.upsamplers[0].mode == "upsample3d"
 
 
-def _stacked_weight(conv: nn.Conv2d | nn.Conv3d) -> Tensor:
-    """Weights of the 2-D convolution over stacked frames, oldest first, channels-last; the module's become a view."""
+def _stacked_weight(conv: nn.Conv2d | nn.Conv3d, *, thin: bool) -> Tensor:
+    """Weights of the 2-D convolution over stacked frames, oldest first, channels-last; the module's become a view.
+
+    `thin`: results of all taps in place of stacked frames, oldest first; a copy.
+    """
     weight = conv.weight.detach()
+    if thin:
+        return weight.movedim(2, 0).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     if weight.ndim == 4:
         stacked = weight.contiguous(memory_format=torch.channels_last)
         conv.weight.data = stacked

@@ -43,7 +43,14 @@ def run(options: argparse.Namespace) -> int:
     from evaluation.metrics.table import read_table, write_parquet
     from evaluation.metrics.videos import find_videos
     from pipeline.build import choose_device
+    from utils.config import ConfigError
 
+    if min([options.workers, *(options.chunk_frames or ())]) < 1:
+        raise ConfigError("--workers and --chunk_frames count from 1 on. Ask for 1 or more of each.")
+    table = options.output
+    if table.is_dir() or table.suffix != ".csv":
+        why, folder = ("is a folder", table) if table.is_dir() else ("is no .csv", table.parent)
+        raise ConfigError(f"--output {table} {why}. Name the table itself, such as {folder / 'metrics.csv'}.")
     chunks = None if options.chunk_frames is None else ChunkLayout(*options.chunk_frames)
     videos = find_videos(options.folders, prompts=options.prompts, chunks=chunks)
     choices = Choices(str(choose_device(options.device)), options.weights, options.vlm)

@@ -65,6 +65,8 @@ def run(options: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise ConfigError(f"--{flag} {value} is too small. Ask for {least} or more.")
     folder = options.output_folder or Path("outputs") / options.study.stem
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output_folder {folder} is a file. Choose another.")
     device, workers = choose_device(options.device), options.workers
     if workers is None:
         workers = spare_processors() if device.type == "cuda" else 0

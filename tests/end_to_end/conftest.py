@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,13 +15,18 @@ from weights import make_model
 
 @pytest.fixture(scope="session", autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One thread, caches of our own, started from the repository; child processes inherit all of it."""
+    """One thread, caches of our own, started from the repository; child processes inherit all of it.
+
+    Also Ctrl-C that works: a suite that a script runs in the background inherits it ignored, and so would the runs.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         patch.chdir(ROOT)
         yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

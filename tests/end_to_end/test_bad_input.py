@@ -77,6 +77,7 @@ def expect(said: str, *words: str) -> None:
         (["--seconds", "nan"], ["--seconds nan is no length"]),
         (["--seconds", "1e308"], ["--seconds 1e+308 is no length"]),
         (["--seconds", 5, *SHORT], ["--num_output_frames", "not allowed with", "--seconds"]),
+        (["--policy", "deep_sink"], ["--policy deep_sink", "Use --config_path configs/deep_sink.yaml"]),
         (["--policy", "particpative"], ["'particpative' is unknown", "Did you mean participative?"]),
         (["--policy", "rolling", "--Budget", 16], ["--Budget 16", "policy rolling does not have", "Drop --Budget"]),
         (["--Budget", 12, "--Recent", 4], ["need 14 frames", "exceeds budget_frames=12"]),
@@ -91,6 +92,7 @@ def expect(said: str, *words: str) -> None:
         (["--seed", -1], ["--seed", "'-1'", "at least 0"]),
         (["--sed", 1], ["--sed", "--help"]),
         (["--config_path", "configs/deep_forcin.yaml"], ["deep_forcin.yaml: no such file", "deep_forcing.yaml"]),
+        (["--config_path", "configs"], ["configs: is a folder", "Give one of its .yaml files"]),
         (["--config_path", "configs/self_forcing_dmd/self_forcing_dmd_sink14.yaml"],
          ["sink_size=14 and --Recent 4 need 18 frames", "exceeds --Budget 16", "--is_ds_only 1"]),
         (["--config_path", "configs/full.yaml", "--num_output_frames", 22],
@@ -218,7 +220,7 @@ def damaged(kind: str, model: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     "kind, words",
     [
-        ("missing", ["is not there", "python -m utils.download"]),
+        ("missing", ["is not there", "Correct its path", "python -m utils.download"]),
         ("truncated", ["cannot be read", "cut off or damaged", "python -m utils.download"]),
         ("truncated pt", ["cannot be read", "cut off or damaged"]),
         ("other size", ["does not fit", "dim 64, 1 layers", "asks for dim 32, 2 layers"]),
@@ -325,6 +327,15 @@ def test_process_ends_with_one_line(cli: CommandLine, tmp_path: Path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert (result.returncode, result.stdout) == (2, "")
     expect(result.stderr, "error: --set context_nois=1: unknown key")
+
+
+def test_the_scripts_take_paths_as_their_caller_means_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Started elsewhere, a script finds a relative --data_path in the caller's folder, not in the repository."""
+    (tmp_path / "mine.txt").touch()
+    monkeypatch.setenv("PYTHON", sys.executable)
+    command = ["bash", str(ROOT / "DS_inference.sh"), "--data_path", "mine.txt"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2 and "error: mine.txt: the file is empty" in result.stderr
 
 
 def test_interrupt_while_modules_load(tmp_path: Path):

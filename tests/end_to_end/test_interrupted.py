@@ -4,6 +4,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 import pipeline.engine
+import pipeline.render
 import utils.outputs
 import utils.video
 from end_to_end.runs import PROMPTS, PRUNED, CommandLine, ended, hidden, is_whole, manifest, record, videos, wait_until
+from utils.files import BeingWrittenError
 from utils.interrupt import StopRequest
 from utils.progress import VideoProgress
 from utils.video import VideoWriter, read_video
@@ -80,6 +83,26 @@ def test_other_settings_are_refused(cli: CommandLine, capsys, change: list, told
     assert is_whole(cli.folder / "videos", 1)
     first, second = manifest(cli.folder / "videos")
     assert first["video"] == second["video"] and first["fingerprint"] != second["fingerprint"]
+
+
+@pytest.mark.parametrize("owner, moment", [(pipeline.engine.Engine, "prepare"), (VideoProgress, "update")])
+def test_a_video_that_another_run_made_meanwhile_is_not_replaced(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch, owner: type, moment: str,
+):
+    """While this run loads, or writes, a video of the same name and other settings is finished: that one stays."""
+    options, original = ["--prompt", PROMPTS[0], "--num_output_frames", 3], getattr(owner, moment)
+    folder = cli.folder / "videos"
+    assert cli(*options, "--policy", "rolling", out="other") == 0
+
+    def late(*arguments: object) -> None:
+        shutil.copytree(cli.folder / "other", folder, dirs_exist_ok=True)
+        original(*arguments)
+
+    monkeypatch.setattr(owner, moment, late)
+    assert cli(*options) == 1
+    [stem] = videos(folder)
+    assert is_whole(folder, 1) and record(folder, stem)["settings"]["config"]["kv_cache"]["policy"] == "rolling"
+    assert "made with other settings" in manifest(folder)[-1]["error"]
 
 
 def test_overwrite_redoes_and_keeps_the_old_until_then(cli: CommandLine, monkeypatch: pytest.MonkeyPatch):
@@ -257,21 +280,57 @@ def test_failures_of_every_video_are_listed(cli: CommandLine):
     assert is_whole(folder, 2)
 
 
-def test_failed_record_leaves_nothing_that_looks_finished(cli: CommandLine, monkeypatch: pytest.MonkeyPatch):
+def test_failed_record_leaves_nothing_that_looks_finished(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch, caplog,
+):
     """The disk fills up between the video and its sidecar: the video does not count, and is redone."""
     with monkeypatch.context() as patch:
         patch.setattr(utils.outputs, "write_atomically", disk_full)
         patch.setattr(utils.outputs.OutputFolder, "__init__", unprobed)
         assert cli("--prompt", PROMPTS[0], "--num_output_frames", 3) == 1
     folder = cli.folder / "videos"
-    assert not list(folder.glob("*.json")) and [line["status"] for line in manifest(folder)] == ["failed"]
+    assert not list(folder.glob("*.json"))
+    [line] = manifest(folder)
+    assert line["status"] == "failed" and "No space left" in line["error"]
+    assert f"{line['video'].removesuffix('.mp4')}.json cannot be written" in line["error"]
+    assert "Make room" in line["error"] and f"failed: {line['video'][:-4]}: {line['error']}" in caplog.messages
     assert cli("--prompt", PROMPTS[0], "--num_output_frames", 3) == 0
     assert is_whole(folder, 1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_manifest_that_takes_no_line_is_a_failure(cli: CommandLine, caplog, batch_size: int):
+    """A folder stands in its place: status 1, every video named once with the reason, though all are there."""
+    (cli.folder / "videos" / "manifest.jsonl").mkdir(parents=True)
+    command = ["--data_path", cli.prompts(*PROMPTS), "--num_output_frames", 3, "--save_with_index"]
+    assert cli(*command, "--batch_size", batch_size) == 1
+    assert len(videos(cli.folder / "videos")) == len(list((cli.folder / "videos").glob("*.json"))) == 3
+    said = [line for line in caplog.messages if line.startswith("failed: ")]
+    assert [line.partition("-0: ")[0] for line in said] == [f"failed: {number:04d}" for number in range(3)]
+    assert all("manifest.jsonl cannot be added to: Is a directory" in line and "Errno" not in line for line in said)
 
 
 def unprobed(self: utils.outputs.OutputFolder, folder: Path, *, overwrite: bool) -> None:
     self.folder, self.overwrite = Path(folder), overwrite
     self.folder.mkdir()
+
+
+def test_waiting_for_another_run_is_said_once(cli: CommandLine, monkeypatch: pytest.MonkeyPatch, caplog):
+    """A video that another process is writing is looked at again and again, but the log does not grow with it."""
+    caplog.set_level("INFO")
+    start, looks = utils.outputs.OutputFolder.start, iter(range(5))
+
+    def busy(folder: utils.outputs.OutputFolder, stem: str) -> None:
+        if next(looks, None) is not None:
+            raise BeingWrittenError(f"{stem}: another process is writing")
+        start(folder, stem)
+
+    monkeypatch.setattr(pipeline.render, "WAIT_S", 0)
+    monkeypatch.setattr(utils.outputs.OutputFolder, "start", busy)
+    assert cli("--prompt", PROMPTS[0], "--num_output_frames", 3) == 0
+    assert sum(": start, " in line for line in caplog.messages) == 1
+    assert sum("another process is writing" in line for line in caplog.messages) == 1
+    assert is_whole(cli.folder / "videos", 1)
 
 
 def test_two_runs_into_one_folder(cli: CommandLine):

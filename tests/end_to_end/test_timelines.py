@@ -76,6 +76,23 @@ def test_videos_of_one_batch_change_together(cli: CommandLine) -> None:
     assert videos(cli.folder / "videos")[stem] == alone
 
 
+@pytest.mark.parametrize("method, moment, words", [
+    ("rolling_forcing", 5, "5 chunks jointly, with the prompt of the newest: a later one may show up to 3 s early"),
+    ("rolling_forcing", 3, "a later one may show up to 3 s early, that of 3 s from the beginning on"),
+    ("deep_forcing", 3, None),
+])
+def test_a_joint_window_shows_a_prompt_early_and_says_so(cli: CommandLine, caplog, method, moment, words) -> None:
+    """One line before anything is made, where a pipeline has such a window and a video has a later prompt."""
+    caplog.set_level("INFO")
+    story, plain = timeline(cli, (0, PROMPTS[0]), (moment, PROMPTS[1])), ["--prompt", PROMPTS[0]]
+    flags = ["--config_path", ROOT / "configs" / f"{method}.yaml", "--num_output_frames", 27, "--dry_run"]
+    assert cli("--data_path", story, *flags) == 0
+    said = [line for line in caplog.messages if "jointly" in line]
+    assert len(said) == bool(words) and all(words in line for line in said)
+    caplog.clear()
+    assert cli(*plain, *flags) == 0 and "jointly" not in caplog.text
+
+
 @pytest.mark.parametrize("moments, words", [
     ([(0, "a"), (90, "b")], "begins at 90 s, and no chunk of this video"),
     ([(0, "a"), (3.1, "b"), (3.2, "c")], "begins in the same chunk"),

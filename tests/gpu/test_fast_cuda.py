@@ -1,8 +1,11 @@
 """On a GPU: what makes it fast computes the same. Skipped without one."""
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import EVERY_POLICY, make_tiny, policy_of
 from diffusers import AutoencoderKLWan
 from torch import Tensor
@@ -14,8 +17,11 @@ from pipeline.noise import SampleSeed
 from wan import stacking
 from wan.backends import installed, load_backend, sdpa
 from wan.compiler import Compiler, inductor, plain
+from wan.fused import linear_gelu
 from wan.kv_cache.cache import KVCache
+from wan.kv_cache.layer import stage_and_show
 from wan.recorder import CudaRecorder
+from wan.rope import Turn
 from wan.vae import WanVAE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -144,3 +150,46 @@ def test_compiled_passes_equal_plain_ones() -> None:
     other = make_tiny()
     other.model.to(CUDA)
     assert_close(tiny.run(policy, FRAMES, pipeline=fast), other.run(policy, FRAMES), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("clips", "frames", "frame_tokens", "heads", "dim"), [(1, 3, 1560, 12, 128), (2, 2, 7, 3, 12)])
+def test_staging_kernel_equals_plain(
+    clips: int, frames: int, frame_tokens: int, heads: int, dim: int, dtype: torch.dtype,
+) -> None:
+    """Whole tiles and ragged ones, with votes and without. A step of the dtype apart at most: products may be fused."""
+    staging_triton = import_module("wan.kv_cache.staging_triton")  # Triton is there where CUDA is
+    generator, tokens = torch.Generator(CUDA).manual_seed(0), frames * frame_tokens
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=CUDA)
+
+    joint = random(clips, tokens, 3, heads, dim).bfloat16()
+    query, keys, values = joint[:, :, 0].contiguous(), joint[:, :, 1].contiguous(), joint[:, :, 2]
+    space, by = (Turn(*(random(tokens, 1, dim) for _ in range(2))) for _ in range(2))
+    for voting in (frames, 0):
+        results = []
+        for function in (stage_and_show, staging_triton.stage_and_show):
+            stored = torch.zeros(2, clips, tokens + 5, heads, dim, device=CUDA, dtype=torch.bfloat16)
+            seen = torch.zeros(2, clips, tokens + 9, heads, dim, device=CUDA).to(dtype)
+            places = (tuple(stored[:, :, 2:2 + tokens]), tuple(seen[:, :, 4:4 + tokens]))
+            sums, shown = function(query, keys, values, space, by, *places, voting)
+            assert (sums is None) is (voting == 0) and shown.dtype == dtype
+            results.append((stored.float(), seen.float(), shown.float(), *([] if sums is None else [sums])))
+        step = torch.finfo(dtype).eps
+        for ours, theirs, rtol in zip(*results, (2.0**-7, step, step, 2.0**-7), strict=False):
+            assert_close(ours, theirs, rtol=rtol, atol=2.0**-6 * theirs.abs().max().item() * rtol)
+
+
+def test_linear_and_gelu_in_one_kernel_are_nearer_to_float32() -> None:
+    """One rounding instead of two."""
+    generator = torch.Generator(CUDA).manual_seed(0)
+    x, weight, bias = (
+        torch.randn(*shape, device=CUDA, generator=generator).bfloat16()
+        for shape in ((2, 300, 256), (512, 256), (512,))
+    )
+    weight *= 256**-0.5
+    exact = F.gelu(F.linear(x.float(), weight.float(), bias.float()), approximate="tanh")
+    one, two = linear_gelu(x, weight, bias), F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    assert one.shape == two.shape and one.dtype == two.dtype
+    assert (one - exact).norm() < (two - exact).norm() < 0.01 * exact.norm()

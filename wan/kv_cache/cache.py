@@ -17,9 +17,10 @@ import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from wan.compiler import Compiler, plain
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.archive import PacketRotation
-from wan.kv_cache.layer import CacheShape, LayerCache, LayerState, Moment, Turns
+from wan.kv_cache.layer import LayerCache, LayerState, Moment, Turns
 from wan.kv_cache.packets import PacketMemory
 from wan.kv_cache.policy import KVPolicy
+from wan.kv_cache.shape import CacheShape
 from wan.kv_cache.window import WindowBuffer
 
 
@@ -35,10 +36,9 @@ class KVCache:
         self, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, *, compiler: Compiler = plain,
         shared_window: bool = False,
     ):
-        common = (shape.heads, shape.head_dim, shape.device, shape.dtype)
         window, packets, sizes = None, None, policy.sizes(geometry)
         if shared_window:
-            window = WindowBuffer(shape.batch, sizes.window_tokens, *common, compiler)
+            window = WindowBuffer(shape, sizes.window_tokens, compiler)
         if sizes.archive is not None:
             packets = PacketRotation(sizes.archive.grid, shape.head_dim, shape.device, shape.dtype)
         turns = Turns(geometry, shape)

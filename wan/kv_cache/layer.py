@@ -9,28 +9,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wan.compiler import Compiler
+from wan.compiler import Compiler, by_hand
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.archive import Archive, PacketRotation
 from wan.kv_cache.policy import CacheView, KVPolicy, Plan, Votes
-from wan.kv_cache.store import KVStore
+from wan.kv_cache.shape import CacheShape
+from wan.kv_cache.store import KVStore, narrowed, write
 from wan.kv_cache.votes import QueryVotes
 from wan.kv_cache.window import Window, WindowBuffer
 from wan.rope import AxisChannels, Turn, both_turns, space_phase, time_phase, turn, turn_of
 
 Tensors = tuple[Tensor, Tensor]  # keys and values of the same slots
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheShape:
-    """What the cache must know of the network."""
-
-    layers: int
-    heads: int
-    head_dim: int
-    batch: int
-    device: torch.device
-    dtype: torch.dtype
 
 
 class Turns:
@@ -88,20 +77,21 @@ def stage(
 
     Returns: sums [B, voting_frames, H, D] of the query over each frame; None if no frame votes.
     """
-    slots[0].copy_(turn(keys, space))
-    slots[1].copy_(values)
+    write(slots[0], turn(keys, space))
+    write(slots[1], values)
     if not voting_frames:
         return None
     return turn(query, space).unflatten(1, (voting_frames, -1)).sum(dim=2, dtype=space.cos.dtype)
 
 
 def show(query: Tensor, keys: Tensor, values: Tensor, by: Turn, slots: Tensors) -> Tensor:
-    """Write the same in window time to a window's `slots`; returns the query in window time."""
-    slots[0].copy_(turn(keys, by))
-    slots[1].copy_(values)
-    return turn(query, by)
+    """Write the same in window time to a window's `slots`; returns the query in window time and their dtype."""
+    write(slots[0], turn(keys, by))
+    write(slots[1], values)
+    return narrowed(turn(query, by), slots[0].dtype)
 
 
+@by_hand("wan.kv_cache.staging_triton")
 def stage_and_show(
     query: Tensor, keys: Tensor, values: Tensor, space: Turn, by: Turn, stored: Tensors, seen: Tensors,
     voting_frames: int,
@@ -119,9 +109,9 @@ class LayerCache:
     ):
         sizes = policy.sizes(geometry)
         common = (shape.heads, shape.head_dim, shape.device, shape.dtype)
-        self.store = KVStore(shape.batch, sizes.capacity_tokens, *common)
+        self.store = KVStore(shape.batch, sizes.capacity_tokens, *common[:3], shape.store_dtype or shape.dtype)
         self._window_is_shared = window is not None
-        self.window = window or WindowBuffer(shape.batch, sizes.window_tokens, *common, compiler)
+        self.window = window or WindowBuffer(shape, sizes.window_tokens, compiler)
         past_voters = sizes.vote_frames - geometry.chunk_frames
         self.votes = QueryVotes(shape.batch, past_voters, *common, compiler) if sizes.vote_frames else None
         self.archive = Archive(shape.batch, sizes.archive, packets, *common) if sizes.archive else None
@@ -207,7 +197,8 @@ class LayerCache:
                 self.archive.pool(*self.store.slots(len(space.cos)), self._rows, space)
             self.archive.commit(self._moment.start)
         self.store.commit(
-            retain=self.plan.retain, chosen=self.plan.chosen, origin=born.repeat_interleave(self._frame_tokens)
+            retain=self.plan.retain, chosen=self.plan.chosen, origin=born.repeat_interleave(self._frame_tokens),
+            still=self.plan.still,
         )
         if self.votes is not None:
             self.votes.commit()

@@ -127,6 +127,7 @@ class Plan:
     attend: Tensor               # [B, A] store slots that this chunk sees; a subset of retain
     position: Tensor             # [B, A] window time of each attended token, in latent frames; may be negative
     query_position: int          # window time of the chunk's first frame
+    still: int = 0               # the first so many of `retain` are slots 0, 1, ... and stay where they are
     chosen: Tensor | None = None  # [B, C] slots whose use counter rises by one
     packets: Tensor | None = None          # [B, K] places of the archive that this chunk sees, besides `attend`
     packet_position: Tensor | None = None  # [B, K, T] window time of each of their frames, in latent frames
@@ -142,7 +143,7 @@ class Plan:
         cls, view: CacheView, *, sink: Tensor, tail: Tensor, positions: Positions,
         top: Tensor | None = None, chosen: Tensor | None = None,
     ) -> Plan:
-        """Keep and see sink, top-C and tail, in this order, at the positions that `positions` names.
+        """Keep and see sink (the first slots), top-C and tail, in this order, at the positions that `positions` names.
 
         The chunk starts at min(frames seen, frames kept + one chunk); `tail` is the newest frames.
         `released`: sink at 0, 1, ...; all else as far before the chunk as it was born.
@@ -165,7 +166,9 @@ class Plan:
         if positions != "original":
             sink_begins = top_begins - sinks // view.frame_tokens if positions == "contiguous" else 0
             position[:, :sinks] = sink_begins + step[:sinks]
-        return cls(retain=slots, attend=slots, position=position, query_position=query_position, chosen=chosen)
+        return cls(
+            retain=slots, attend=slots, position=position, query_position=query_position, still=sinks, chosen=chosen,
+        )
 
 
 @dataclass(frozen=True)
@@ -274,7 +277,7 @@ def _check_type(key: str, value: Any, expected: Any) -> None:
         if value not in get_args(expected):
             raise ValueError(f"{key}={value!r} is not one of {', '.join(map(str, get_args(expected)))}.")
     elif type(value) is not expected:
-        raise ValueError(f"{key}={value!r} is a {type(value).__name__}; it must be a {expected.__name__}.")
+        raise ValueError(f"{key}={value!r} is a {type(value).__name__}; {expected.__name__} is wanted.")
 
 
 def check_range(key: str, value: int, low: int, high: int, reason: str) -> None:

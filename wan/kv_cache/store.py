@@ -13,9 +13,28 @@ from torch import Tensor
 
 def take(buffer: Tensor, slots: Tensor) -> Tensor:
     """Rows of `buffer` [B, N, ...] at `slots` [B, A], each sample its own: [B, A, ...]. No host sync."""
-    batch, rows = buffer.shape[:2]
-    offset = torch.arange(batch, device=slots.device).unsqueeze(1) * rows
-    return buffer.flatten(0, 1).index_select(0, (slots + offset).flatten()).unflatten(0, slots.shape)
+    return _select(buffer, rows_of(slots, buffer.shape[1]))
+
+
+def rows_of(slots: Tensor, capacity: int) -> Tensor:
+    """Where slots [B, A] are when the samples of a buffer [B, capacity, ...] lie behind one another."""
+    return slots + torch.arange(len(slots), device=slots.device).unsqueeze(1) * capacity
+
+
+def _select(buffer: Tensor, rows: Tensor) -> Tensor:
+    return buffer.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`; what 8-bit floats cannot hold becomes the largest they can."""
+    if dtype.itemsize < x.dtype.itemsize and dtype.itemsize == 1:
+        x = x.clamp(*(sign * torch.finfo(dtype).max for sign in (-1, 1)))
+    return x.to(dtype)
+
+
+def write(slots: Tensor, x: Tensor) -> None:
+    """Copy x to `slots`, in their dtype."""
+    slots.copy_(narrowed(x, slots.dtype))
 
 
 class KVStore:
@@ -58,16 +77,12 @@ class KVStore:
         """Where the chunk's `new` keys and values [B, L, H, D] are staged: beyond `length`."""
         return self.keys[:, self.length:self.length + new], self.values[:, self.length:self.length + new]
 
-    def stage(self, keys: Tensor, values: Tensor) -> None:
-        """Write the chunk's [B, L, H, D] beyond `length`; a later call overwrites an earlier one."""
-        for slots, new in zip(self.slots(keys.shape[1]), (keys, values), strict=True):
-            slots.copy_(new)
-
-    def commit(self, *, retain: Tensor, chosen: Tensor | None, origin: Tensor) -> None:
+    def commit(self, *, retain: Tensor, chosen: Tensor | None, origin: Tensor, still: int = 0) -> None:
         """Keep `retain`, count `chosen`, append the staged tokens.
 
         Shapes: retain [B, R] ascending slots below `length`; chosen [B, C] slots or None;
             origin [L], the latent frames of the staged tokens.
+        Args: still: the first so many of `retain` are slots 0, 1, ...; nothing of theirs is moved.
         """
         new = origin.shape[0]
         stop = self.length + new
@@ -78,9 +93,9 @@ class KVStore:
         kept = retain.shape[1]
         if kept < self.length:
             staged = torch.arange(self.length, stop, device=retain.device).expand(retain.shape[0], -1)
-            survivors = torch.cat([retain, staged], dim=1)
+            moved = rows_of(torch.cat([retain[:, still:], staged], dim=1), self.capacity)
             for buffer in self._columns():
-                buffer[:, :kept + new] = take(buffer, survivors)
+                buffer[:, still:kept + new] = _select(buffer, moved)
         self.length = kept + new
 
     def _columns(self) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wan.compiler import Compiler, plain
 from wan.kv_cache.policy import Votes
-from wan.rope import Turn, phase_dtype, rotate_time, time_phase, turn, turn_of
+from wan.rope import Turn, phase_dtype, rotate_time, time_phase, time_table, turn
 
 
 class QueryVotes:
@@ -30,6 +30,7 @@ class QueryVotes:
         self._current = self._past[:, :0]
         self.known_frames = 0  # remembered frames that vote; a host int that decides shapes
         self._participation = compiler(participation, dynamic=True)
+        self._table, self._asked = compiler(time_table, dynamic=True), compiler(asked, dynamic=True)
 
     def reset(self) -> None:
         """Forget every vote."""
@@ -65,9 +66,14 @@ class QueryVotes:
         frame = torch.arange(first, first + sums.shape[1], device=keys.device)
         sums, keys = sums[..., :heads, :], keys[..., :heads, :]
         heads, head_dim = keys.shape[-2:]
-        query = rotate_time(sums, time_phase(frame, head_dim, sums.dtype)).sum(dim=1)
-        phase = time_phase(origin - start, head_dim, sums.dtype)
-        return self._participation(keys, turn_of(phase, 2 * phase.cos.shape[-1]), query) / (head_dim**0.5 * heads)
+        query = self._asked(sums, frame)
+        by = Turn(*self._table(origin - start, head_dim, sums.dtype))
+        return self._participation(keys, by, query) / (head_dim**0.5 * heads)
+
+
+def asked(sums: Tensor, frame: Tensor) -> Tensor:
+    """The sums [B, F, H, D] of frames at times [F], turned and added up: one query [B, H, D] for all of them."""
+    return rotate_time(sums, time_phase(frame, sums.shape[-1], sums.dtype)).sum(dim=1)
 
 
 def participation(keys: Tensor, by: Turn, query: Tensor) -> Tensor:

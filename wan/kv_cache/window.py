@@ -14,8 +14,9 @@ from torch import Tensor
 from wan.compiler import Compiler, plain
 from wan.kv_cache.archive import Archive
 from wan.kv_cache.policy import Plan
-from wan.kv_cache.store import KVStore, take
-from wan.rope import Turn, time_phase, turn, turn_of
+from wan.kv_cache.shape import CacheShape
+from wan.kv_cache.store import KVStore, take, write
+from wan.rope import Turn, time_table, turn
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,12 @@ class Window:
 class WindowBuffer:
     """Rotated keys and gathered values; of one layer, or of the layer whose turn it is."""
 
-    def __init__(
-        self, batch: int, tokens: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype,
-        compiler: Compiler = plain,
-    ):
-        self._keys = torch.zeros(batch, tokens, heads, head_dim, device=device, dtype=dtype)
+    def __init__(self, shape: CacheShape, tokens: int, compiler: Compiler = plain):
+        size = (shape.batch, tokens, shape.heads, shape.head_dim)
+        self._keys = torch.zeros(size, device=shape.device, dtype=shape.window_dtype or shape.dtype)
         self._values = torch.zeros_like(self._keys)
-        self._gather = compiler(gather_turned, dynamic=True)
+        self._dtype = shape.dtype
+        self._gather, self._table = compiler(gather_turned, dynamic=True), compiler(time_table, dynamic=True)
 
     @property
     def nbytes(self) -> int:
@@ -68,8 +68,7 @@ class WindowBuffer:
     ) -> None:
         stop = begin + slots.shape[1]
         if begin not in turns:
-            phase = time_phase(position, self._keys.shape[-1], self._keys.dtype)
-            turns[begin] = turn_of(phase, 2 * phase.cos.shape[-1])
+            turns[begin] = Turn(*self._table(position, self._keys.shape[-1], self._dtype))
         self._gather(keys, values, slots, turns[begin], self._keys[:, begin:stop], self._values[:, begin:stop])
 
     def slots(self, past: int, new: int) -> tuple[Tensor, Tensor]:
@@ -90,6 +89,6 @@ def gather_turned(
     """
     time = by.cos.shape[-1]
     rows = take(keys, slots)
-    window_keys[..., :time] = turn(rows[..., :time], by)
-    window_keys[..., time:] = rows[..., time:]
-    window_values.copy_(take(values, slots))
+    write(window_keys[..., :time], turn(rows[..., :time].to(by.cos.dtype), by))  # rounded once, whatever the dtypes
+    write(window_keys[..., time:], rows[..., time:])
+    write(window_values, take(values, slots))

@@ -109,7 +109,7 @@ class PackForcing(KVPolicy):
         return Plan(
             retain=slots, attend=slots, position=position, query_position=query_position,
             packets=packets if shown else None, packet_position=begin.unsqueeze(-1) + inside,
-            same_times=self.positions == "packed",
+            still=sink * view.frame_tokens, same_times=self.positions == "packed",
             archive=view.packets.is_whole and view.seen_frames >= self.sink_frames and self.top_chunks > 0,
         )
 

@@ -1,0 +1,58 @@
+"""A whole video as a consumer sees it: the engine's own chunks, decoded beside the transformer where it does that.
+
+A chunk's time is what passes between two chunks of finished frames on the host.
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+
+from benchmarks.cycles import Schedule
+from benchmarks.decoders import COUNTED
+from benchmarks.endurance import Steadiness
+from benchmarks.summary import allocated_gib, read_memory, start_memory, summarise
+from pipeline.build import RunPlan
+from pipeline.decoder import TinyDecoder
+from pipeline.engine import Engine, VideoRequest
+from pipeline.noise import SampleSeed
+from pipeline.overlap import FrameChunk
+
+PROMPT = "a prompt"  # weights are random, its embedding too
+
+
+def measure_stream(plan: RunPlan, counted: str, batch: int, schedule: Schedule, latencies: int) -> Steadiness:
+    """Build the engine, warm it up, time the first frames of `latencies` videos, then one whole video.
+
+    Args: counted: a line of the table that decodes.
+    """
+    tiny = TinyDecoder("taehv", None) if counted == "tiny_vae" else None
+    engine, g = Engine(replace(plan, tiny_decoder=tiny)), plan.geometry
+    start_memory(plan.device)
+    engine.prepare([PROMPT])
+    requests = [VideoRequest(PROMPT, SampleSeed(0, sample)) for sample in range(batch)]
+
+    def video(chunks: int) -> Iterator[FrameChunk]:
+        return engine.stream(requests, g.whole_chunks(chunks * g.chunk_frames))
+
+    for _ in video(schedule.warm_up + 1):
+        pass
+    first = []
+    for _ in range(latencies):
+        begin = time.perf_counter()
+        chunks = video(1)
+        frames = next(chunks).frames.shape[1]
+        first.append((1000 * (time.perf_counter() - begin), frames))
+        chunks.close()
+    stages, allocated, begin = [], [], time.perf_counter()
+    for _ in islice(video(len(schedule.windows) + 1), len(schedule.windows)):  # the last has none beside it
+        now = time.perf_counter()
+        stages.append({"between": 1000 * (now - begin)})
+        allocated.append(allocated_gib(plan.device))
+        begin = now
+    speed = replace(
+        summarise(plan, counted, batch, schedule, stages, first, read_memory(plan.device)),
+        counted=COUNTED[counted].words + ", as the engine streams them",
+    )
+    return Steadiness.of(plan, schedule, speed, stages, allocated)
