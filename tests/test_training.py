@@ -14,7 +14,7 @@ from training.memory import RolloutMemory, Rotation, dense
 from training.optim import Muon, Optimizers
 from training.parts import CaptionEncoder, make_text_encoder, make_tokenizer, make_vae
 from training.settings import Settings, TextSettings, VaeSettings
-from training.teacher import TeacherForcedFlow
+from training.teacher import OpeningFlow, TeacherForcedFlow
 from training.vae import VaeStage
 from training.world import sample, words
 from wan.vae import WanVAE
@@ -52,6 +52,19 @@ def test_teacher_forcing_equals_inference(chunk_frames: int) -> None:
     model = at_once.attach(make_tiny(chunk_frames).model)
     ours = at_once(model, clean, noisy, sigma, embeddings)
     assert_close(ours, torch.cat(flows, dim=1), rtol=0, atol=2e-5)
+
+
+def test_an_opening_alone_equals_the_first_chunk() -> None:
+    """Nothing is before the first chunk, so the short road of openings gives its flow in a whole clip."""
+    tiny = make_tiny()
+    clean, noise, embeddings = inputs(tiny)
+    sigma = torch.linspace(0.3, 0.9, 3).repeat_interleave(3).expand(2, -1)
+    flows = []
+    for flow, frames in ((TeacherForcedFlow(tiny.geometry, SMALL, FRAMES, CPU), FRAMES),
+                         (OpeningFlow(tiny.geometry, SMALL, CPU), 3)):
+        model = flow.attach(make_tiny().model)
+        flows.append(flow(model, clean[:, :frames], noise[:, :frames], sigma[:, :frames], embeddings))
+    assert_close(flows[1], flows[0][:, :3], rtol=0, atol=2e-5)
 
 
 def test_rollout_memory_equals_the_cache() -> None:
@@ -142,6 +155,17 @@ def test_captions_are_whole_words() -> None:
     with torch.no_grad():
         together = encoder.eval()(ids[:4])
         assert_close(together[2:3], encoder(ids[2:3]), rtol=0, atol=1e-5)
+
+
+def test_a_fresh_text_encoder_reads_in_order() -> None:
+    """By the library's own distances: heads prefer the word before, the word after, all before, nothing."""
+    attention = make_text_encoder(TextSettings(), 128, 40).encoder.block[1].layer[0].SelfAttention
+    bias = attention.compute_bias(7, 7)[0].detach()  # [heads, asking, asked]
+    middle = torch.arange(1, 6)
+    assert torch.equal(bias[0].argmax(1)[middle], middle - 1)
+    assert torch.equal(bias[1].argmax(1)[middle], middle + 1)
+    assert torch.equal(bias[2] == 0, torch.ones(7, 7).tril().bool())
+    assert torch.equal(bias[3], torch.zeros(7, 7))
 
 
 class Count:

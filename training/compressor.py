@@ -58,8 +58,9 @@ class CompressorStage:
         self._check_clip()
         self.steps, self.model, self.branch = s.steps, student.to(device), branch.to(device, student.dtype)
         self._embeddings, self._nothing = embeddings.to(device), nothing.to(device)
+        self._flow = flow
         self._matching = DistributionMatching(
-            flow, teacher.to(device), critic.to(device), guidance=s.guidance, lr=s.lr_critic,
+            teacher.to(device), critic.to(device), guidance=s.guidance, lr=s.lr_critic,
         )
         trained = {"branch": self.branch, "model": self.model} if s.joint else {"branch": self.branch}
         self.model.requires_grad_(s.joint)
@@ -87,12 +88,12 @@ class CompressorStage:
         s, g, seed = self._settings, self._geometry, step_seed(self._seed, self.name, index)
         self._generator.manual_seed(seed)
         which = torch.randint(len(self._embeddings), (s.batch,), generator=self._generator, device=self._device)
-        embeddings, nothing = self._embeddings[which], self._nothing.expand(s.batch, -1, -1)
+        embeddings = self._embeddings[which]
         leave = seed % self._sampler.num_passes  # the pass at which this rollout leaves every chunk
         clip = (s.batch, s.latent_frames, self.model.config.in_dim, g.latent_height, g.latent_width)
         made = self._graphs(
-            f"leave at {leave}", self._update, embeddings, nothing, self._noise(leave + 1, *clip), self._noise(*clip),
-            self._sigma(low=0.02),
+            f"leave at {leave}", self._update, embeddings, self._nothing, self._noise(leave + 1, *clip),
+            self._noise(*clip), self._sigma(low=0.02),
         )
         factor = learning_rate(index, self.steps)
         self._optimizers.step(factor)
@@ -100,8 +101,7 @@ class CompressorStage:
         critic = {}
         for _ in range(s.critic_updates):
             critic = self._graphs(
-                "critic", self._matching.update_critic, made["video"], embeddings, self._noise(*clip),
-                self._sigma(low=0.01),
+                "critic", self._update_critic, made["video"], embeddings, self._noise(*clip), self._sigma(low=0.01),
             )
             self._matching.optimizers.step(factor)
         return {"matching": made["matching"], **critic}
@@ -137,9 +137,14 @@ class CompressorStage:
         self, embeddings: Tensor, nothing: Tensor, rollout_noise: Tensor, noise: Tensor, sigma: Tensor,
     ) -> dict[str, Tensor]:
         video = self.rollout(embeddings, rollout_noise)
-        loss = self._matching.loss(video, embeddings, nothing, noise, sigma)
+        loss = self._matching.loss(self._flow, video, embeddings, nothing, noise, sigma)
         self._optimizers.backward(loss)
         return {"matching": loss, "video": video}
+
+    def _update_critic(self, video: Tensor, embeddings: Tensor, noise: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+        loss = self._matching.critic_loss(self._flow, video, embeddings, noise, sigma)
+        self._matching.optimizers.backward(loss)
+        return {"critic": loss}
 
     def _noise(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._generator, device=self._device)

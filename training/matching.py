@@ -16,7 +16,7 @@ from wan.model import CausalWanModel
 
 
 class Flow(Protocol):
-    """How a network reads a whole noisy clip."""
+    """How a network reads a noisy clip."""
 
     def attach(self, model: CausalWanModel) -> CausalWanModel:
         """Give the model the attention that the layout needs."""
@@ -30,10 +30,8 @@ class Flow(Protocol):
 class DistributionMatching:
     """Pulls a video from where the critic says it is towards where the guided teacher says it should be."""
 
-    def __init__(self, flow: Flow, teacher: CausalWanModel, critic: CausalWanModel, *, guidance: float, lr: float):
-        self._flow, self._guidance = flow, guidance
-        self._teacher = flow.attach(teacher).requires_grad_(False)
-        self._critic = flow.attach(critic)
+    def __init__(self, teacher: CausalWanModel, critic: CausalWanModel, *, guidance: float, lr: float):
+        self._guidance, self._teacher, self._critic = guidance, teacher.requires_grad_(False), critic
         self.optimizers = Optimizers(self._critic, lr=lr, lr_rest=lr, betas=(0.0, 0.95))
 
     def compile(self) -> None:
@@ -47,31 +45,31 @@ class DistributionMatching:
     def load(self, state: dict[str, Any]) -> None:
         self.optimizers.load(state)
 
-    def loss(self, video: Tensor, embeddings: Tensor, nothing: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    def loss(
+        self, flow: Flow, video: Tensor, embeddings: Tensor, nothing: Tensor, noise: Tensor, sigma: Tensor,
+    ) -> Tensor:
         """Half the squared distance to the target, which carries no gradient.
 
-        Shapes: video, noise [B, F, C, h, w]; embeddings, nothing [B, T, text_dim]; sigma [B, F].
+        Shapes: video, noise [B, F, C, h, w]; embeddings [B, T, text_dim]; nothing [1 or B, T, text_dim]; sigma [B, F].
         """
         with torch.no_grad():
             clean = video.detach()
             noisy = mix(clean, noise, sigma)
-            conditional = self._clean(self._teacher, clean, noisy, sigma, embeddings)
-            unconditional = self._clean(self._teacher, clean, noisy, sigma, nothing)
+            conditional = _clean(flow, self._teacher, clean, noisy, sigma, embeddings)
+            unconditional = _clean(flow, self._teacher, clean, noisy, sigma, nothing.expand_as(embeddings))
             real = unconditional + self._guidance * (conditional - unconditional)
-            fake = self._clean(self._critic, clean, noisy, sigma, embeddings)
+            fake = _clean(flow, self._critic, clean, noisy, sigma, embeddings)
             scale = (clean - real).abs().mean(dim=(2, 3, 4), keepdim=True).clamp_min(1e-3)
             target = clean - (fake - real) / scale
         return 0.5 * F.mse_loss(video, target)
 
-    def update_critic(self, video: Tensor, embeddings: Tensor, noise: Tensor, sigma: Tensor) -> dict[str, Tensor]:
-        """Gradients of the critic's flow-matching loss on a generated video."""
-        flow = self._flow(self._critic, video, mix(video, noise, sigma), sigma, embeddings)
-        loss = F.mse_loss(flow, noise - video)
-        self.optimizers.backward(loss)
-        return {"critic": loss}
+    def critic_loss(self, flow: Flow, video: Tensor, embeddings: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """The critic's flow-matching loss on a generated video."""
+        flow.attach(self._critic)
+        return F.mse_loss(flow(self._critic, video, mix(video, noise, sigma), sigma, embeddings), noise - video)
 
-    def _clean(
-        self, network: CausalWanModel, context: Tensor, noisy: Tensor, sigma: Tensor, embeddings: Tensor,
-    ) -> Tensor:
-        flow = self._flow(network, context, noisy, sigma, embeddings)
-        return noisy - sigma[..., None, None, None] * flow
+
+def _clean(
+    flow: Flow, network: CausalWanModel, context: Tensor, noisy: Tensor, sigma: Tensor, embeddings: Tensor,
+) -> Tensor:
+    return noisy - sigma[..., None, None, None] * flow(flow.attach(network), context, noisy, sigma, embeddings)

@@ -19,6 +19,7 @@ from wan.model import CausalWanModel, WanConfig, randomize
 
 SHARD_BYTES = 12 * 2**20
 LOG_VARIANCE = -5.0  # of a fresh autoencoder's latents
+BIAS_NEVER = -8.0
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
@@ -83,12 +84,28 @@ def make_tokenizer(words: list[str]) -> Tokenizer:
 
 
 def make_text_encoder(settings: TextSettings, text_dim: int, vocabulary: int) -> UMT5EncoderModel:
-    """A small umT5 encoder."""
+    """A small umT5 encoder whose heads look, in turn, at the word before, the word after, all before, anywhere.
+
+    Words have no other order than the bias of their distance. Begun at nearly zero, it is learned slowly, and with
+    it which colour is whose and which shape comes first; so it begins as slopes do in ALiBi (arXiv:2108.12409).
+    """
     config = UMT5Config(
         vocab_size=vocabulary, d_model=text_dim, d_kv=text_dim // settings.heads, d_ff=settings.ffn_dim,
         num_layers=settings.layers, num_heads=settings.heads, dropout_rate=0.0, feed_forward_proj="gated-gelu",
     )
-    return UMT5EncoderModel(config)
+    encoder = UMT5EncoderModel(config)
+    half = config.relative_attention_num_buckets // 2  # distances 0, 1, 2 ... to words before; then to words after
+    nearer = -torch.arange(half, dtype=torch.float32)
+    never = torch.full((half,), BIAS_NEVER)
+    nearest = torch.cat([never[:1], nearer[1:]])       # the word itself left out
+    looks = [
+        torch.cat(parts) for parts in ((nearest, never), (never, nearest), (nearer * 0, never), (nearer * 0, never * 0))
+    ]
+    with torch.no_grad():
+        for block in encoder.encoder.block:
+            bias = block.layer[0].SelfAttention.relative_attention_bias.weight  # [buckets, heads]
+            bias.copy_(torch.stack([looks[head % len(looks)] for head in range(settings.heads)], dim=1))
+    return encoder
 
 
 class CaptionEncoder(nn.Module):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 MAY_BE_NONE = (  # whole numbers, but may be 0
-    "seed", "image_steps", "first_chunk_steps", "first_chunk_share", "critic_updates", "sink_frames",
+    "seed", "image_steps", "first_chunk_steps", "critic_updates", "sink_frames",
 )
 
 
@@ -56,9 +56,9 @@ class TextSettings:
 class TeacherSettings:
     """The causal flow-matching teacher: every chunk denoised at its own level, given the clean ones before it."""
 
-    steps: int = 3000
+    steps: int = 2700
     batch: int = 48
-    first_chunk_steps: int = 1200   # before that: the first chunk alone, where the caption decides everything
+    first_chunk_steps: int = 2400   # before that: the first chunk alone, where the caption decides everything
     first_chunk_batch: int = 512
     first_chunk_share: int = 96     # extra first chunks beside every batch of clips
     lr: float = 2e-3                # of matrices (Muon)
@@ -73,13 +73,14 @@ class StudentSettings:
 
     steps: int = 150
     batch: int = 48
+    first_chunk_share: int = 128    # extra first chunks beside every batch of clips
     lr: float = 1e-4
     lr_critic: float = 2e-4
     critic_updates: int = 3         # per update of the student
     guidance: float = 2.0           # of the teacher
     ema: float = 0.97
     snapshot_every: int = 50        # steps; the best snapshot is what is exported
-    choice_captions: int = 96       # unseen captions by which it is chosen
+    choice_captions: int = 192      # unseen captions by which it is chosen
 
 
 @dataclass

@@ -14,34 +14,36 @@ from pipeline.sampler import FewStepSampler
 from training.data import LatentClips
 from training.graphs import Graphs
 from training.loop import Ema, copy_tensors, learning_rate, step_seed
-from training.matching import DistributionMatching
+from training.matching import DistributionMatching, Flow
 from training.memory import RolloutMemory, Rotation
 from training.optim import Optimizers
 from training.parts import CaptionEncoder
 from training.rollout import self_rollout
 from training.settings import Settings
-from training.teacher import TeacherForcedFlow, draw_sigmas
+from training.teacher import OpeningFlow, TeacherForcedFlow, draw_sigmas
 from wan.geometry import VideoGeometry
 from wan.model import CausalWanModel
 
 
 class StudentStage:
-    """Student, critic and frozen teacher start from the same weights."""
+    """Student, critic and frozen teacher start from the same weights; openings are trained beside clips."""
 
     name = "student"
 
     def __init__(self, settings: Settings, teacher: CausalWanModel, geometry: VideoGeometry, sampler: FewStepSampler,
-                 captions: CaptionEncoder, clips: LatentClips, device: torch.device):
+                 captions: CaptionEncoder, clips: LatentClips, openings: LatentClips, device: torch.device):
         self._settings, self._device, self._geometry, self._sampler = settings, device, geometry, sampler
         self.steps = settings.student.steps
-        self._captions, self._clips = captions.to(device).requires_grad_(False), clips
+        self._captions = captions.to(device).requires_grad_(False)
+        self._clips, self._openings = clips, openings
         architecture, frames = teacher.config, settings.data.latent_frames
         self._flow = TeacherForcedFlow(geometry, architecture, frames, device)
+        self._opening = OpeningFlow(geometry, architecture, device)
         self._rotation = Rotation(geometry, architecture.head_dim, device)
         self.model = teacher.to(device)
         s = settings.student
         self._matching = DistributionMatching(
-            self._flow, copy.deepcopy(teacher), copy.deepcopy(teacher), guidance=s.guidance, lr=s.lr_critic,
+            copy.deepcopy(teacher), copy.deepcopy(teacher), guidance=s.guidance, lr=s.lr_critic,
         )
         self._optimizers = Optimizers(self.model, lr=s.lr, lr_rest=s.lr, betas=(0.0, 0.95))
         self.ema = Ema(self._optimizers.masters, s.ema)
@@ -66,14 +68,12 @@ class StudentStage:
     def step(self, index: int) -> dict[str, Tensor]:
         s, seed = self._settings.student, step_seed(self._settings.seed, self.name, index)
         self._generator.manual_seed(seed)
-        clean, ids = self._clips.draw(s.batch, self._generator)
-        with torch.no_grad():
-            embeddings, nothing = self._captions(ids), self._captions(self._nothing).expand(s.batch, -1, -1)
         leave = seed % self._sampler.num_passes  # the pass at which this rollout leaves every chunk
-        noise = torch.stack([self._noise(clean) for _ in range(leave + 1)])
+        clip, opening = self._draw(self._clips, s.batch), self._draw(self._openings, s.first_chunk_share)
+        with torch.no_grad():
+            nothing = self._captions(self._nothing)
         made = self._graphs(
-            f"leave at {leave}", self._update, embeddings, nothing, noise, self._noise(clean),
-            self._sigma(s.batch, low=0.02),
+            f"leave at {leave}", self._update, nothing, *self._noises(*clip, leave), *self._noises(*opening, leave),
         )
         factor = learning_rate(index, self.steps, decay_from=0.4)
         self._optimizers.step(factor)
@@ -82,26 +82,52 @@ class StudentStage:
             self.snapshots[str(index + 1)] = {name: t.bfloat16() for name, t in self.ema.shadow.items()}
         for _ in range(s.critic_updates):
             critic = self._graphs(
-                "critic", self._matching.update_critic, made["video"], embeddings, self._noise(clean),
-                self._sigma(s.batch, low=0.01),
+                "critic", self._update_critic,
+                made["video"], clip[1], self._noise(made["video"]), self._sigma(made["video"], low=0.01),
+                made["chunk"], opening[1], self._noise(made["chunk"]), self._sigma(made["chunk"], low=0.01),
             )
             self._matching.optimizers.step(factor)
-        return {"matching": made["matching"], **critic}
+        return {"matching": made["matching"], "opening": made["opening"], **critic}
+
+    def _draw(self, clips: LatentClips, batch: int) -> tuple[Tensor, Tensor]:
+        """Latents, of which only the shape is used, and their captions' embeddings."""
+        like, ids = clips.draw(batch, self._generator)
+        with torch.no_grad():
+            return like, self._captions(ids)
+
+    def _noises(self, like: Tensor, embeddings: Tensor, leave: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Embeddings, a draw for each pass of the rollout, and noise and levels by which it is judged."""
+        passes = torch.stack([self._noise(like) for _ in range(leave + 1)])
+        return embeddings, passes, self._noise(like), self._sigma(like, low=0.02)
 
     def _noise(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self._generator, device=self._device)
 
-    def _sigma(self, batch: int, low: float) -> Tensor:
+    def _sigma(self, like: Tensor, low: float) -> Tensor:
         """A level per chunk, as [B, F]; the ends say nothing."""
-        chunks = self._settings.data.latent_frames // self._geometry.chunk_frames
-        return self._flow.per_frame(draw_sigmas((batch, chunks), self._generator, self._device).clamp(low, 0.98))
+        chunks = like.shape[1] // self._geometry.chunk_frames
+        levels = draw_sigmas((len(like), chunks), self._generator, self._device)
+        return self._flow.per_frame(levels.clamp(low, 0.98))
 
-    def _update(
-        self, embeddings: Tensor, nothing: Tensor, rollout_noise: Tensor, noise: Tensor, sigma: Tensor,
-    ) -> dict[str, Tensor]:
+    def _update(self, nothing: Tensor, *inputs: Tensor) -> dict[str, Tensor]:
+        """`inputs`: what `_noises` gives, for clips and then for openings."""
+        video, matching = self._rollout(self._flow, nothing, *inputs[:4])
+        chunk, opening = self._rollout(self._opening, nothing, *inputs[4:])
+        self._optimizers.backward(matching + 0.5 * opening)
+        return {"matching": matching, "opening": opening, "video": video, "chunk": chunk}
+
+    def _rollout(
+        self, flow: Flow, nothing: Tensor, embeddings: Tensor, passes: Tensor, noise: Tensor, sigma: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """What the student makes of the captions, and its loss."""
         memory = RolloutMemory(self._rotation, len(self.model.blocks), self._device)
         text = self.model.embed_text(embeddings)
-        video = self_rollout(self.model, self._sampler, self._geometry, memory, text, rollout_noise)
-        loss = self._matching.loss(video, embeddings, nothing, noise, sigma)
-        self._optimizers.backward(loss)
-        return {"matching": loss, "video": video}
+        video = self_rollout(self.model, self._sampler, self._geometry, memory, text, passes)
+        return video, self._matching.loss(flow, video, embeddings, nothing, noise, sigma)
+
+    def _update_critic(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """`inputs`: video, embeddings, noise and levels, for clips and then for openings."""
+        clip = self._matching.critic_loss(self._flow, *inputs[:4])
+        opening = self._matching.critic_loss(self._opening, *inputs[4:])
+        self._matching.optimizers.backward(clip + 0.5 * opening)
+        return {"critic": clip, "critic_opening": opening}

@@ -64,6 +64,26 @@ class TeacherForcedFlow:
         return per_chunk.repeat_interleave(self._chunk_frames, dim=1)
 
 
+class OpeningFlow:
+    """Flow of the first chunk alone: nothing is before it."""
+
+    def __init__(self, geometry: VideoGeometry, architecture: WanConfig, device: torch.device):
+        frames = torch.arange(geometry.chunk_frames, device=device)
+        self._memory = WholeClip(Rotation(geometry, architecture.head_dim, device), frames)
+
+    def attach(self, model: CausalWanModel) -> CausalWanModel:
+        """A chunk sees all of itself."""
+        for block in model.blocks:
+            block.self_attn.backend = dense
+        return model
+
+    def __call__(
+        self, model: CausalWanModel, context: Tensor, noisy: Tensor, sigma: Tensor, embeddings: Tensor,
+    ) -> Tensor:
+        """Flow [B, F, C, h, w] of `noisy` at the levels sigma [B, F]; there is no context to look at."""
+        return model(noisy, TABLE_STEPS * sigma, model.embed_text(embeddings), self._memory).float()
+
+
 class TeacherStage:
     """First the opening chunk alone, where the caption decides all; then whole clips, with opening chunks beside."""
 
@@ -78,9 +98,7 @@ class TeacherStage:
         self.captions = captions.to(device, dtype)
         self._clips, self._openings = clips, openings
         self._flow = TeacherForcedFlow(geometry, architecture, settings.data.latent_frames, device)
-        self._opening = WholeClip(
-            Rotation(geometry, architecture.head_dim, device), torch.arange(geometry.chunk_frames, device=device),
-        )
+        self._opening = OpeningFlow(geometry, architecture, device)
         self._generator = torch.Generator(device)
         self._graphs = Graphs(device)
         self._nothing = captions.tokens([""]).to(device)
@@ -137,11 +155,6 @@ class TeacherStage:
         return {"clip": clip, "opening": beside}
 
     def _opening_loss(self, clean: Tensor, noise: Tensor, ids: Tensor, sigma: Tensor) -> Tensor:
-        self._dense()
-        text = self.model.embed_text(self.captions(ids))
-        flow = self.model(mix(clean, noise, sigma), TABLE_STEPS * sigma, text, self._opening)
-        return F.mse_loss(flow.float(), noise - clean)
-
-    def _dense(self) -> None:
-        for block in self.model.blocks:
-            block.self_attn.backend = dense
+        self._opening.attach(self.model)
+        flow = self._opening(self.model, clean, mix(clean, noise, sigma), sigma, self.captions(ids))
+        return F.mse_loss(flow, noise - clean)

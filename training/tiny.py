@@ -84,10 +84,10 @@ def train_teacher(shop: Workshop, seconds: float | None) -> bool:
 
 
 def train_student(shop: Workshop, seconds: float | None) -> bool:
-    clips, _ = shop.clips()
+    clips, openings = shop.clips()
     teacher, captions = averaged_teacher(shop)
     sampler = FewStepSampler(STEPS, SHIFT, warp=True)
-    stage = StudentStage(shop.settings, teacher, shop.geometry, sampler, captions, clips, shop.device)
+    stage = StudentStage(shop.settings, teacher, shop.geometry, sampler, captions, clips, openings, shop.device)
     done = run(shop, stage, seconds)
     if stage.snapshots:
         averaged(stage.model, stage.snapshots[choose(shop, stage, captions, sampler)])

@@ -18,7 +18,7 @@ STILL, UNKNOWN = len(MOTIONS), len(MOTIONS) + 1   # labels beyond MOTIONS
 
 PULSE = 0.06                # deviation of the radius / mean; pulsing shapes have 0.12 and more
 PULSE_CROSSINGS = 0.7       # of the mean radius, a second; pulsing shapes make 1.1 and more, one that resized once none
-SPIN_TURNS = 0.08           # a second; spinning shapes make 0.16 and more
+SPIN_TURNS = 0.08           # a second; spinning shapes make 0.12 and more
 SPIN_STRAY_TURNS = 0.06     # deviation from an even turn
 REST_SPEED = 0.045          # frame heights a second; drifting shapes move at 0.09 and more
 SLOW_SPEED = 0.19           # drifting shapes move at 0.15 at most, all others at 0.24 and more

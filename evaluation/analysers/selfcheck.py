@@ -154,13 +154,14 @@ def damage_clips(count: int = DAMAGE_CLIPS) -> list[Clip]:
 def responses(clips: list[Clip], tell: Callable[[], object] = lambda: None) -> dict[str, dict[str, list]]:
     """Mean response of the matching number to every damage: name -> {"strength": [...], "response": [...]}.
 
+    The mean is over the clips in which it can be read: a subject whose hue has become its background's has no colour.
     `tell` is called after each damage.
     """
     originals = [draw(clip.scene, LONG_FRAMES) for clip in clips]
     table = {}
     for name, (strengths, number, apply) in DAMAGES.items():
         response = [
-            float(np.mean([
+            float(np.nanmean([
                 number(analyse(apply(clip, frames, s), clip.truth))
                 for clip, frames in zip(clips, originals, strict=True)
             ]))

@@ -16,6 +16,8 @@ from training.world.vocabulary import SIZES, SPINNING_KINDS
 MARGIN = 5.0      # kept free for the camera's pan and zoom
 GAP = 6.0         # between neighbours, so that a blurred video still shows two shapes
 PULSE_DEPTH = (0.17, 0.23)
+SPIN_TURNS = (0.12, 0.20)   # a second: at most 18 degrees from one latent frame to the next
+SPIN_FROM = 0.03            # turns from upright at the start: a random angle is learned as a round shape
 TILT_TURNS = 0.012
 SMALLEST_ORBIT = (20.0, 10.0)
 SMALLEST_ZIGZAG = (14.0, 8.0)
@@ -59,7 +61,7 @@ def place(
     for item, colour, path in zip(objects, colours, paths, strict=True):
         spin, pulse, tilt = 0.0, Wave(), rng.uniform(-TILT_TURNS, TILT_TURNS)
         if motion == "spin":
-            spin, tilt = rng.uniform(0.16, 0.34) * _sign(rng), rng.random()
+            spin, tilt = rng.uniform(*SPIN_TURNS) * _sign(rng), rng.uniform(-SPIN_FROM, SPIN_FROM)
         if motion == "pulse":
             pulse = Wave("cosine", rng.uniform(*PULSE_DEPTH), rng.uniform(0.55, 0.9), rng.random())
         bodies.append(Body(

@@ -5,6 +5,7 @@ A clip depends on its split and seed alone. Splits differ by what they may conta
     test     no held-out pair; only held-out sentences
     free     as test, and every colour is free
     held_out at least one held-out pair; any sentence
+Shapes stand from left to right, or around their orbit, in the order in which the caption names them.
 A free colour is any of its kind, between the named ones too, and the caption does not say it: nothing but the picture
 itself can hold it. Whether a sentence is held out is a property of its text, so training never sees a test sentence.
 """
@@ -35,8 +36,8 @@ from training.world.vocabulary import (
 SPLITS = ("train", "test", "free", "held_out")
 HELD_OUT_SENTENCES = 16   # one sentence in so many
 COUNT_SHARES = ((1, 0.65), (2, 0.25), (3, 0.10))
-TRAINING_COUNT_SHARES = ((1, 0.45), (2, 0.35), (3, 0.20))  # what is hard is shown more often
-ALIKE_SHARE, TRAINING_ALIKE_SHARE = 0.5, 0.35  # of the scenes with several shapes: all of one kind, colour and size
+TRAINING_COUNT_SHARES = ((1, 0.35), (2, 0.37), (3, 0.28))  # what is hard is shown more often
+ALIKE_SHARE, TRAINING_ALIKE_SHARE = 0.5, 0.25  # of the scenes with several shapes: all of one kind, colour and size
 FREE_SHARE = 0.25        # of the training scenes: shapes of free colours; independently, a free background
 FREE_REACH = 0.4         # of the way to the next hue, at most
 GRAYISH = 0.2            # saturation below which a colour has no hue to speak of
@@ -138,9 +139,8 @@ def _grouped(objects: tuple[ObjectTruth, ...]) -> tuple[ObjectTruth, ...]:
 
 
 def _draw_scene(rng: random.Random, truth: Truth, world: World) -> Scene:
-    objects = _shuffled(rng, truth.objects)
-    colours = [_tint(rng, _rgb(rng, item), hue=0.012, saturation=0.04, value=0.04) for item in objects]
-    bodies = place(rng, objects, truth.motion, colours, world)
+    colours = [_tint(rng, _rgb(rng, item), hue=0.012, saturation=0.04, value=0.04) for item in truth.objects]
+    bodies = place(rng, truth.objects, truth.motion, colours, world)
     return Scene(bodies, _draw_backdrop(rng, truth, world), _draw_view(rng, world))
 
 
@@ -197,8 +197,3 @@ def _tint(rng: random.Random, rgb: tuple[float, float, float], hue: float, satur
     s = min(1.0, s * (1 + rng.uniform(-saturation, saturation)))
     v = min(1.0, v * (1 + rng.uniform(-value, value)))
     return colorsys.hsv_to_rgb(h % 1.0, s, v)
-
-
-def _shuffled(rng: random.Random, items) -> list:
-    keyed = [(rng.random(), item) for item in items]
-    return [item for _, item in sorted(keyed, key=lambda pair: pair[0])]
