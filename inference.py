@@ -23,17 +23,18 @@ import torch
 
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.acceleration import MODES
-from pipeline.build import RunPlan, choose_device, choose_vae_device, plan_run
+from pipeline.build import RunPlan, plan_run
 from pipeline.decoder import NAMES as DECODERS
 from pipeline.engine import Engine
 from pipeline.length import asked_pixel_frames, check_timelines, video_length
 from pipeline.memory import fit_memory
 from pipeline.preflight import describe
 from pipeline.presets import NAMES as PRESETS
-from pipeline.render import Summary, check_number, make_jobs, pending_jobs, reason, refuse_other_settings, render
+from pipeline.render import Summary, check_number, make_jobs, pending_jobs, refuse_other_settings, render
 from utils.config import load_config
+from utils.devices import choose_device, choose_vae_device
 from utils.launch import Launch, read_launch, wait_for_others
-from utils.outputs import OutputFolder
+from utils.outputs import OutputFolder, reason
 from utils.prompts import PromptItem, load_prompts, shard
 from wan.backends import NAMES as BACKENDS
 from wan.kv_cache.policy import build_policy, policy_fields

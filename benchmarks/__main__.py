@@ -46,8 +46,9 @@ from benchmarks.settings import Setting
 from benchmarks.speed import compare, measure
 from benchmarks.subject import Subject
 from benchmarks.sweep import sweep_lengths, sweep_windows
-from pipeline.build import RunPlan, choose_device
+from pipeline.build import RunPlan
 from utils.config import ConfigError
+from utils.devices import choose_device
 
 logger = logging.getLogger("benchmarks")
 

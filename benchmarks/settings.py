@@ -13,10 +13,11 @@ import torch
 
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.acceleration import Acceleration
-from pipeline.build import EMBEDDED, REAL, RunPlan, dtype_name, plan_run
+from pipeline.build import EMBEDDED, REAL, RunPlan, plan_run
 from pipeline.memory import fit_memory
 from pipeline.presets import NAMES as PRESETS
 from utils.config import REPOSITORY, ConfigError, load_config
+from utils.devices import dtype_name
 from wan.backends import NAMES as ATTENTION
 from wan.kv_cache.policy import build_policy, policy_fields
 

@@ -15,8 +15,8 @@ import torch
 from pipeline.build import RunPlan
 from pipeline.presets import PRESETS
 from utils.config import ConfigError
+from utils.footprint import FastKernels, LiveBytes
 from wan.checkpoint import CheckpointError, weight_files
-from wan.footprint import FastKernels, LiveBytes
 from wan.fp8 import quantise_layers
 from wan.kv_cache.archive import FIRST_PLACES
 from wan.kv_cache.cache import KVCache

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from itertools import islice
 
 from pipeline import memory
-from pipeline.build import RunPlan, dtype_name
+from pipeline.build import RunPlan
 from pipeline.loops import Length
+from utils.devices import dtype_name
 
 PREVIEW_CHUNKS = 24
 

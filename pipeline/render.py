@@ -1,12 +1,11 @@
 """From jobs to files: stream each video into its writer, record it, go on after a failure."""
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -23,7 +22,7 @@ from utils.config import ConfigError
 from utils.files import BeingWrittenError
 from utils.hashing import fingerprint, sha256_file
 from utils.interrupt import StopRequest
-from utils.outputs import ManifestError, OutputFolder, video_stem
+from utils.outputs import ManifestError, OutputFolder, differences, reason, video_stem
 from utils.profiling import StageClock, peak_memory_bytes, reset_peak_memory
 from utils.progress import VideoProgress
 from utils.prompts import PromptItem
@@ -31,7 +30,6 @@ from utils.video import VideoWriter
 
 logger = logging.getLogger(__name__)
 
-SHOWN_SETTINGS, SHOWN_CHARACTERS = 4, 24
 WAIT_S = 1.0  # between looks at what another process is making
 MOST_VIDEOS = 100_000  # their names and fingerprints are made first: some seconds
 PACKAGES = ("torch", "diffusers", "transformers", "av", "numpy")
@@ -63,16 +61,6 @@ class Summary:
     @property
     def exit_status(self) -> int:
         return 130 if self.interrupted else 1 if self.failed else 0
-
-
-def reason(error: Exception) -> str:
-    """Why something failed, for people: errors of bad input and of the system speak for themselves."""
-    if isinstance(error, OSError) and error.strerror and error.filename is None:
-        return error.strerror
-    if isinstance(error, OSError | ValueError):
-        return str(error)
-    first_line, _, _ = str(error).partition("\n")  # torch adds its own call stack
-    return f"{type(error).__name__}: {first_line}"
 
 
 def check_number(num_prompts: int, num_samples: int) -> None:
@@ -118,33 +106,6 @@ def refuse_other_settings(folder: OutputFolder, jobs: Sequence[Job]) -> None:
             f"{stem}.mp4: {differences(folder.record(stem) or {}, other[0].identity)} (all its settings: "
             f"{folder.sidecar_path(stem)}). Choose another --output_folder, or redo them with --overwrite."
         )
-
-
-def differences(record: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
-    """What a finished video's record has other than the video asked for, in words: `key old -> new`."""
-    old = {**record, "text": record.get("extended_prompt") or record.get("prompt"), "source": identity["source"]}
-    old = _flat({key: old.get(key) for key in identity})
-    new = _flat(json.loads(json.dumps(identity)))
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    told = [
-        f"{key.removeprefix('settings.').removeprefix('config.')} {_short(old.get(key))} -> {_short(new.get(key))}"
-        for key in keys[:SHOWN_SETTINGS]
-    ]
-    more = [f"{len(keys) - SHOWN_SETTINGS} more"] if len(keys) > SHOWN_SETTINGS else []
-    return ", ".join(told + more) or "another image or video to continue"  # records hold its name, not its bytes
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, under dotted keys."""
-    if not isinstance(values, Mapping):
-        return {prefix: values}
-    inner = (_flat(value, f"{prefix}.{key}" if prefix else key) for key, value in values.items())
-    return {key: value for flat in inner for key, value in flat.items()}
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS - 3] + "..."
 
 
 def pending_jobs(folder: OutputFolder, jobs: Sequence[Job]) -> list[Job]:

@@ -15,7 +15,7 @@ from pipeline.engine import Engine, VideoRequest
 from pipeline.noise import SampleSeed
 from pipeline.presets import FULL, PRESETS
 from utils.config import ConfigError
-from wan.footprint import LiveBytes
+from utils.footprint import LiveBytes
 from wan.model import CausalWanModel
 from wan.vae import WanVAE
 

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 
-from pipeline.build import choose_device
 from pipeline.sampler import FewStepSampler
 from training.compressor import CompressorStage, make_branch
 from training.loop import load_state, pack, run_stage
@@ -39,6 +38,7 @@ from training.vae import VaeStage, working_dtype
 from training.workshop import Workshop, averaged, averaged_teacher
 from training.world import render, sample, to_frames
 from utils.config import ConfigError, load_structured
+from utils.devices import choose_device
 from utils.launch import read_launch
 from wan.checkpoint import load_transformer
 from wan.compressor import save_branch

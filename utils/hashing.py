@@ -40,6 +40,14 @@ def sha256_file(path: Path) -> str:
     return digest
 
 
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, or of all files of a folder under their names."""
+    if path.is_file():
+        return sha256_file(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    return fingerprint({file.relative_to(path).as_posix(): sha256_file(file) for file in files})
+
+
 def _read_memory(memory: Path) -> dict:
     try:
         remembered = json.loads(memory.read_bytes())

@@ -20,7 +20,7 @@ import time
 import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from utils.files import remove_abandoned, remove_stale, write_atomically
 from utils.hashing import fingerprint, sha256_file
@@ -33,6 +33,7 @@ MANIFEST = "manifest.jsonl"
 SLUG_CHARACTERS = 60
 DIGEST_CHARACTERS = 8
 INDEX_DIGITS = 4
+SHOWN_SETTINGS, SHOWN_CHARACTERS = 4, 24
 
 
 class ManifestError(OSError):
@@ -175,6 +176,43 @@ def _told(kind: type[OSError], what: str, remedy: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise kind(error.errno, f"{what}: {error.strerror or error}. {remedy}") from error
+
+
+def differences(record: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    """What a finished video's record has other than the video asked for, in words: `key old -> new`."""
+    old = {**record, "text": record.get("extended_prompt") or record.get("prompt"), "source": identity["source"]}
+    old = _flat({key: old.get(key) for key in identity})
+    new = _flat(json.loads(json.dumps(identity)))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    told = [
+        f"{key.removeprefix('settings.').removeprefix('config.')} {_short(old.get(key))} -> {_short(new.get(key))}"
+        for key in keys[:SHOWN_SETTINGS]
+    ]
+    more = [f"{len(keys) - SHOWN_SETTINGS} more"] if len(keys) > SHOWN_SETTINGS else []
+    return ", ".join(told + more) or "another image or video to continue"  # records hold its name, not its bytes
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, under dotted keys."""
+    if not isinstance(values, Mapping):
+        return {prefix: values}
+    inner = (_flat(value, f"{prefix}.{key}" if prefix else key) for key, value in values.items())
+    return {key: value for flat in inner for key, value in flat.items()}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS - 3] + "..."
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, for people: errors of bad input and of the system speak for themselves."""
+    if isinstance(error, OSError) and error.strerror and error.filename is None:
+        return error.strerror
+    if isinstance(error, OSError | ValueError):
+        return str(error)
+    first_line, _, _ = str(error).partition("\n")  # torch adds its own call stack
+    return f"{type(error).__name__}: {first_line}"
 
 
 def append_json_line(path: Path, record: Mapping) -> None:

@@ -42,8 +42,8 @@ def run(options: argparse.Namespace) -> int:
     from evaluation.metrics.protocol import Choices
     from evaluation.metrics.table import read_table, write_parquet
     from evaluation.metrics.videos import find_videos
-    from pipeline.build import choose_device
     from utils.config import ConfigError
+    from utils.devices import choose_device
 
     if min([options.workers, *(options.chunk_frames or ())]) < 1:
         raise ConfigError("--workers and --chunk_frames count from 1 on. Ask for 1 or more of each.")

@@ -30,8 +30,8 @@ def run(options: argparse.Namespace) -> int:
     from evaluation.sweep.results import collect
     from evaluation.sweep.settings import load_sweep
     from evaluation.sweep.workers import labour, labour_on_ray, prepare
-    from pipeline.build import choose_device
     from utils.config import ConfigError
+    from utils.devices import choose_device
     from utils.launch import read_launch, wait_for_others
 
     launch, sweep = read_launch(), load_sweep(options.sweep, options.set)

@@ -23,10 +23,10 @@ from evaluation.study.results import load
 from evaluation.study.run import run_study
 from evaluation.study.settings import load_study
 from evaluation.study.sheet import draw_sheet
-from pipeline.build import choose_device
-from pipeline.render import reason
 from utils.config import ConfigError
+from utils.devices import choose_device
 from utils.files import write_atomically
+from utils.outputs import reason
 
 logger = logging.getLogger("evaluation.study")
 

@@ -13,7 +13,8 @@ from evaluation.metrics.table import Row, read_table, write_csv
 from evaluation.study.sources import chunk_layout
 from evaluation.sweep.make import Task
 from evaluation.sweep.work import Unit
-from pipeline.render import Job, is_finished, reason
+from pipeline.render import Job, is_finished
+from utils.outputs import reason
 from utils.video import open_video
 
 ROWS = "rows"

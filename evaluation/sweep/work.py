@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.render import reason
 from utils.files import lock_file
+from utils.outputs import reason
 
 logger = logging.getLogger(__name__)
 

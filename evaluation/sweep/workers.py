@@ -11,8 +11,8 @@ from evaluation.sweep.measure import measure_units
 from evaluation.sweep.record import record_units
 from evaluation.sweep.settings import Sweep, chosen_of
 from evaluation.sweep.work import Claims, start_of, work_off
-from pipeline.build import choose_device
 from utils.config import REPOSITORY, ConfigError
+from utils.devices import choose_device
 
 CLAIMS = ".claims"
 RETRIES = 8  # of a Ray task whose worker or machine died
