@@ -5,14 +5,12 @@ was forgotten) and ends before the next such chunk. A rolling window forgets at 
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from pipeline.build import RunPlan
 from pipeline.length import asked_pixel_frames, video_length
-from pipeline.loops import Length
-from pipeline.preflight import preview_windows
 from utils.config import ConfigError
 
 LEAST_CYCLES = 12   # fewer say little about spread
@@ -69,7 +67,7 @@ def schedule_of_cycles(plan: RunPlan, cycles: int) -> Schedule:
     g = plan.geometry
     most = plan.policy.sizes(g).window_tokens // g.frame_tokens * (WARM_CYCLES + cycles + 2)  # a window grows or ends
     windows: list[int] = []
-    for frames in _preview(plan, g.whole_chunks(most * g.chunk_frames)):
+    for frames in plan.loop.windows(g.whole_chunks(most * g.chunk_frames)):
         windows.append(frames)
         found = prune_cycles(windows)
         if len(found) == WARM_CYCLES + cycles:
@@ -84,7 +82,7 @@ def schedule_of_seconds(plan: RunPlan, seconds: float, *, least_cycles: int = LE
         ConfigError: it is shorter than `least_cycles` measured cycles, or the policy cannot go so far.
     """
     _refuse_endless(plan)
-    windows = list(_preview(plan, latent_frames_of(plan, seconds)))
+    windows = list(plan.loop.windows(latent_frames_of(plan, seconds)))
     cycles = prune_cycles(windows)
     if len(cycles) < WARM_CYCLES + least_cycles:
         g = plan.geometry
@@ -107,10 +105,6 @@ def _schedule(plan: RunPlan, windows: Sequence[int], cycles: Sequence[Cycle]) ->
     g = plan.geometry
     frames = len(windows) * g.chunk_frames - (g.chunk_frames - 1 if g.independent_first_frame else 0)
     return Schedule(frames, tuple(windows), cycles[WARM_CYCLES - 1].stop, tuple(cycles[WARM_CYCLES:]))
-
-
-def _preview(plan: RunPlan, latent_frames: int) -> Iterator[int]:
-    return preview_windows(plan, Length(plan.geometry.pixel_frames(latent_frames), latent_frames, latent_frames))
 
 
 def _refuse_endless(plan: RunPlan) -> None:

@@ -18,9 +18,9 @@ from benchmarks.clock import Clock
 from benchmarks.cycles import Schedule
 from benchmarks.decoders import COUNTED, FrameStream, OpenStream
 from benchmarks.settings import Setting
-from pipeline.assemble import assemble
 from pipeline.build import RunPlan
 from pipeline.chunkwise import ChunkwisePipeline
+from pipeline.engine import assemble
 from pipeline.noise import SampleSeed, SeededNoise
 from wan.geometry import ChunkSpan
 from wan.model import CausalWanModel, TextContext, randomize

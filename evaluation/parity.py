@@ -88,11 +88,8 @@ class RecordedNoise:
     noise: Tensor    # [B, frames, C, h, w]
     renoise: Tensor  # [chunks, passes - 1, chunk frames, C, h, w]
 
-    def initial(self, chunk: ChunkSpan) -> Tensor:
-        return self.noise[:, chunk.start:chunk.stop]
-
-    def fresh(self, chunk: ChunkSpan, index: int) -> Tensor:
-        return self.renoise[chunk.index, index - 1].unsqueeze(0)
+    def draw(self, chunk: ChunkSpan, index: int) -> Tensor:
+        return self.renoise[chunk.index, index - 1].unsqueeze(0) if index else self.noise[:, chunk.start:chunk.stop]
 
 
 def build(folder: Path, golden: Golden, config: dict, policy: dict, chunk_frames: int) -> ChunkwisePipeline:
@@ -253,7 +250,7 @@ def check_vae(path: Path, golden: Golden) -> Findings:
     """Encode, decode, and decode in streamed chunks, from the original names. [B, C, T, H, W] in the file."""
     found = Findings()
     vae = WanVAE.from_state_dict(
-        golden.weights("sd."), mean=golden["mean"].tolist(), std=golden["std"].tolist(),
+        golden.weights("sd."), statistics=(golden["mean"].tolist(), golden["std"].tolist()),
         device=torch.device("cpu"), dtype=torch.float32,
     )
     found.close("enc_mu_scaled", vae.encode(golden["pixels"].transpose(1, 2)).transpose(1, 2), golden["enc_mu_scaled"])

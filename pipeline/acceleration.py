@@ -105,7 +105,9 @@ class Acceleration:
 
     def accelerate_decoder(self, decoder: Decoder, latents: int) -> Decoder:
         """The same decoder, which takes so many latent frames a call."""
-        if self.decoder:
+        if self.decoder and isinstance(decoder, TinyVAE):
+            decoder.part_frames = latents  # its kernels are few and large then: nothing to record
+        elif self.decoder:
             on_gpu = decoder.device.type == "cuda"
             decoder.accelerate(CudaRecorder(decoder.device) if self.graphs and on_gpu else None, part_frames=latents)
         return decoder

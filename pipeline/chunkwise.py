@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.noise import NoiseSource, draw
+from pipeline.noise import NoiseSource
 from pipeline.packets import Decode, Packer
 from pipeline.sampler import FewStepSampler
 from pipeline.timeline import OnSwitch, PromptSwitch, PromptTrack
@@ -101,7 +101,7 @@ class ChunkwisePipeline:
     def denoise(self, span: ChunkSpan, text: TextContext, noise: NoiseSource) -> Tensor:
         """Begin the chunk and run its denoising passes; memory is untouched. Returns x0 [B, F, C, h, w]."""
         self.cache.begin(span)
-        return self._denoise(lambda index: draw(noise, span, index), text)
+        return self._denoise(lambda index: noise.draw(span, index), text)
 
     @torch.inference_mode()
     def remember(self, span: ChunkSpan, latents: Tensor, text: TextContext) -> None:

@@ -7,19 +7,19 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pipeline.assemble import assemble
 from pipeline.build import RunPlan
 from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.decoder import OnceDecoder
 from pipeline.noise import SampleSeed, SeededNoise
 from pipeline.overlap import DecoderLane, Decoding, FrameChunk, handed_out
+from pipeline.packets import make_packer
 from pipeline.timeline import PromptSwitch, switch_frames
 from utils.files import user_cache_dir
 from utils.hashing import fingerprint
@@ -49,12 +49,36 @@ class VideoRequest:
     later: Later = ()           # prompts that follow, each with the second at which it begins
 
 
+def assemble(
+    plan: RunPlan, model: CausalWanModel, batch: int, load_vae: Callable[[], WanVAE],
+    branch: HighResolutionBranch | None,
+) -> ChunkwisePipeline:
+    """The plan's loop over an empty cache for `batch` videos.
+
+    Args:
+        model: with finished weights, in place, after `plan.acceleration.prepare`.
+        load_vae: for loops and compressors that read or make pixels; called when one does.
+        branch: of a trained compressor, where the policy needs one.
+    """
+    speed = plan.acceleration
+    cache = speed.cache(
+        plan.cache_shape(batch), plan.geometry, plan.policy, shared_window=plan.memory.shared_window,
+    )
+    pipeline = plan.loop.pipeline(
+        model, cache, encode=lambda pixels: load_vae().encode(pixels), recorder=speed.recorder(plan.device),
+    )
+    pipeline.packer = make_packer(
+        model, cache, plan.geometry, plan.policy, plan.sampler.context_time, load_vae, branch,
+    )
+    return pipeline
+
+
 class Engine:
     """Loads each network once, in the order that needs the least memory: text, then transformer and VAE."""
 
     def __init__(self, plan: RunPlan):
         self.plan = plan
-        self._embeddings = _Embeddings(plan)
+        self._embeddings: dict[str, Tensor] = {}  # of the prompts that `prepare` was given
         self._model: CausalWanModel | None = None
         self._pipeline: tuple[int, ChunkwisePipeline] | None = None
         self._vae: WanVAE | None = None
@@ -64,8 +88,8 @@ class Engine:
 
     def prepare(self, texts: Sequence[str]) -> None:
         """Embed every prompt (the encoder leaves the device again), then load transformer and decoder."""
-        self._embeddings.prepare(texts)
         plan = self.plan
+        self._embeddings = _embed(plan, texts)
         with torch.device("meta"):
             model = CausalWanModel(plan.architecture, plan.attention_backend)
         if plan.random_weights:
@@ -125,7 +149,7 @@ class Engine:
     ) -> Iterator[Decoding]:
         """Queue the work of one chunk after the other."""
         pipeline = self.pipeline_for(len(requests))
-        embeddings = torch.stack([self._embeddings.get(request.text) for request in requests])
+        embeddings = torch.stack([self._embeddings[request.text] for request in requests])
         g, seeds = self.plan.geometry, [request.seed for request in requests]
         noise = SeededNoise(seeds, (self.plan.architecture.in_dim, g.latent_height, g.latent_width), self.plan.device)
         decoder = OnceDecoder(self._decoder.stream(), clock)
@@ -152,7 +176,7 @@ class Engine:
         starts = self.plan.loop.starts(latent_frames, given_frames)
         frames = switch_frames(g, times, starts, g.pixel_frames(latent_frames))
         return [
-            PromptSwitch(frame, torch.stack([self._embeddings.get(request.later[i][1]) for request in requests]))
+            PromptSwitch(frame, torch.stack([self._embeddings[request.later[i][1]] for request in requests]))
             for i, frame in enumerate(frames)
         ]
 
@@ -193,36 +217,26 @@ class Engine:
         return self._pipeline[1]
 
 
-class _Embeddings:
-    """Prompt embeddings: encoded once, kept on disk by content; seeded noise when weights are random."""
+def _embed(plan: RunPlan, texts: Sequence[str]) -> dict[str, Tensor]:
+    """Each text's embedding [T, text_dim] on the CPU: kept on disk by content; seeded noise when weights are random."""
+    spec, text_len = plan.spec, plan.architecture.text_len
+    if plan.random_weights:
+        return {text: _random_embedding(plan, text) for text in texts}
+    identity = fingerprint([plan.weights["text_encoder"], plan.weights["tokenizer"], str(plan.dtype)])
+    cache = EmbeddingCache(user_cache_dir() / "embeddings", identity, text_len)
+    words = PromptTokens.load(spec.tokenizer, text_len, spec.understands)
 
-    def __init__(self, plan: RunPlan):
-        self._plan = plan
-        self._known: dict[str, Tensor] = {}
+    def load() -> TextEncoder:
+        device = torch.device("cpu") if plan.memory.encoder_on_host else plan.device
+        return TextEncoder.load(spec.text_encoder, words=words, device=device, dtype=plan.dtype)
 
-    def prepare(self, texts: Sequence[str]) -> None:
-        plan = self._plan
-        if plan.random_weights:
-            self._known = {text: self._random(text) for text in texts}
-            return
-        hashes, spec = plan.weights, plan.spec
-        identity = fingerprint([hashes["text_encoder"], hashes["tokenizer"], str(plan.dtype)])
-        cache = EmbeddingCache(user_cache_dir() / "embeddings", identity, plan.architecture.text_len)
-        words = PromptTokens.load(spec.tokenizer, plan.architecture.text_len, spec.understands)
+    return embed_prompts(texts, cache, words, load)
 
-        def load() -> TextEncoder:
-            device = torch.device("cpu") if plan.memory.encoder_on_host else plan.device
-            return TextEncoder.load(spec.text_encoder, words=words, device=device, dtype=plan.dtype)
 
-        self._known = embed_prompts(texts, cache, words, load)
-
-    def get(self, text: str) -> Tensor:
-        return self._known[text]
-
-    def _random(self, text: str) -> Tensor:
-        """Seeded by the prompt itself, zero past a plausible length."""
-        a = self._plan.architecture
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
-        embedding = torch.randn(a.text_len, a.text_dim, generator=torch.Generator().manual_seed(seed))
-        embedding[max(1, min(a.text_len, len(text) // 4)):] = 0
-        return embedding.to(self._plan.dtype)
+def _random_embedding(plan: RunPlan, text: str) -> Tensor:
+    """Seeded by the prompt itself, zero past a plausible length."""
+    a = plan.architecture
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+    embedding = torch.randn(a.text_len, a.text_dim, generator=torch.Generator().manual_seed(seed))
+    embedding[max(1, min(a.text_len, len(text) // 4)):] = 0
+    return embedding.to(plan.dtype)

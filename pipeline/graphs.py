@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.chunkwise import ChunkwisePipeline
-from pipeline.noise import NoiseSource, draw
+from pipeline.noise import NoiseSource
 from pipeline.sampler import FewStepSampler
 from pipeline.timeline import OnSwitch
 from wan.geometry import ChunkSpan, VideoGeometry
@@ -133,4 +133,4 @@ class _NoiseAhead:
             self._next[2].result()
 
     def _draw(self, noise: NoiseSource, span: ChunkSpan) -> list[Tensor]:
-        return [draw(noise, span, index) for index in range(self._passes)]
+        return [noise.draw(span, index) for index in range(self._passes)]

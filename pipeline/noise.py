@@ -13,18 +13,10 @@ from wan.geometry import ChunkSpan
 
 
 class NoiseSource(Protocol):
-    """Where a chunk's noise comes from. All [B, F, C, h, w], unit normal."""
+    """Where a chunk's noise comes from."""
 
-    def initial(self, chunk: ChunkSpan) -> Tensor:
-        """What the first pass starts from."""
-
-    def fresh(self, chunk: ChunkSpan, index: int) -> Tensor:
-        """What is mixed in before pass `index` >= 1."""
-
-
-def draw(noise: NoiseSource, chunk: ChunkSpan, index: int) -> Tensor:
-    """What pass `index` needs: what it starts from, or what is mixed in before it."""
-    return noise.fresh(chunk, index) if index else noise.initial(chunk)
+    def draw(self, chunk: ChunkSpan, index: int) -> Tensor:
+        """What pass 0 starts from, or what is mixed in before a later pass: [B, F, C, h, w], unit normal."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +43,9 @@ class SeededNoise:
     frame_shape: tuple[int, int, int]  # C, h, w
     device: torch.device
 
-    def initial(self, chunk: ChunkSpan) -> Tensor:
-        return self._draw(chunk, 0)
-
-    def fresh(self, chunk: ChunkSpan, index: int) -> Tensor:
-        return self._draw(chunk, index)
-
-    def _draw(self, chunk: ChunkSpan, draw: int) -> Tensor:
+    def draw(self, chunk: ChunkSpan, index: int) -> Tensor:
         shape = (chunk.frames, *self.frame_shape)
-        generators = [torch.Generator().manual_seed(seed.key(chunk.index, draw)) for seed in self.seeds]
+        generators = [torch.Generator().manual_seed(seed.key(chunk.index, index)) for seed in self.seeds]
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         if self.device.type != "cuda":
             return noise.to(self.device)

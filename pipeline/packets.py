@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ from wan.compressor import (
     random_branch,
 )
 from wan.geometry import PacketGrid, VideoGeometry
-from wan.kv_cache.packets import PacketMemory
 from wan.kv_cache.policy import Compression, KVPolicy
+from wan.kv_cache.window import Window
 from wan.model import CausalWanModel, TextContext, WanConfig
 from wan.vae import WanVAE
 
@@ -34,10 +34,29 @@ class PacketCache(Protocol):
     """Memory that keeps packets: a KVCache, or a rollout's memory while training."""
 
     @property
-    def archives(self) -> bool: ...
+    def archives(self) -> bool:
+        """Whether the chunk in the making leaves a packet."""
 
-    @property
-    def packets(self) -> PacketMemory: ...
+    def layer(self, index: int) -> Any:
+        """What has `extend_packet` and `stage_packet`, as a LayerCache."""
+
+
+@dataclass(frozen=True)
+class _PacketMemory:
+    """The memory of a packet's pass through the network: it attends to what its chunk does, and is staged beside it."""
+
+    cache: PacketCache
+
+    def layer(self, index: int) -> _PacketLayer:
+        return _PacketLayer(self.cache.layer(index))
+
+
+@dataclass(frozen=True)
+class _PacketLayer:
+    cache: Any
+
+    def extend(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
+        return self.cache.extend_packet(query, keys, values)
 
 
 Decode = Callable[[Tensor], Tensor]  # latents [B, F, C, h, w] -> pixels [B, T, 3, H, W] in [-1, 1], as a stream
@@ -81,13 +100,12 @@ class Packer:
 
     def write(self, tokens: Tensor, text: TextContext) -> None:
         """Stage keys and values of `tokens` in every layer."""
-        memory = self._cache.packets
         if self._compression.stream == "forward":
             t = torch.full(tokens.shape[:2], self._time, device=tokens.device)
-            self._model.remember_tokens(tokens, t, text, memory)
+            self._model.remember_tokens(tokens, t, text, _PacketMemory(self._cache))
             return
         for index, block in enumerate(self._model.blocks):
-            memory.layer(index).stage(*block.self_attn.project(tokens.flatten(1, 2))[1:])
+            self._cache.layer(index).stage_packet(*block.self_attn.project(tokens.flatten(1, 2))[1:])
 
 
 def make_packer(

@@ -1,7 +1,6 @@
 """What a run will be, before anything loads: what its attention sees, and all of it in words."""
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import islice
 
 from pipeline import memory
@@ -12,15 +11,10 @@ from utils.devices import dtype_name
 PREVIEW_CHUNKS = 24
 
 
-def preview_windows(plan: RunPlan, length: Length) -> Iterator[float]:
-    """Frames that attention sees in each chunk, by running the real policy on a cache of one token a frame."""
-    yield from plan.loop.windows(length.latent_frames)
-
-
 def describe(plan: RunPlan, length: Length, batch: int) -> str:
     """The resolved plan in words, for --dry_run."""
     g, sizes = plan.geometry, plan.policy.sizes(plan.geometry)
-    windows = list(islice(preview_windows(plan, length), PREVIEW_CHUNKS + 1))
+    windows = list(islice(plan.loop.windows(length.latent_frames), PREVIEW_CHUNKS + 1))
     shown = ", ".join(f"{frames:g}" for frames in windows[:PREVIEW_CHUNKS])
     shown += ", ..." if len(windows) > PREVIEW_CHUNKS else ""
     times = ", ".join(f"{time:g}" for time in plan.sampler.times)

@@ -47,7 +47,7 @@ class RollingForcingPipeline(ChunkwisePipeline):
             text = track.text
             if window < len(spans):
                 text = track.text_at(spans[window].start)
-                noisy.append(noise.initial(spans[window]))
+                noisy.append(noise.draw(spans[window], 0))
             clean = self.denoise_jointly(inside, passes, noisy, text)
             if passes[0] == levels - 1:
                 span, latents = inside[0], clean[0]
@@ -56,7 +56,7 @@ class RollingForcingPipeline(ChunkwisePipeline):
                 track.note(span, latents)
                 yield Chunk(span, latents)
             noisy = [
-                self.sampler.renoise(x0, noise.fresh(span, index + 1), index + 1)
+                self.sampler.renoise(x0, noise.draw(span, index + 1), index + 1)
                 for span, index, x0 in zip(inside, passes, clean, strict=True) if index + 1 < levels
             ]
 

@@ -28,13 +28,12 @@ class Given:
     def __init__(self, noise: torch.Tensor, prefilled_chunks: int, prefilled_frames: int):
         self.noise, self.chunks, self.frames = noise, prefilled_chunks, prefilled_frames
 
-    def initial(self, chunk) -> torch.Tensor:
-        return self.noise[:, chunk.start - self.frames:chunk.stop - self.frames]
+    def draw(self, chunk, index: int) -> torch.Tensor:
+        if index == 0:
+            return self.noise[:, chunk.start - self.frames:chunk.stop - self.frames]
+        return self.fresh(chunk.index - self.chunks, index - 1, chunk.frames)
 
-    def fresh(self, chunk, index: int) -> torch.Tensor:
-        return self.draw(chunk.index - self.chunks, index - 1, chunk.frames)
-
-    def draw(self, chunk_index: int, step: int, frames: int) -> torch.Tensor:
+    def fresh(self, chunk_index: int, step: int, frames: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(1000 * chunk_index + step)
         shape = (self.noise.shape[0], frames, *self.noise.shape[2:])
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -80,7 +79,7 @@ def assert_agreement(
     source = Given(noise, spans[0].index, given)
     reference = reference_rollout(
         ReferenceModel(tiny.model.state_dict(), dataclasses.asdict(SMALL)), prompt_embeds=text, noise=noise,
-        renoise=lambda chunk, step: source.draw(chunk, step, spans[chunk].frames), policy=policy,
+        renoise=lambda chunk, step: source.fresh(chunk, step, spans[chunk].frames), policy=policy,
         chunk_frames=chunk_frames, independent_first_frame=lone, initial_latent=initial, steps=(1000, 500),
     )
     latents, windows, kept = ours(tiny, policy, text, source, frames, initial)

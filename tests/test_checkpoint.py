@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from wan.checkpoint import CheckpointError, check_transformer, load_transformer, read_state_dict
+from wan.checkpoint import CheckpointError, check_transformer, load_transformer, read_transformer
 from wan.geometry import ChunkSpan
 from wan.model import CausalWanModel, WanConfig
 
@@ -122,7 +122,7 @@ def test_every_layout_gives_the_same_weights(layout: str, tmp_path: Path) -> Non
     """Written in any layout and read back: the original names, every value unchanged; so too in a meta model."""
     state = random_state()
     path = LAYOUTS[layout](tmp_path, state)
-    read = read_state_dict(path, use_ema=False)
+    read, _ = read_transformer(path, use_ema=False)
     assert set(read) == set(state)
     assert all(torch.equal(read[name], state[name]) for name in state)
     check_transformer(path, EXPECTED, use_ema=False)
@@ -140,7 +140,7 @@ def test_a_header_may_look_like_a_pickle(tmp_path: Path) -> None:
         if (tmp_path / NAME).read_bytes()[0] == 0x80:
             break
     assert (tmp_path / NAME).read_bytes()[0] == 0x80
-    assert torch.equal(read_state_dict(tmp_path, use_ema=False)["head.modulation"], state["head.modulation"])
+    assert torch.equal(read_transformer(tmp_path, use_ema=False)[0]["head.modulation"], state["head.modulation"])
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
@@ -188,7 +188,7 @@ def test_ema_chooses_between_two_models(tmp_path: Path, caplog: pytest.LogCaptur
     )
     with caplog.at_level(logging.INFO):
         for use_ema, state, group in ((False, plain, "generator"), (True, ema, "generator_ema")):
-            read = read_state_dict(path, use_ema=use_ema)
+            read, _ = read_transformer(path, use_ema=use_ema)
             assert all(torch.equal(read[name], state[name]) for name in state)
             assert caplog.messages[-1].endswith(f"using {group}")
 
@@ -292,7 +292,7 @@ def test_pickled_code_is_refused(writer: str, tmp_path: Path) -> None:
         (tmp_path / "model.pt").write_bytes(pickle.dumps(content, protocol=2))
     else:
         as_pt(tmp_path, content, _use_new_zipfile_serialization=writer == "zip")
-    for read in (read_state_dict, lambda path, use_ema: check_transformer(path, EXPECTED, use_ema=use_ema)):
+    for read in (read_transformer, lambda path, use_ema: check_transformer(path, EXPECTED, use_ema=use_ema)):
         with pytest.raises(CheckpointError, match="refused. It holds more than tensors"):
             read(tmp_path / "model.pt", use_ema=False)
     assert not (tmp_path / "was_here").exists()

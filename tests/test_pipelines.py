@@ -30,14 +30,11 @@ class Draws:
         g = tiny.geometry
         self.shape = (batch, g.chunk_frames, SMALL.in_dim, g.latent_height, g.latent_width)
 
-    def draw(self, chunk: int, index: int) -> torch.Tensor:
+    def at(self, chunk: int, index: int) -> torch.Tensor:
         return torch.randn(self.shape, generator=torch.Generator().manual_seed(97 * chunk + index), dtype=torch.float64)
 
-    def initial(self, chunk: ChunkSpan) -> torch.Tensor:
-        return self.draw(chunk.index, 0)
-
-    def fresh(self, chunk: ChunkSpan, index: int) -> torch.Tensor:
-        return self.draw(chunk.index, index)
+    def draw(self, chunk: ChunkSpan, index: int) -> torch.Tensor:
+        return self.at(chunk.index, index)
 
 
 class Slow:
@@ -122,7 +119,7 @@ def rolling_reference(slow: Slow, draws: Draws, num_chunks: int, chunk: int, win
     for w in range(num_chunks + joint - 1):
         first, last = max(0, w - joint + 1), min(num_chunks - 1, w)
         if last == w:
-            noisy[w] = draws.draw(w, 0)[0]
+            noisy[w] = draws.at(w, 0)[0]
         times, parts = [], []
         for b in range(first, last + 1):
             times += [levels[w - b]] * chunk
@@ -140,7 +137,7 @@ def rolling_reference(slow: Slow, draws: Draws, num_chunks: int, chunk: int, win
             final[b] = x0
             if w - b + 1 < joint:
                 sigma = schedule.sigma(levels[w - b + 1])
-                noisy[b] = (1 - sigma) * x0 + sigma * draws.draw(b, w - b + 1)[0]
+                noisy[b] = (1 - sigma) * x0 + sigma * draws.at(b, w - b + 1)[0]
         if w - first == joint - 1:
             memory = slow.remembered(clean, clean_sees)
             frames = clean_sees(start, chunk)
@@ -274,13 +271,13 @@ def causvid_reference(slow: Slow, draws: Draws, rollouts: int, clip: int, overla
         while sum(map(len, latents)) < clip:
             memory = slow.remembered(latents, lambda before, _: list(range(before)))
             begins = sum(map(len, latents))
-            x = draws.draw(index, 0)[0]
+            x = draws.at(index, 0)[0]
             for step, t in enumerate(CAUSVID_STEPS):
                 flow, _ = slow.forward(x, [float(t)] * chunk, memory, list(range(begins)), begins)
                 x0 = x - schedule.sigma(t) * flow
                 if step + 1 < len(CAUSVID_STEPS):
                     sigma = schedule.sigma(CAUSVID_STEPS[step + 1])
-                    x = (1 - sigma) * x0 + sigma * draws.draw(index, step + 1)[0]
+                    x = (1 - sigma) * x0 + sigma * draws.at(index, step + 1)[0]
             slow.forward(x0, [0.0] * chunk, memory, list(range(begins)), begins)
             latents.append(x0)
             index += 1

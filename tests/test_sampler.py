@@ -62,8 +62,8 @@ def test_noise_depends_on_seed_sample_and_chunk_alone() -> None:
     draws = []
     for row, seed in enumerate(together.seeds):
         alone = SeededNoise([seed], shape, cpu)
-        assert torch.equal(together.fresh(later, 2)[row], alone.fresh(later, 2)[0])
-        draws += [alone.initial(chunk), alone.fresh(chunk, 1), alone.fresh(chunk, 2), alone.initial(later)]
+        assert torch.equal(together.draw(later, 2)[row], alone.draw(later, 2)[0])
+        draws += [alone.draw(chunk, 0), alone.draw(chunk, 1), alone.draw(chunk, 2), alone.draw(later, 0)]
     flat = torch.cat(draws).flatten(1)
     correlation = torch.corrcoef(flat) - torch.eye(len(flat))
     assert correlation.abs().max() < 5 / flat.shape[1] ** 0.5  # five standard deviations of independent draws

@@ -177,7 +177,7 @@ def test_chosen_tokens_are_those_of_the_reference(tiny):
     config = {name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__}
     reference = reference_rollout(
         ReferenceModel(tiny.model.state_dict(), config), prompt_embeds=text, noise=source.noise, policy=BASE,
-        renoise=lambda chunk, step: source.draw(chunk, step, 3), steps=(1000, 500),
+        renoise=lambda chunk, step: source.fresh(chunk, step, 3), steps=(1000, 500),
     )
     watcher = Watcher(tiny.pipeline(policy_of(BASE)), [0])
     with watcher.watching():

@@ -197,13 +197,13 @@ def longlive_reference(tiny: Tiny, texts, noise, switch: int, frames: int, *, gl
             for slots, new in zip(cache.slots, left, strict=True):
                 slots |= new
         cache.roll(span.start, span.frames)
-        x = noise.initial(span)[0]
+        x = noise.draw(span, 0)[0]
         for step, time in enumerate(times):
             flow, _ = cache.run(x, time, text, span.start, own)
             x0 = x - schedule.sigma(time) * flow
             if step + 1 < len(times):
                 sigma = schedule.sigma(times[step + 1])
-                x = (1 - sigma) * x0 + sigma * noise.fresh(span, step + 1)[0]
+                x = (1 - sigma) * x0 + sigma * noise.draw(span, step + 1)[0]
         _, left = cache.run(x0, 0.0, text, span.start, own)
         for slots, new in zip(cache.slots, left, strict=True):
             slots |= new
@@ -217,11 +217,8 @@ class Draws:
     def __init__(self, tiny: Tiny):
         self._noise = tiny.noise()
 
-    def initial(self, chunk: ChunkSpan) -> torch.Tensor:
-        return self._noise.initial(chunk).double()
-
-    def fresh(self, chunk: ChunkSpan, index: int) -> torch.Tensor:
-        return self._noise.fresh(chunk, index).double()
+    def draw(self, chunk: ChunkSpan, index: int) -> torch.Tensor:
+        return self._noise.draw(chunk, index).double()
 
 
 @pytest.mark.parametrize("switch", [3, 9, 12, 18])

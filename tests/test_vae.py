@@ -20,7 +20,7 @@ from wan.vae import WanVAE, check_vae
 
 GOLDEN = Path(__file__).parent / "golden" / "vae_tiny.safetensors"
 State = dict[str, Tensor]
-# Small relatives of the diffusers classes in use: plain, half-resolution patches, wider Wan 2.2, another time stride.
+# Small relatives of the diffusers class in use: plain, half-resolution patches, another time stride.
 SHAPES = {
     "plain": dict(
         base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True],
@@ -30,13 +30,9 @@ SHAPES = {
         base_dim=4, z_dim=16, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[True, True],
         in_channels=12, out_channels=12, patch_size=2,
     ),
-    "residual": dict(
-        base_dim=4, decoder_base_dim=8, z_dim=6, dim_mult=[1, 2, 2], num_res_blocks=1,
-        temperal_downsample=[False, True], in_channels=12, out_channels=12, patch_size=2, is_residual=True,
-    ),
     "deep": dict(base_dim=4, z_dim=3, dim_mult=[1, 1, 1, 2], num_res_blocks=1, temperal_downsample=[True, True, True]),
 }
-STRIDES = {"plain": (2, 2), "patches": (8, 4), "residual": (8, 2), "deep": (8, 8)}
+STRIDES = {"plain": (2, 2), "patches": (8, 4), "deep": (8, 8)}
 WAN_MEAN = [
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -58,14 +54,13 @@ def original(golden: State) -> State:
 
 
 def load_original(path: Path, golden: State, dtype: torch.dtype = torch.float32) -> WanVAE:
-    statistics = {name: [float(value) for value in golden[name]] for name in ("mean", "std")}
-    return WanVAE.load(path, device="cpu", dtype=dtype, **statistics)
+    return WanVAE.load(path, device="cpu", dtype=dtype, statistics=(golden["mean"].tolist(), golden["std"].tolist()))
 
 
 def test_tensors_alone_make_the_same_vae(vae: WanVAE, golden: State, original: State) -> None:
     """From a state dict or from its file: the same pixels."""
     bare = WanVAE.from_state_dict(
-        original, mean=golden["mean"].tolist(), std=golden["std"].tolist(), device="cpu", dtype=torch.float32,
+        original, statistics=(golden["mean"].tolist(), golden["std"].tolist()), device="cpu", dtype=torch.float32,
     )
     z = frames_first(golden["z"])[:, :2]
     assert torch.equal(bare.stream().decode(z), vae.stream().decode(z))
@@ -125,7 +120,7 @@ def test_original_files_match_the_released_vae(layout: str, golden: State, origi
 @pytest.mark.parametrize("layout", ["folder", "repository", "file"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_diffusers_folders_match_diffusers(shape: str, layout: str, tmp_path: Path) -> None:
-    """Any configuration: encode and decode equal diffusers' own whole-clip calls, with patches and residual blocks."""
+    """Any configuration: encode and decode equal diffusers' own whole-clip calls, with patches too."""
     folder = tmp_path / "vae" if layout == "repository" else tmp_path
     model = write_diffusers(folder, shape)
     path = {"folder": tmp_path, "repository": tmp_path, "file": folder / "diffusion_pytorch_model.safetensors"}[layout]
@@ -271,7 +266,7 @@ def test_uint8_is_rounded_and_saturates() -> None:
 
 
 def test_wan_2_1_has_its_statistics(tmp_path: Path) -> None:
-    """16 original channels are Wan 2.1's and need no statistics; any other number must be given them, in pairs."""
+    """16 original channels are Wan 2.1's and need no statistics; any other number must be given them."""
     shape = AutoencoderKLWan(
         base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
     )
@@ -281,10 +276,8 @@ def test_wan_2_1_has_its_statistics(tmp_path: Path) -> None:
     assert vae._std.flatten().tolist() == pytest.approx(WAN_STD)
     for name, value in shape.state_dict().items():
         assert torch.equal(vae._model.state_dict()[name], value)
-    with pytest.raises(ValueError, match="come in pairs"):
-        WanVAE.load(tmp_path / "VAE.pth", device="cpu", dtype=torch.float32, mean=[0.0] * 16)
     with pytest.raises(CheckpointError, match="16 latent channels, but the mean.*3 values"):
-        WanVAE.load(tmp_path / "VAE.pth", device="cpu", dtype=torch.float32, mean=[0.0] * 3, std=[1.0] * 3)
+        WanVAE.load(tmp_path / "VAE.pth", device="cpu", dtype=torch.float32, statistics=([0.0] * 3, [1.0] * 3))
 
 
 def test_random_weights_are_seeded(tmp_path: Path) -> None:
@@ -326,7 +319,8 @@ def to_original(state: State, blocks: int) -> State:
         ({"latents_std": [1.0] * 15 + [float("nan")]}, "latents_std has the value nan"),
         ({"latents_mean": ["0"] * 16}, "latents_mean has the value '0'"),
         ({"latents_mean": None}, "the mean to normalise them by has no values, but None"),
-        ({"dim_mult": "wide"}, "config.json describes no VAE"), ({"base_dim": 5}, "another shape"),
+        ({"dim_mult": "wide"}, "config.json describes no VAE"), ({"is_residual": True}, "Wan 2.2's wider design"),
+        ({"base_dim": 5}, "another shape"),
     ],
     ids=str,
 )
@@ -365,7 +359,7 @@ def test_wrong_files_are_explained(original: State, tmp_path: Path) -> None:
     short = {name: value for name, value in original.items() if name != "decoder.conv1.bias"}
     torch.save(short, tmp_path / "short.pth")
     with pytest.raises(CheckpointError, match=r"missing \(1\): decoder.conv_in.bias"):
-        WanVAE.load(tmp_path / "short.pth", device="cpu", dtype=torch.float32, mean=[0.0] * 4, std=[1.0] * 4)
+        WanVAE.load(tmp_path / "short.pth", device="cpu", dtype=torch.float32, statistics=([0.0] * 4, [1.0] * 4))
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan"}))
     with pytest.raises(CheckpointError, match="missing|unexpected"):
         load(tmp_path / "other.pth")

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from wan.geometry import ChunkSpan, PacketGrid, VideoGeometry
-from wan.kv_cache.packets import PacketMemory
 from wan.kv_cache.window import Window
 from wan.rope import Phase, rotate_space, rotate_time, space_phase, time_phase
 
@@ -158,11 +157,6 @@ class PackedRollout:
     def archives(self) -> bool:
         """Whether the chunk leaves a packet."""
         return self._made >= self._sink
-
-    @property
-    def packets(self) -> PacketMemory:
-        """The memory that the chunk's packet reads and is written to."""
-        return PacketMemory(self)
 
     def commit(self) -> None:
         """What the last pass staged becomes memory."""

@@ -15,6 +15,7 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,27 +47,14 @@ class CheckpointError(ValueError):
 # -- the transformer ---------------------------------------------------------------------------
 
 
-def read_state_dict(path: Path, *, use_ema: bool) -> dict[str, Tensor]:
-    """Read a transformer of any layout under its original Wan names.
-
-    Args:
-        path: a file, an index json, a folder that holds either, or a repository with `transformer/`.
-        use_ema: take `generator_ema` (True) or `generator` (False) of a file that has such groups.
-    Returns: CPU tensors as stored; views of the mapped file, except for old non-zip `.pt` files.
-    Raises:
-        CheckpointError: missing, damaged or unsafe file, or a group that is not there.
-    """
-    return _read_transformer(Path(path), use_ema=use_ema, meta=False)[0]
-
-
 def check_transformer(path: Path, expected: Mapping[str, torch.Size], *, use_ema: bool) -> bool:
     """Compare a checkpoint's names and shapes with `expected` without reading its weights.
 
     Returns: whether `use_ema` chooses anything: the file has groups for it.
     Raises:
-        CheckpointError: as `read_state_dict`, or with a list of what is missing, unexpected or misshapen.
+        CheckpointError: as `read_transformer`, or with a list of what is missing, unexpected or misshapen.
     """
-    tensors, chosen = _read_transformer(Path(path), use_ema=use_ema, meta=True)
+    tensors, chosen = read_transformer(Path(path), use_ema=use_ema, meta=True)
     check_fit(Path(path), tensors, expected)
     return chosen
 
@@ -84,12 +72,21 @@ def load_transformer(
     Raises:
         CheckpointError: as `check_transformer`; the model is then left as it was.
     """
-    tensors, _ = _read_transformer(Path(path), use_ema=use_ema, meta=False)
+    tensors, _ = read_transformer(Path(path), use_ema=use_ema)
     load_strictly(model, tensors, source=Path(path), device=device, dtype=dtype, change=change)
 
 
-def _read_transformer(path: Path, *, use_ema: bool, meta: bool) -> tuple[dict[str, Tensor], bool]:
-    """The tensors, and whether `use_ema` chose among groups."""
+def read_transformer(path: Path, *, use_ema: bool, meta: bool = False) -> tuple[dict[str, Tensor], bool]:
+    """Read a transformer of any layout under its original Wan names; also, whether `use_ema` chose among groups.
+
+    Args:
+        path: a file, an index json, a folder that holds either, or a repository with `transformer/`.
+        use_ema: take `generator_ema` (True) or `generator` (False) of a file that has such groups.
+        meta: headers alone; the tensors have no data. Else they are on the CPU, as stored; views of the mapped file,
+            except for old non-zip `.pt` files.
+    Raises:
+        CheckpointError: missing, damaged or unsafe file, or a group that is not there.
+    """
     files = weight_files(path, subfolder="transformer")
     named: dict[str, Any] = {}
     chosen = False
@@ -241,6 +238,46 @@ def _some(names: list[str]) -> str:
 
 
 # -- files -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NetworkFiles:
+    """How one kind of network lies on disk: in Hugging Face's layout, or under original Wan names."""
+
+    kind: str                   # in words
+    subfolder: str              # of a repository
+    mark: tuple[str, str]       # the entry of a config.json that tells the kind
+    original: str               # a tensor that only files with original names have
+    patterns: tuple[str, ...]   # of those files' names
+
+    def find_config(self, path: Path) -> tuple[Path, dict[str, Any]] | None:
+        """The folder with this network's config.json that `path` means, and what it says; None if there is none."""
+        for home in (path.parent,) if path.is_file() else (path, path / self.subfolder):
+            if (home / "config.json").is_file():
+                values = read_json(home / "config.json")
+                if values.get(self.mark[0]) == self.mark[1]:
+                    return home, values
+        return None
+
+    def read(self, path: Path, *, meta: bool = False) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+        """The configuration, or None where tensors have original names; and the tensors, as `read_tensors` does.
+
+        Raises:
+            CheckpointError: nothing there, several candidates, or a damaged file.
+        """
+        if found := self.find_config(path):
+            tensors = read_tensors(path if path.is_file() else found[0], subfolder=self.subfolder, meta=meta)
+            if self.original not in tensors:  # else original names that happen to lie beside a config
+                return found[1], tensors
+        if path.is_dir():
+            originals = sorted(file for pattern in self.patterns for file in path.glob(pattern))
+            if len(originals) != 1:
+                raise CheckpointError(
+                    f"{path}: no {self.kind}. Looked for one {' or '.join(self.patterns)} (found {len(originals)}) and "
+                    f"for a config.json with {self.mark[0]}: {self.mark[1]}, there or in {self.subfolder}/."
+                )
+            path = originals[0]
+        return None, read_tensors(path, subfolder=self.subfolder, meta=meta)
 
 
 def weight_files(path: Path, *, subfolder: str) -> list[Path]:

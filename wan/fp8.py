@@ -69,12 +69,6 @@ class Fp8Linear(nn.Module):
         out = self.product(values, like.dtype).float() * (scale * self.scale) + self.bias
         return out.to(like.dtype).unflatten(0, like.shape[:-1])
 
-    def twin(self, x: Tensor) -> Tensor:
-        """The same by a float32 product of the rounded numbers."""
-        values, scale = quantise(x.flatten(0, -2))
-        product = (values.float() * scale) @ (self.weight.float() * self.scale.t()).t() + self.bias.float()
-        return product.to(x.dtype).unflatten(0, x.shape[:-1])
-
 
 class Fp8MLP(nn.Sequential):
     """Linear, GELU, linear in 8-bit floats: what lies between the products is one kernel."""

@@ -13,10 +13,9 @@ import gc
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,11 +23,17 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from wan.checkpoint import CheckpointError, check_fit, load_strictly, read_json, read_tensors
+from utils.files import write_atomically
+from wan.checkpoint import CheckpointError, NetworkFiles, check_fit, load_strictly
 from wan.names import strip_wrappers, t5_to_transformers
 from wan.prompt_tokens import PromptTokens, clean_prompt
 
 log = logging.getLogger(__name__)
+
+FILES = NetworkFiles(
+    kind="text encoder", subfolder="text_encoder", mark=("model_type", "umt5"), original="token_embedding.weight",
+    patterns=("models_t5*",),
+)
 
 
 class TextEncoder:
@@ -118,12 +123,12 @@ class TextEncoder:
         return embeddings
 
 
-
 # -- weights -----------------------------------------------------------------------------------
 
 
 def _build(
-    config: UMT5Config, tensors: dict[str, Tensor], *, source: Path, device: torch.device | str, dtype: torch.dtype
+    config: Mapping[str, Any], tensors: dict[str, Tensor], *, source: Path, device: torch.device | str,
+    dtype: torch.dtype,
 ) -> UMT5EncoderModel:
     """Make an encoder out of tensors under transformers' names; empties `tensors`.
 
@@ -138,11 +143,11 @@ def _build(
     return encoder
 
 
-def _skeleton(config: UMT5Config, *, source: Path) -> UMT5EncoderModel:
+def _skeleton(config: Mapping[str, Any], *, source: Path) -> UMT5EncoderModel:
     """The encoder that `config` describes, on meta. Raises: CheckpointError, if it describes none."""
     try:
         with torch.device("meta"):
-            encoder = UMT5EncoderModel(config)
+            encoder = UMT5EncoderModel(UMT5Config.from_dict(dict(config)))
     except Exception as error:  # a wrong value can fail anywhere inside
         raise CheckpointError(
             f"{source}: its config.json describes no umT5 encoder ({type(error).__name__}: {error}). Download it again."
@@ -162,14 +167,14 @@ def check_text_encoder(path: Path, text_dim: int) -> None:
     config, tensors = _read_encoder(path, meta=True)
     encoder = _skeleton(config, source=path)
     check_fit(path, tensors, {name: parameter.shape for name, parameter in encoder.named_parameters()})
-    if config.d_model != text_dim:
+    if encoder.config.d_model != text_dim:
         raise CheckpointError(
-            f"{path}: this text encoder makes embeddings of width {config.d_model}, and the transformer reads "
+            f"{path}: this text encoder makes embeddings of width {encoder.config.d_model}, and the transformer reads "
             f"text_dim={text_dim}. Give the encoder that belongs to the model, or correct the YAML."
         )
 
 
-def _from_original(tensors: Mapping[str, Tensor], *, source: Path) -> tuple[UMT5Config, dict[str, Tensor]]:
+def _from_original(tensors: Mapping[str, Tensor], *, source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Original Wan names -> the configuration that the shapes imply, and transformers' names.
 
     Source: umT5 as Wan2.1 uses it; bucket distance and epsilon leave no trace in the shapes.
@@ -181,20 +186,14 @@ def _from_original(tensors: Mapping[str, Tensor], *, source: Path) -> tuple[UMT5
     try:
         vocabulary, width = tensors["token_embedding.weight"].shape
         buckets, heads = tensors["blocks.0.pos_embedding.embedding.weight"].shape
-        config = UMT5Config(
-            vocab_size=vocabulary,
-            d_model=width,
-            d_kv=tensors["blocks.0.attn.q.weight"].shape[0] // heads,
-            d_ff=tensors["blocks.0.ffn.fc1.weight"].shape[0],
-            num_layers=len(layers),
-            num_heads=heads,
-            relative_attention_num_buckets=buckets,
-            relative_attention_max_distance=128,
-            layer_norm_epsilon=1e-6,
-            feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False,
-            use_cache=False,
-        )
+        config = {
+            "vocab_size": vocabulary, "d_model": width, "num_layers": len(layers), "num_heads": heads,
+            "d_kv": tensors["blocks.0.attn.q.weight"].shape[0] // heads,
+            "d_ff": tensors["blocks.0.ffn.fc1.weight"].shape[0],
+            "relative_attention_num_buckets": buckets, "relative_attention_max_distance": 128,
+            "layer_norm_epsilon": 1e-6, "feed_forward_proj": "gated-gelu",
+            "is_encoder_decoder": False, "use_cache": False,
+        }
     except KeyError as error:
         raise CheckpointError(
             f"{source}: not a umT5 encoder with original names ({error} is missing). "
@@ -203,40 +202,16 @@ def _from_original(tensors: Mapping[str, Tensor], *, source: Path) -> tuple[UMT5
     return config, {t5_to_transformers(name): value for name, value in tensors.items()}
 
 
-def _read_encoder(path: Path, *, meta: bool = False) -> tuple[UMT5Config, dict[str, Tensor]]:
-    for home in (path.parent,) if path.is_file() else (path, path / "text_encoder"):
-        if (home / "config.json").is_file() and (config := _umt5_config(home / "config.json")):
-            tensors = read_tensors(path if path.is_file() else home, subfolder="text_encoder", meta=meta)
-            if "token_embedding.weight" not in tensors:  # else original names that happen to lie beside a config
-                return config, _encoder_part(tensors)
-    if path.is_dir():
-        originals = sorted(path.glob("models_t5*"))
-        if len(originals) != 1:
-            raise CheckpointError(
-                f"{path}: no text encoder. Looked for one models_t5_*.pth (found {len(originals)}) and for a umT5 "
-                "config.json there or in text_encoder/."
-            )
-        path = originals[0]
-    return _from_original(read_tensors(path, subfolder="text_encoder", meta=meta), source=path)
-
-
-def _umt5_config(file: Path) -> UMT5Config | None:
-    """The umT5 configuration in `file`, or None if it describes something else."""
-    values = read_json(file)
-    if values.get("model_type") != "umt5":
-        return None
-    try:
-        return UMT5Config.from_dict(values)
-    except Exception as error:  # transformers checks types in ways of its own
-        raise CheckpointError(f"{file}: describes no umT5 encoder ({error}). Download it again.") from error
-
-
-def _encoder_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the decoder of a full model and the second name of the tied embedding."""
-    tied = tensors.pop("encoder.embed_tokens.weight", None)
+def _read_encoder(path: Path, *, meta: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config, tensors = FILES.read(path, meta=meta)
+    if config is None:
+        return _from_original(tensors, source=path)
+    tied = tensors.pop("encoder.embed_tokens.weight", None)  # the second name of the embedding
     if tied is not None:
         tensors.setdefault("shared.weight", tied)
-    return {name: value for name, value in tensors.items() if not name.startswith(("decoder.", "lm_head."))}
+    return config, {  # without the decoder of a full model
+        name: value for name, value in tensors.items() if not name.startswith(("decoder.", "lm_head."))
+    }
 
 
 # -- cache -------------------------------------------------------------------------------------
@@ -277,14 +252,12 @@ class EmbeddingCache:
         return torch.cat([rows, rows.new_zeros(self._text_len - rows.shape[0], rows.shape[1])])
 
     def put(self, prompt: str, embedding: Tensor) -> None:
-        """Store an embedding [T, D] or [1, T, D], atomically.
+        """Store an embedding [T, D], whole or not at all.
 
         Raises:
             ValueError: not T rows.
             OSError: the folder cannot be written.
         """
-        if embedding.ndim == 3 and embedding.shape[0] == 1:
-            embedding = embedding[0]
         if embedding.ndim != 2 or embedding.shape[0] != self._text_len:
             raise ValueError(
                 f"embedding of shape {list(embedding.shape)}: the cache holds [{self._text_len}, width] for one prompt."
@@ -293,16 +266,9 @@ class EmbeddingCache:
         rows = embedding.detach().cpu()
         used = rows.ne(0).any(dim=1) * torch.arange(1, self._text_len + 1)
         rows = rows[: max(1, int(used.max()))].contiguous()
-        content = save_bytes({"embedding": rows}, {"identity": identity, "sha256": _digest(rows)})
         self._folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self._folder, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.replace(name, self._file(identity))
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        content = save_bytes({"embedding": rows}, {"identity": identity, "sha256": _digest(rows)})
+        write_atomically(self._file(identity), content)
 
     def _identity(self, prompt: str) -> str:
         return json.dumps([clean_prompt(prompt), self._encoder_id, self._text_len])

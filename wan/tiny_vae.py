@@ -25,7 +25,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wan.checkpoint import CheckpointError, check_fit, load_strictly, read_tensors
-from wan.recorder import Recorder
 from wan.stacking import Sum, load_kernels
 from wan.stream import StreamDecoder
 from wan.vae_passes import Past
@@ -68,7 +67,7 @@ class TinyVAE:
                 number of channels than Wan 2.1's.
         """
         path = Path(path)
-        tensors = read_tensors(path, subfolder=kind)
+        tensors = _read_decoder(path)
         if "decoder.1.weight" not in tensors or tensors["decoder.1.weight"].ndim != 4:
             raise CheckpointError(
                 f"{path}: no tiny decoder of Wan 2.1 latents (there is no convolution decoder.1.weight). "
@@ -106,10 +105,6 @@ class TinyVAE:
         """On the meta device: shapes without data."""
         return cls(_network(latent_channels)["decoder"].to(dtype))
 
-    def accelerate(self, recorder: Recorder | None, *, part_frames: int) -> None:
-        """Decode so many latent frames a call; its kernels are few and large then, so that nothing is recorded."""
-        self.part_frames = part_frames
-
     def stream(self) -> StreamDecoder:
         """Start decoding a video. Any number of streams can share a decoder without touching each other."""
         return StreamDecoder(self)
@@ -142,7 +137,13 @@ def check_tiny_vae(path: Path, latent_channels: int) -> None:
         CheckpointError: as `TinyVAE.load`, or a file for another number of latent channels.
     """
     expected = {name: value.shape for name, value in _network(latent_channels).named_parameters()}
-    check_fit(Path(path), read_tensors(Path(path), subfolder="taehv"), expected)
+    check_fit(Path(path), _read_decoder(Path(path)), expected)
+
+
+def _read_decoder(path: Path) -> dict[str, Tensor]:
+    """The tensors at `path` but for the encoder's, which every published file has and nobody runs."""
+    tensors = read_tensors(path, subfolder="taehv")
+    return {name: value for name, value in tensors.items() if not name.startswith("encoder.")}
 
 
 # -- the network, module by module under the published names --------------------------------------
@@ -190,16 +191,11 @@ def _conv(before: int, after: int, bias: bool = True) -> nn.Conv2d:
 
 
 def _network(latent_channels: int) -> nn.ModuleDict:
-    """Encoder and decoder on meta. The encoder never runs; every published file has one, so its layout is checked."""
+    """The decoder, under its name, on meta."""
     with torch.device("meta"):
-        encoder: list[nn.Module] = [_conv(3, 64), nn.ReLU()]
-        for joined in (2, 2, 1):
-            pool = nn.ModuleDict({"conv": nn.Conv2d(64 * joined, 64, 1, bias=False)})
-            encoder += [pool, _conv(64, 64, bias=False), *(_Block(64) for _ in range(3))]
-        encoder += [_conv(64, latent_channels)]
-        decoder: list[nn.Module] = [nn.Identity(), _conv(latent_channels, STAGES[0][0]), nn.ReLU()]
+        layers: list[nn.Module] = [nn.Identity(), _conv(latent_channels, STAGES[0][0]), nn.ReLU()]
         for width, after, frames in STAGES:  # Identity: what the names count as a layer, and is done elsewhere
-            decoder += [*(_Block(width) for _ in range(3)), nn.Identity(), _Grow(width, frames)]
-            decoder += [_conv(width, after, bias=False)]
-        decoder += [nn.ReLU(), _conv(STAGES[-1][1], 3)]
-        return nn.ModuleDict({"encoder": nn.Sequential(*encoder), "decoder": nn.Sequential(*decoder)})
+            layers += [*(_Block(width) for _ in range(3)), nn.Identity(), _Grow(width, frames)]
+            layers += [_conv(width, after, bias=False)]
+        layers += [nn.ReLU(), _conv(STAGES[-1][1], 3)]
+        return nn.ModuleDict({"decoder": nn.Sequential(*layers)})

@@ -17,13 +17,20 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from wan.checkpoint import CheckpointError, check_fit, load_strictly, read_json, read_tensors
+from wan.checkpoint import CheckpointError, NetworkFiles, check_fit, load_strictly
 from wan.names import strip_wrappers, vae_to_diffusers
 from wan.recorder import Recorder
 from wan.stacking import load_kernels
 from wan.stream import StreamDecoder
 from wan.vae_decoder import FastDecoder, StreamPast, can_decode
 from wan.vae_passes import Past, VaePasses
+
+Statistics = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of latents, one value a channel
+
+FILES = NetworkFiles(
+    kind="VAE", subfolder="vae", mark=("_class_name", "AutoencoderKLWan"), original="decoder.conv1.weight",
+    patterns=("*VAE*.pth", "*VAE*.safetensors"),
+)
 
 
 class WanVAE:
@@ -42,43 +49,30 @@ class WanVAE:
 
     @classmethod
     def load(
-        cls,
-        path: Path,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        cls, path: Path, *, device: torch.device | str, dtype: torch.dtype, statistics: Statistics | None = None,
     ) -> WanVAE:
         """Load a VAE.
 
         Args:
             path: `Wan2.1_VAE.pth` or another file with original names, a folder that holds one, a diffusers
                 folder (config.json beside its weights), or a repository with `vae/`.
-            mean, std: latent statistics, one value a channel. Needed for original files other than Wan 2.1's
-                16 channels; diffusers folders bring their own.
+            statistics: needed for original files other than Wan 2.1's 16 channels; diffusers folders bring their own.
         Raises:
             CheckpointError: missing, damaged or unsafe file, weights that do not fit, or statistics of another length.
-            ValueError: one of `mean` and `std` without the other.
         """
         path = Path(path)
         config, tensors = _read_vae(path)
-        return cls(_build(config, tensors, source=path, device=device, dtype=dtype, mean=mean, std=std))
+        return cls(_build(config, tensors, source=path, device=device, dtype=dtype, statistics=statistics))
 
     @classmethod
     def from_state_dict(
-        cls,
-        tensors: Mapping[str, Tensor],
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        cls, tensors: Mapping[str, Tensor], *, device: torch.device | str, dtype: torch.dtype,
+        statistics: Statistics | None = None,
     ) -> WanVAE:
-        """A VAE from tensors under original Wan names; `mean`, `std` and errors as in `load`."""
+        """A VAE from tensors under original Wan names; `statistics` and errors as in `load`."""
         source = Path("state dict")
         config, renamed = _from_original(tensors, source=source)
-        return cls(_build(config, renamed, source=source, device=device, dtype=dtype, mean=mean, std=std))
+        return cls(_build(config, renamed, source=source, device=device, dtype=dtype, statistics=statistics))
 
     @classmethod
     def random(cls, path: Path, *, device: torch.device | str, dtype: torch.dtype, seed: int) -> WanVAE:
@@ -231,13 +225,17 @@ def _skeleton(config: Mapping[str, Any], *, source: Path) -> AutoencoderKLWan:
         raise CheckpointError(
             f"{source}: its config.json describes no VAE ({type(error).__name__}: {error}). Download it again."
         ) from error
+    if model.config.is_residual:
+        raise CheckpointError(
+            f"{source}: a VAE of Wan 2.2's wider design (is_residual), which is not supported. Give one of Wan 2.1's."
+        )
     channels = model.config.z_dim
     for name, values in (("mean", model.config.latents_mean), ("std", model.config.latents_std)):
         if not isinstance(values, list | tuple) or len(values) != channels:
             count = f"{len(values)} values" if isinstance(values, list | tuple) else f"no values, but {values!r}"
             raise CheckpointError(
                 f"{source}: the VAE has {channels} latent channels, but the {name} to normalise them by has {count} "
-                "(Wan 2.1's, where a file brings none). Give mean= and std= with one value a channel."
+                "(Wan 2.1's, where a file brings none). Give statistics= with one value a channel."
             )
         for value in values:
             number = isinstance(value, int | float) and math.isfinite(value)
@@ -250,27 +248,18 @@ def _skeleton(config: Mapping[str, Any], *, source: Path) -> AutoencoderKLWan:
 
 
 def _build(
-    config: Mapping[str, Any],
-    tensors: dict[str, Tensor],
-    *,
-    source: Path,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    config: Mapping[str, Any], tensors: dict[str, Tensor], *, source: Path, device: torch.device | str,
+    dtype: torch.dtype, statistics: Statistics | None = None,
 ) -> AutoencoderKLWan:
     """Make a VAE out of tensors under diffusers' names; empties `tensors`.
 
-    Latent statistics: `mean` and `std`, else those of `config`, else Wan 2.1's (diffusers' default).
+    Latent statistics: those given, else those of `config`, else Wan 2.1's (diffusers' default).
     Raises:
         CheckpointError: the tensors do not fit, or the statistics are none.
-        ValueError: one of `mean` and `std` without the other.
     """
     values = dict(config)
-    if (mean is None) != (std is None):
-        raise ValueError("latent statistics come in pairs: give both mean= and std=, or neither.")
-    if mean is not None and std is not None:
-        values |= {"latents_mean": list(mean), "latents_std": list(std)}
+    if statistics is not None:
+        values["latents_mean"], values["latents_std"] = map(list, statistics)
     model = _skeleton(values, source=source)
     load_strictly(model, tensors, source=source, device=device, dtype=dtype)
     return model
@@ -327,35 +316,11 @@ def _levels(tensors: Mapping[str, Tensor]) -> tuple[list[int], list[bool]]:
 
 
 def _read_vae(path: Path, *, meta: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    found = _find_config(path)
-    if found:
-        tensors = read_tensors(path if path.is_file() else found[0], subfolder="vae", meta=meta)
-        if "decoder.conv1.weight" not in tensors:  # else original names that happen to lie beside a config
-            return found[1], tensors
-    if path.is_dir():
-        originals = sorted([*path.glob("*VAE*.pth"), *path.glob("*VAE*.safetensors")])
-        if len(originals) != 1:
-            raise CheckpointError(
-                f"{path}: no VAE. Looked for one *VAE*.pth or *VAE*.safetensors (found {len(originals)}) and for an "
-                "AutoencoderKLWan config.json there or in vae/."
-            )
-        path = originals[0]
-    return _from_original(read_tensors(path, subfolder="vae", meta=meta), source=path)
+    config, tensors = FILES.read(path, meta=meta)
+    return _from_original(tensors, source=path) if config is None else (config, tensors)
 
 
 def _architecture(path: Path) -> dict[str, Any]:
     """The configuration of the VAE at `path`; of Wan 2.1's if nothing is there."""
-    found = _find_config(path)
+    found = FILES.find_config(path)
     return found[1] if found else _read_vae(path, meta=True)[0] if path.exists() else {}
-
-
-def _find_config(path: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The diffusers folder that `path` means and its configuration, or None."""
-    for home in (path.parent,) if path.is_file() else (path, path / "vae"):
-        file = home / "config.json"
-        if not file.is_file():
-            continue
-        values = read_json(file)
-        if values.get("_class_name") == "AutoencoderKLWan":
-            return home, values
-    return None

@@ -22,8 +22,8 @@ from wan.stacking import PAST, StackingKernels, Sum
 
 
 def can_decode(model: AutoencoderKLWan) -> bool:
-    """Whether this is a decoder of Wan 2.1's design, the one that is made fast."""
-    return all(isinstance(block, WanUpBlock) for block in model.decoder.up_blocks) and not model.config.patch_size
+    """Whether the decoder's pixels are its last convolution's: the design that is made fast, which is Wan 2.1's own."""
+    return not model.config.patch_size
 
 
 @dataclass(eq=False)

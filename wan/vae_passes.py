@@ -13,13 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import (
-    WanMidBlock,
-    WanResample,
-    WanResidualBlock,
-    WanResidualDownBlock,
-    WanResidualUpBlock,
-)
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanMidBlock, WanResample, WanResidualBlock, WanUpBlock
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -55,12 +49,8 @@ class VaePasses:
         x = rearrange(pixels, "b c t (h q) (w r) -> (b t) (c r q) h w", q=self._patch, r=self._patch)
         x = _conv(encoder.conv_in, x.contiguous(memory_format=torch.channels_last), clips, past)
         for layer in encoder.down_blocks:
-            if isinstance(layer, WanResample):
-                x = _resample(layer, x, clips, past)
-            elif isinstance(layer, WanResidualDownBlock):
-                x = self._down(layer, x, clips, past)
-            else:
-                x = self._residual(layer, x, clips, past)
+            run = _resample if isinstance(layer, WanResample) else self._residual
+            x = run(layer, x, clips, past)
         x = self._activate(self._middle(encoder.mid_block, x, clips, past), encoder.norm_out.gamma)
         x = _conv(self._model.quant_conv, _conv(encoder.conv_out, x, clips, past), clips)
         mean, log_variance = _video(x, clips).chunk(2, dim=1)
@@ -77,30 +67,10 @@ class VaePasses:
         x = _conv(decoder.conv_out, self._activate(x, decoder.norm_out.gamma), clips, past)
         return rearrange(x, "(b t) (c r q) h w -> b c t (h q) (w r)", b=clips, q=self._patch, r=self._patch)
 
-    def _down(self, block: WanResidualDownBlock, x: Tensor, clips: int, past: Past | None) -> Tensor:
-        """Wan 2.2's block, with a shortcut that averages neighbours."""
-        short = _images(block.avg_shortcut(_video(x, clips)))
+    def _up(self, block: WanUpBlock, x: Tensor, clips: int, past: Past | None) -> Tensor:
         for resnet in block.resnets:
             x = self._residual(resnet, x, clips, past)
-        return short + (x if block.downsampler is None else _resample(block.downsampler, x, clips, past))
-
-    def _up(self, block: nn.Module, x: Tensor, clips: int, past: Past | None) -> Tensor:
-        """Wan 2.1's block, or Wan 2.2's with a shortcut that repeats its input."""
-        if isinstance(block, WanResidualUpBlock):
-            repeat, upsampler = block.avg_shortcut, block.upsampler
-        else:
-            repeat, upsampler = None, block.upsamplers[0] if block.upsamplers else None
-        h = x
-        for resnet in block.resnets:
-            x = self._residual(resnet, x, clips, past)
-        if upsampler is not None:
-            x = _resample(upsampler, x, clips, past)
-        if repeat is None:
-            return x
-        first = past is None or block not in past
-        if past is not None:
-            past[block] = x.new_empty(0)  # the first frame is over
-        return x + _images(repeat(_video(h, clips), first))
+        return _resample(block.upsamplers[0], x, clips, past) if block.upsamplers else x
 
     def _residual(self, block: WanResidualBlock, x: Tensor, clips: int, past: Past | None) -> Tensor:
         h = x if isinstance(block.conv_shortcut, nn.Identity) else _conv(block.conv_shortcut, x, clips)

@@ -18,7 +18,6 @@ from wan.compiler import Compiler, plain
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.archive import PacketRotation
 from wan.kv_cache.layer import LayerCache, LayerState, Moment, Turns
-from wan.kv_cache.packets import PacketMemory
 from wan.kv_cache.policy import KVPolicy
 from wan.kv_cache.shape import CacheShape
 from wan.kv_cache.window import WindowBuffer
@@ -52,7 +51,6 @@ class KVCache:
         self._chunk: ChunkSpan | None = None
         self._lookahead = False
         self._policy, self._frame_tokens = policy, geometry.frame_tokens
-        sizes = policy.sizes(geometry)
         room_tokens = sizes.capacity_tokens - geometry.chunk_frames * geometry.frame_tokens  # beside the next chunk
         self.most_frames = min(sizes.window_tokens, room_tokens) // geometry.frame_tokens  # that one pass may remember
         self.seen_frames = 0
@@ -64,11 +62,6 @@ class KVCache:
     def archives(self) -> bool:
         """Whether the chunk in the making leaves a packet; known after its first pass."""
         return self._layers[0].plan is not None and self._layers[0].plan.archive
-
-    @property
-    def packets(self) -> PacketMemory:
-        """The memory that the chunk's packet reads and is written to."""
-        return PacketMemory(self)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of keys and values of all layers.

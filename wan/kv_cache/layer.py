@@ -165,6 +165,7 @@ class LayerCache:
         return self.window.seen(self._show(query, keys, values, by, self.window.slots(past, new)), past + new)
 
     def stage_packet(self, keys: Tensor, values: Tensor) -> None:
+        """Stage the chunk's packet [B, P, H, D]; nothing is attended to."""
         self.archive.stage(keys, values)
 
     @property

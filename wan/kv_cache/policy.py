@@ -43,11 +43,19 @@ class CacheSizes:
     archive: ArchiveSizes | None = None  # None: nothing is compressed
 
     @classmethod
-    def of_window(cls, geometry: VideoGeometry, window_frames: int, vote_frames: int = 0) -> CacheSizes:
-        """Sizes of a policy that remembers at most one window, plus the chunk in the making."""
+    def of_window(
+        cls, geometry: VideoGeometry, window_frames: int, *, vote_frames: int = 0, hidden_frames: int = 0,
+    ) -> CacheSizes:
+        """Sizes of a policy that remembers at most one window and `hidden_frames`, plus the chunk in the making.
+
+        Raises:
+            ValueError: a window that no chunk fits.
+        """
+        chunk = geometry.chunk_frames
+        check_range("window_frames", window_frames, chunk, 1 << 20, "at least one chunk must fit")
         return cls(
             window_tokens=window_frames * geometry.frame_tokens,
-            capacity_tokens=(window_frames + geometry.chunk_frames) * geometry.frame_tokens,
+            capacity_tokens=(window_frames + hidden_frames + chunk) * geometry.frame_tokens,
             vote_frames=vote_frames,
         )
 

@@ -22,15 +22,12 @@ class AnchoredWindow(KVPolicy):
     anchor_frames: int
 
     def sizes(self, geometry: VideoGeometry) -> CacheSizes:
-        check_range("window_frames", self.window_frames, geometry.chunk_frames, 1 << 20, "at least one chunk must fit")
+        sizes = CacheSizes.of_window(geometry, self.window_frames, hidden_frames=self.anchor_frames)
         check_range(
             "anchor_frames", self.anchor_frames, 0, self.window_frames - geometry.chunk_frames,
             f"the anchor and {geometry.chunk_frames} frames in the making share a window of {self.window_frames}",
         )
-        stored = self.anchor_frames + self.window_frames + geometry.chunk_frames
-        return CacheSizes(
-            window_tokens=self.window_frames * geometry.frame_tokens, capacity_tokens=stored * geometry.frame_tokens,
-        )
+        return sizes
 
     def tail_frames(self, num_frames: int, has_forgotten: bool) -> int:
         return max(0, num_frames - self.anchor_frames)

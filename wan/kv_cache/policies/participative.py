@@ -48,7 +48,7 @@ class ParticipativeCompression(KVPolicy):
 
     def sizes(self, geometry: VideoGeometry) -> CacheSizes:
         chunk = geometry.chunk_frames
-        check_range("window_frames", self.window_frames, chunk, 1 << 20, "at least one chunk must fit")
+        sizes = CacheSizes.of_window(geometry, self.window_frames, vote_frames=self.recent_frames)
         check_range(
             "recent_frames", self.recent_frames, chunk, self.window_frames,
             f"the chunk's own {chunk} frames are recent, and recent frames must fit the window of {self.window_frames}",
@@ -75,7 +75,7 @@ class ParticipativeCompression(KVPolicy):
                 f"Lower sink_frames to 0..{self.budget_frames - self.recent_frames}, or raise budget_frames."
             )
         check_range("topc_max_reuse", self.topc_max_reuse, 0, 1 << 30, "0 is no limit")
-        return CacheSizes.of_window(geometry, self.window_frames, vote_frames=self.recent_frames)
+        return sizes
 
     def tail_frames(self, num_frames: int, has_forgotten: bool) -> int:
         return max(0, num_frames - self.sink_frames - (self.top_frames if has_forgotten else 0))

@@ -23,12 +23,12 @@ class SinkWindow(KVPolicy):
     positions: Positions = "released"
 
     def sizes(self, geometry: VideoGeometry) -> CacheSizes:
-        check_range("window_frames", self.window_frames, geometry.chunk_frames, 1 << 20, "at least one chunk must fit")
+        sizes = CacheSizes.of_window(geometry, self.window_frames)
         check_range(
             "sink_frames", self.sink_frames, 0, self.window_frames - geometry.chunk_frames,
             f"sink and chunk ({geometry.chunk_frames} frames) share a window of {self.window_frames}",
         )
-        return CacheSizes.of_window(geometry, self.window_frames)
+        return sizes
 
     def tail_frames(self, num_frames: int, has_forgotten: bool) -> int:
         return max(0, num_frames - self.sink_frames)
