@@ -10,14 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.chunkwise import ChunkwisePipeline
@@ -25,7 +28,7 @@ from pipeline.sampler import FewStepSampler, schedule
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.cache import KVCache
 from wan.kv_cache.policy import build_policy
-from wan.kv_cache.shape import CacheShape
+from wan.kv_cache.store import CacheShape
 from wan.model import CausalWanModel, WanConfig
 from wan.text_encoder import TextEncoder
 from wan.vae import WanVAE
@@ -238,10 +241,19 @@ def check_schedule(path: Path, golden: Golden) -> Findings:
     return found
 
 
+@contextmanager
+def saved(tensors: dict[str, Tensor]) -> Iterator[Path]:
+    """A file of these tensors, for what loads files."""
+    with TemporaryDirectory() as folder:
+        save_file(tensors, Path(folder) / "weights.safetensors")
+        yield Path(folder) / "weights.safetensors"
+
+
 def check_text(path: Path, golden: Golden) -> Findings:
     """The umT5 encoder, from its original names."""
     found = Findings()
-    encoder = TextEncoder.from_state_dict(golden.weights("sd."), device=torch.device("cpu"), dtype=torch.float32)
+    with saved(golden.weights("sd.")) as file:
+        encoder = TextEncoder.load(file, words=None, device="cpu", dtype=torch.float32)
     found.close("out_zero_padded", encoder.encode_ids(golden["ids"], golden["mask"]), golden["out_zero_padded"])
     return found
 
@@ -249,10 +261,9 @@ def check_text(path: Path, golden: Golden) -> Findings:
 def check_vae(path: Path, golden: Golden) -> Findings:
     """Encode, decode, and decode in streamed chunks, from the original names. [B, C, T, H, W] in the file."""
     found = Findings()
-    vae = WanVAE.from_state_dict(
-        golden.weights("sd."), statistics=(golden["mean"].tolist(), golden["std"].tolist()),
-        device=torch.device("cpu"), dtype=torch.float32,
-    )
+    statistics = golden["mean"].tolist(), golden["std"].tolist()
+    with saved(golden.weights("sd.")) as file:
+        vae = WanVAE.load(file, device="cpu", dtype=torch.float32, statistics=statistics)
     found.close("enc_mu_scaled", vae.encode(golden["pixels"].transpose(1, 2)).transpose(1, 2), golden["enc_mu_scaled"])
     latents = golden["z"].transpose(1, 2)
     for name in (name for name in golden.tensors if name.startswith("decoded_")):

@@ -22,7 +22,7 @@ from wan.fp8 import LEAST_CAPABILITY, quantise_layers
 from wan.geometry import VideoGeometry
 from wan.kv_cache.cache import KVCache
 from wan.kv_cache.policy import KVPolicy
-from wan.kv_cache.shape import CacheShape
+from wan.kv_cache.store import CacheShape
 from wan.model import CausalWanModel
 from wan.recorder import CudaRecorder, Recorder
 from wan.tiny_vae import TinyVAE

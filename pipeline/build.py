@@ -30,7 +30,7 @@ from wan.checkpoint import CheckpointError, check_transformer
 from wan.fp8 import FP8
 from wan.geometry import VideoGeometry
 from wan.kv_cache.policy import KVPolicy, build_policy
-from wan.kv_cache.shape import CacheShape
+from wan.kv_cache.store import CacheShape
 from wan.lora import check_lora
 from wan.model import CausalWanModel, WanConfig
 from wan.prompt_tokens import load_tokenizer

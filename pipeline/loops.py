@@ -23,7 +23,7 @@ from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.cache import KVCache
 from wan.kv_cache.layer import LayerCache
 from wan.kv_cache.policy import KVPolicy
-from wan.kv_cache.shape import CacheShape
+from wan.kv_cache.store import CacheShape
 from wan.model import CausalWanModel
 from wan.recorder import Recorder
 
@@ -248,14 +248,11 @@ class CausVidOverlapLoop(Loop):
         )
 
 
-NAMES = ("chunkwise", "rolling_forcing", "causvid_overlap")
-
-
 def make_loop(
     name: str, *, geometry: VideoGeometry, policy: KVPolicy, sampler: FewStepSampler, on_switch: OnSwitch,
     overlap_frames: int,
 ) -> Loop:
-    """The loop `name`, one of NAMES; `overlap_frames` is for causvid_overlap.
+    """The loop `name`, one of utils.config_schema.LOOPS; `overlap_frames` is for causvid_overlap.
 
     Raises:
         ValueError: policy, sampler and geometry do not suit it.

@@ -18,7 +18,7 @@ from pipeline.sampler import FewStepSampler  # noqa: E402
 from wan.geometry import VideoGeometry  # noqa: E402
 from wan.kv_cache.cache import KVCache  # noqa: E402
 from wan.kv_cache.policy import KVPolicy, build_policy  # noqa: E402
-from wan.kv_cache.shape import CacheShape  # noqa: E402
+from wan.kv_cache.store import CacheShape  # noqa: E402
 from wan.model import CausalWanModel, WanConfig, randomize  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they give, and sums keep one order

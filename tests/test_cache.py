@@ -14,15 +14,16 @@ from wan.fp8 import FP8, MOST
 from wan.geometry import ChunkSpan
 from wan.kv_cache.cache import KVCache
 from wan.kv_cache.policy import build_policy
-from wan.kv_cache.shape import CacheShape
-from wan.kv_cache.store import KVStore, take
+from wan.kv_cache.store import CacheShape, KVStore, take
 from wan.rope import rotate_time, time_phase
 
 
 def test_store_keeps_exactly_what_it_is_told() -> None:
     """Retain, with some that stay where they are and without, and append, against a list of tokens per sample."""
     generator = torch.Generator().manual_seed(0)
-    store = KVStore(2, 40, 1, 4, torch.device("cpu"), torch.float64)
+    store = KVStore(
+        CacheShape(layers=1, heads=1, head_dim=4, batch=2, device=torch.device("cpu"), dtype=torch.float64), 40,
+    )
     lists: list[list[tuple]] = [[], []]
     for step in range(12):
         keys, values = torch.randn(2, 2, 7, 1, 4, generator=generator, dtype=torch.float64)

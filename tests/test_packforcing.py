@@ -16,7 +16,7 @@ from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.archive import FIRST_PLACES
 from wan.kv_cache.cache import KVCache
 from wan.kv_cache.policy import build_policy, policy_fields
-from wan.kv_cache.shape import CacheShape
+from wan.kv_cache.store import CacheShape
 
 CPU = torch.device("cpu")
 HEADS, DIM = 4, 12

@@ -9,7 +9,7 @@ from pipeline.noise import SampleSeed
 from wan.geometry import ChunkSpan
 from wan.kv_cache.cache import KVCache
 from wan.kv_cache.policy import KVPolicy, policy_fields
-from wan.kv_cache.shape import CacheShape
+from wan.kv_cache.store import CacheShape
 
 FRAMES = 30  # ten chunks: windows of 12 frames roll or prune several times
 

@@ -14,7 +14,7 @@ import logging
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,8 +199,7 @@ def check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, to
     parts = (
         ("missing", missing), ("unexpected", unexpected), ("another shape", misshapen), ("not plain float", quantised),
     )
-    lines = [f"  {title} ({len(names)}): {_some(names)}" for title, names in parts if names]
-    if lines:
+    if lines := listed(parts):
         raise CheckpointError("\n".join([f"{path} does not fit the model:", *lines, *_hints(found, expected)]))
 
 
@@ -230,6 +229,11 @@ def _size(shapes: Mapping[str, torch.Size]) -> str:
         return ""
     layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
     return f"dim {patch[0]}, {len(layers)} layers, {patch[1]} input channels"
+
+
+def listed(parts: Iterable[tuple[str, list[str]]]) -> list[str]:
+    """A line for each of `parts` (title, names) that has names."""
+    return [f"  {title} ({len(names)}): {_some(names)}" for title, names in parts if names]
 
 
 def _some(names: list[str]) -> str:

@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wan.checkpoint import CheckpointError, read_tensors
+from wan.checkpoint import CheckpointError, listed, read_tensors
 from wan.names import strip_wrappers
 
 GROUP = "generator_lora"
-LISTED = 8
 _NAME = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])(\.[^.]+)?\.weight")  # PEFT adds the adapter's name, `default`
 
 
@@ -64,11 +63,7 @@ def check_lora(path: Path, expected: Mapping[str, torch.Size]) -> None:
         for name, (down, up) in found.items()
         if name in expected and (up.shape[0], down.shape[1]) != tuple(expected[name])
     ]
-    lines = [
-        f"  {title} ({len(names)}): {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}"
-        for title, names in (("not in the model", unknown), ("another size", misshapen)) if names
-    ]
-    if lines:
+    if lines := listed((("not in the model", unknown), ("another size", misshapen))):
         raise CheckpointError("\n".join([
             f"{path}: this LoRA does not fit the model:", *lines,
             "Give the LoRA that belongs to this base checkpoint, or leave --lora_path out.",

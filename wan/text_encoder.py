@@ -39,21 +39,20 @@ FILES = NetworkFiles(
 class TextEncoder:
     """umT5 encoder, and what turns prompts into its ids."""
 
-    def __init__(self, encoder: UMT5EncoderModel, words: PromptTokens | None = None) -> None:
-        """Args: `words` has the tokenizer and T; without it only `encode_ids` works."""
+    def __init__(self, encoder: UMT5EncoderModel, words: PromptTokens | None) -> None:
         self._encoder = encoder.eval().requires_grad_(False)
         self._words = words
 
     @classmethod
     def load(
-        cls, path: Path, *, words: PromptTokens, device: torch.device | str, dtype: torch.dtype
+        cls, path: Path, *, words: PromptTokens | None, device: torch.device | str, dtype: torch.dtype,
     ) -> TextEncoder:
         """Load an encoder.
 
         Args:
             path: `models_t5_*.pth` or another file with original names, a folder that holds one, a Hugging
                 Face folder (config.json beside its weights), or a repository with `text_encoder/`.
-            words: the tokenizer, and the tokens that a prompt is cut and padded to.
+            words: the tokenizer, and the tokens that a prompt is cut and padded to; without it only `encode_ids` works.
             dtype: float32 or bfloat16.
         Raises:
             CheckpointError: missing, damaged or unsafe files, or weights that do not fit.
@@ -66,19 +65,6 @@ class TextEncoder:
         path = Path(path)
         config, tensors = _read_encoder(path)
         return cls(_build(config, tensors, source=path, device=device, dtype=dtype), words)
-
-    @classmethod
-    def from_state_dict(
-        cls, tensors: Mapping[str, Tensor], *, device: torch.device | str, dtype: torch.dtype,
-    ) -> TextEncoder:
-        """An encoder of token ids alone, from tensors under original Wan names.
-
-        Raises:
-            CheckpointError: not an umT5 encoder's tensors, or not all of them.
-        """
-        source = Path("state dict")
-        config, renamed = _from_original(tensors, source=source)
-        return cls(_build(config, renamed, source=source, device=device, dtype=dtype))
 
     @property
     def text_dim(self) -> int:
@@ -95,7 +81,7 @@ class TextEncoder:
             RuntimeError: the encoder was made without a tokenizer.
         """
         if self._words is None:
-            raise RuntimeError("this text encoder has no tokenizer. Make it with TextEncoder.load, or call encode_ids.")
+            raise RuntimeError("this text encoder has no tokenizer. Load it with words=, or call encode_ids.")
         rows = [self._words.ids(prompt) for prompt in prompts]
         ids = torch.zeros(len(rows), self._words.text_len, dtype=torch.long)
         mask = torch.zeros_like(ids)

@@ -65,16 +65,6 @@ class WanVAE:
         return cls(_build(config, tensors, source=path, device=device, dtype=dtype, statistics=statistics))
 
     @classmethod
-    def from_state_dict(
-        cls, tensors: Mapping[str, Tensor], *, device: torch.device | str, dtype: torch.dtype,
-        statistics: Statistics | None = None,
-    ) -> WanVAE:
-        """A VAE from tensors under original Wan names; `statistics` and errors as in `load`."""
-        source = Path("state dict")
-        config, renamed = _from_original(tensors, source=source)
-        return cls(_build(config, renamed, source=source, device=device, dtype=dtype, statistics=statistics))
-
-    @classmethod
     def random(cls, path: Path, *, device: torch.device | str, dtype: torch.dtype, seed: int) -> WanVAE:
         """A VAE of seeded random weights, for benchmarks and tests; never a fallback for missing ones.
 
@@ -218,6 +208,10 @@ def _strides(model: AutoencoderKLWan) -> tuple[int, int]:
 
 def _skeleton(config: Mapping[str, Any], *, source: Path) -> AutoencoderKLWan:
     """The VAE that `config` describes, on meta. Raises: CheckpointError, if it describes none that can work."""
+    if config.get("is_residual"):
+        raise CheckpointError(
+            f"{source}: a VAE of Wan 2.2's wider design (is_residual), which is not supported. Give one of Wan 2.1's."
+        )
     try:
         with torch.device("meta"):
             model = AutoencoderKLWan.from_config(dict(config))
@@ -225,10 +219,6 @@ def _skeleton(config: Mapping[str, Any], *, source: Path) -> AutoencoderKLWan:
         raise CheckpointError(
             f"{source}: its config.json describes no VAE ({type(error).__name__}: {error}). Download it again."
         ) from error
-    if model.config.is_residual:
-        raise CheckpointError(
-            f"{source}: a VAE of Wan 2.2's wider design (is_residual), which is not supported. Give one of Wan 2.1's."
-        )
     channels = model.config.z_dim
     for name, values in (("mean", model.config.latents_mean), ("std", model.config.latents_std)):
         if not isinstance(values, list | tuple) or len(values) != channels:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from wan.recorder import Recorder, Replays
 from wan.stacking import PAST, StackingKernels, Sum
 
+PART_FRAMES = 1  # frames before the last doubling of the frame rate that go through the rest together
+
 
 def can_decode(model: AutoencoderKLWan) -> bool:
     """Whether the decoder's pixels are its last convolution's: the design that is made fast, which is Wan 2.1's own."""
@@ -37,11 +39,8 @@ class StreamPast:
 class FastDecoder:
     """Decodes raw latents, one stream at a time fastest; streams may take turns."""
 
-    def __init__(
-        self, model: AutoencoderKLWan, kernels: StackingKernels, recorder: Recorder | None, part_frames: int = 1,
-    ):
-        """`part_frames`: frames before the last doubling of the frame rate that go through the rest together."""
-        self._decoder, self._kernels, self._part_frames = model.decoder, kernels, part_frames
+    def __init__(self, model: AutoencoderKLWan, kernels: StackingKernels, recorder: Recorder | None):
+        self._decoder, self._kernels = model.decoder, kernels
         self._weights = {
             module: _stacked_weight(module, thin=module is self._decoder.conv_out)
             for module in [model.post_quant_conv, *self._decoder.modules()] if isinstance(module, nn.Conv2d | nn.Conv3d)
@@ -92,7 +91,7 @@ class FastDecoder:
         levels = list(self._decoder.up_blocks)
         for block in levels[:self._last_doubling]:
             x = self._upsample(block, self._residuals(block, x), first)
-        parts = self._settled(self._residuals(levels[self._last_doubling], x)).split(self._part_frames, dim=1)
+        parts = self._settled(self._residuals(levels[self._last_doubling], x)).split(PART_FRAMES, dim=1)
         return torch.cat([
             self._finish(Sum(part.contiguous()), first and index == 0) for index, part in enumerate(parts)
         ], dim=1)

@@ -17,9 +17,9 @@ from pipeline.noise import SampleSeed
 from wan import stacking
 from wan.backends import installed, load_backend, sdpa
 from wan.compiler import Compiler, inductor, plain
-from wan.fused import linear_gelu
 from wan.kv_cache.cache import KVCache
 from wan.kv_cache.layer import stage_and_show
+from wan.model import linear_gelu
 from wan.recorder import CudaRecorder
 from wan.rope import Turn
 from wan.vae import WanVAE

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wan.geometry import ChunkSpan, PacketGrid
 from wan.kv_cache.policy import ArchiveSizes, PacketView, Plan
+from wan.kv_cache.store import CacheShape
 from wan.kv_cache.votes import QueryVotes
 from wan.rope import AxisChannels, Turn, both_turns, phase_dtype, space_phase, time_phase, turn, turn_of
 
@@ -23,9 +24,10 @@ FIRST_PLACES = 64                     # of an archive without limit; doubled whe
 class PacketRotation:
     """Where the tokens of a packet sit; the same for every layer and chunk."""
 
-    def __init__(self, grid: PacketGrid, head_dim: int, device: torch.device, dtype: torch.dtype):
-        self.grid, self._head_dim, self._dtype = grid, head_dim, dtype
-        phase = space_phase(grid.rows, grid.columns, head_dim, dtype, device, covers=grid.space)
+    def __init__(self, shape: CacheShape, grid: PacketGrid):
+        self.grid, self._head_dim, self._dtype = grid, shape.head_dim, shape.dtype
+        head_dim, device = shape.head_dim, shape.device
+        phase = space_phase(grid.rows, grid.columns, head_dim, shape.dtype, device, covers=grid.space)
         frame = turn_of(phase, head_dim, first=AxisChannels.of(head_dim).time)
         self.space = Turn(*(x.repeat(grid.frames, 1, 1) for x in (frame.cos, frame.sin)))
         self.centres = torch.tensor(grid.centres, device=device, dtype=torch.float64)  # [T], see PacketView
@@ -57,18 +59,15 @@ class Archive:
     known: int      # packets written, counted up to `sizes.counted`
     is_staged: bool
 
-    def __init__(
-        self, batch: int, sizes: ArchiveSizes, rotation: PacketRotation, heads: int, head_dim: int,
-        device: torch.device, dtype: torch.dtype,
-    ):
-        self.grid, self.rotation = sizes.grid, rotation
+    def __init__(self, shape: CacheShape, sizes: ArchiveSizes, rotation: PacketRotation):
+        device, grid, places = shape.device, sizes.grid, sizes.packets or FIRST_PLACES
+        self.grid, self.rotation = grid, rotation
         self._sizes, self._offload = sizes, sizes.offload and device.type == "cuda"
-        places, grid = sizes.packets or FIRST_PLACES, sizes.grid
-        self._staged = torch.zeros(2, batch, grid.tokens, heads, head_dim, device=device, dtype=dtype)
-        shape = (batch, places, grid.tokens, heads, head_dim)
-        self.keys, self.values = self._places(shape), self._places(shape)
+        heads = (shape.heads, shape.head_dim)
+        self._staged = torch.zeros(2, shape.batch, grid.tokens, *heads, device=device, dtype=shape.dtype)
+        self.keys, self.values = (self._places((shape.batch, places, grid.tokens, *heads)) for _ in range(2))
         self.sums = torch.zeros(
-            batch, places, grid.frames, heads, head_dim, device=device, dtype=phase_dtype(dtype),
+            shape.batch, places, grid.frames, *heads, device=device, dtype=phase_dtype(shape.dtype),
         )
         self.start = torch.full((places,), EMPTY, device=device)
         self._count = torch.zeros((), device=device, dtype=torch.int64)
@@ -100,14 +99,11 @@ class Archive:
 
     def make_room(self, packets: int) -> None:
         """Let there be places for so many packets, unless their number is limited. Between chunks: addresses change."""
-        with torch.inference_mode(False):  # the next video's reset may write to them outside of it
-            self._make_room(packets)
-
-    def _make_room(self, packets: int) -> None:
         while not self._sizes.packets and self.places < packets:
-            self.keys, self.values = self._doubled(self.keys), self._doubled(self.values)
-            self.sums = torch.cat([self.sums, torch.zeros_like(self.sums)], dim=1)
-            self.start = torch.cat([self.start, torch.full_like(self.start, EMPTY)])
+            with torch.inference_mode(False):  # the next video's reset may write to them outside of it
+                self.keys, self.values = self._doubled(self.keys), self._doubled(self.values)
+                self.sums = torch.cat([self.sums, torch.zeros_like(self.sums)], dim=1)
+                self.start = torch.cat([self.start, torch.full_like(self.start, EMPTY)])
 
     def stage(self, keys: Tensor, values: Tensor) -> None:
         """Take the chunk's packet, keys without RoPE and values [B, P, H, D], in place of any before."""

@@ -19,7 +19,7 @@ from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.archive import PacketRotation
 from wan.kv_cache.layer import LayerCache, LayerState, Moment, Turns
 from wan.kv_cache.policy import KVPolicy
-from wan.kv_cache.shape import CacheShape
+from wan.kv_cache.store import CacheShape
 from wan.kv_cache.window import WindowBuffer
 
 
@@ -39,7 +39,7 @@ class KVCache:
         if shared_window:
             window = WindowBuffer(shape, sizes.window_tokens, compiler)
         if sizes.archive is not None:
-            packets = PacketRotation(sizes.archive.grid, shape.head_dim, shape.device, shape.dtype)
+            packets = PacketRotation(shape, sizes.archive.grid)
         turns = Turns(geometry, shape)
         self._layers = [
             LayerCache(i, shape, geometry, policy, turns, packets, window, compiler) for i in range(shape.layers)

@@ -13,8 +13,7 @@ from wan.compiler import Compiler, by_hand
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.archive import Archive, PacketRotation
 from wan.kv_cache.policy import CacheView, KVPolicy, Plan, Votes
-from wan.kv_cache.shape import CacheShape
-from wan.kv_cache.store import KVStore, narrowed, write
+from wan.kv_cache.store import CacheShape, KVStore, narrowed, write
 from wan.kv_cache.votes import QueryVotes
 from wan.kv_cache.window import Window, WindowBuffer
 from wan.rope import AxisChannels, Turn, both_turns, space_phase, time_phase, turn, turn_of
@@ -108,13 +107,13 @@ class LayerCache:
         packets: PacketRotation | None, window: WindowBuffer | None, compiler: Compiler,
     ):
         sizes = policy.sizes(geometry)
-        common = (shape.heads, shape.head_dim, shape.device, shape.dtype)
-        self.store = KVStore(shape.batch, sizes.capacity_tokens, *common[:3], shape.store_dtype or shape.dtype)
+        self.store = KVStore(shape, sizes.capacity_tokens)
         self._window_is_shared = window is not None
         self.window = window or WindowBuffer(shape, sizes.window_tokens, compiler)
         past_voters = sizes.vote_frames - geometry.chunk_frames
-        self.votes = QueryVotes(shape.batch, past_voters, *common, compiler) if sizes.vote_frames else None
-        self.archive = Archive(shape.batch, sizes.archive, packets, *common) if sizes.archive else None
+        self.votes = QueryVotes(shape, past_voters, compiler) if sizes.vote_frames else None
+        self.archive = Archive(shape, sizes.archive, packets) if sizes.archive else None
+        self._parts = [part for part in (self.store, self.votes, self.archive) if part is not None]
         self.plan: Plan | None = None
         self._rows, self._packet_tokens = geometry.rows, sizes.archive.grid.tokens if sizes.archive else 0
         self._most_frames = sizes.capacity_tokens // geometry.frame_tokens + 1
@@ -236,21 +235,15 @@ class LayerCache:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.store.reset()
-        if self.archive is not None:
-            self.archive.reset()
-        if self.votes is not None:
-            self.votes.reset()
+        for part in self._parts:
+            part.reset()
         self.end()
 
     def copy_memory_of(self, other: LayerCache) -> None:
         """Take over the committed memory of `other`."""
         self.reset()
-        self.store.copy_from(other.store)
-        if self.archive is not None:
-            self.archive.copy_from(other.archive)
-        if self.votes is not None:
-            self.votes.copy_from(other.votes)
+        for mine, theirs in zip(self._parts, other._parts, strict=True):
+            mine.copy_from(theirs)
 
     def _score(self, lo: int, hi: int, votes: Votes) -> Tensor:
         return self.votes.score(self.store.keys[:, lo:hi], self.store.origin[:, lo:hi], self._moment.start, votes)

@@ -7,7 +7,6 @@ B batch, R retained, A attended, C chosen slots; K shown packets of T frames, M 
 """
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -16,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
+from utils.config_schema import nearest
 from wan.geometry import PacketGrid, VideoGeometry
 
 Positions = Literal["released", "unified", "contiguous", "original"]
@@ -256,13 +256,13 @@ def build_policy(name: str, settings: Mapping[str, Any]) -> KVPolicy:
     """
     if name not in _REGISTRY:
         known_policies = ", ".join(sorted(_REGISTRY))
-        raise ValueError(f"kv_cache.policy={name!r} is unknown.{_nearest(name, _REGISTRY)} Known: {known_policies}.")
+        raise ValueError(f"kv_cache.policy={name!r} is unknown.{nearest(name, _REGISTRY)} Known: {known_policies}.")
     policy = _REGISTRY[name]
     known = {f.name: f for f in fields(policy)}
     for key in settings:
         if key not in known:
             keys = ", ".join(known)
-            raise ValueError(f"unknown key kv_cache.{key} for policy {name}.{_nearest(key, known)} Known: {keys}.")
+            raise ValueError(f"unknown key kv_cache.{key} for policy {name}.{nearest(key, known)} Known: {keys}.")
     missing = [key for key, f in known.items() if f.default is MISSING and key not in settings]
     if missing:
         raise ValueError(
@@ -273,11 +273,6 @@ def build_policy(name: str, settings: Mapping[str, Any]) -> KVPolicy:
     for key, value in settings.items():
         _check_type(f"kv_cache.{key}", value, hints[key])
     return policy(**settings)
-
-
-def _nearest(word: str, known: Mapping[str, Any]) -> str:
-    match = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean {match[0]}?" if match else ""
 
 
 def _check_type(key: str, value: Any, expected: Any) -> None:

@@ -7,8 +7,24 @@ B batch, N slots, A chosen slots, L new tokens, H heads, D head dim.
 """
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """What a cache must know of the network that it serves."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    batch: int
+    device: torch.device
+    dtype: torch.dtype
+    store_dtype: torch.dtype | None = None   # of what is remembered; None: `dtype`
+    window_dtype: torch.dtype | None = None  # of what attention reads; None: `dtype`
 
 
 def take(buffer: Tensor, slots: Tensor) -> Tensor:
@@ -46,12 +62,11 @@ class KVStore:
     uses: Tensor    # [B, N] int32, how often the token was chosen
     length: int     # slots in use; a host int, so no one needs .item()
 
-    def __init__(
-        self, batch: int, capacity: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype,
-    ):
-        self.keys = torch.zeros(batch, capacity, heads, head_dim, device=device, dtype=dtype)
+    def __init__(self, shape: CacheShape, capacity: int):
+        size = (shape.batch, capacity, shape.heads, shape.head_dim)
+        self.keys = torch.zeros(size, device=shape.device, dtype=shape.store_dtype or shape.dtype)
         self.values = torch.zeros_like(self.keys)
-        self.origin = torch.zeros(batch, capacity, device=device, dtype=torch.int32)
+        self.origin = torch.zeros(size[:2], device=shape.device, dtype=torch.int32)
         self.uses = torch.zeros_like(self.origin)
         self.reset()
 

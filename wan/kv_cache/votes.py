@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wan.compiler import Compiler, plain
 from wan.kv_cache.policy import Votes
+from wan.kv_cache.store import CacheShape
 from wan.rope import Turn, phase_dtype, rotate_time, time_phase, time_table, turn
 
 
@@ -22,11 +23,9 @@ class QueryVotes:
     of the context pass are what `commit` remembers. Sums are float32 (float64 for float64 queries).
     """
 
-    def __init__(
-        self, batch: int, past_frames: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype,
-        compiler: Compiler = plain,
-    ):
-        self._past = torch.zeros(batch, past_frames, heads, head_dim, device=device, dtype=phase_dtype(dtype))
+    def __init__(self, shape: CacheShape, past_frames: int, compiler: Compiler = plain):
+        size = (shape.batch, past_frames, shape.heads, shape.head_dim)
+        self._past = torch.zeros(size, device=shape.device, dtype=phase_dtype(shape.dtype))
         self._current = self._past[:, :0]
         self.known_frames = 0  # remembered frames that vote; a host int that decides shapes
         self._participation = compiler(participation, dynamic=True)

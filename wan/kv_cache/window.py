@@ -14,8 +14,7 @@ from torch import Tensor
 from wan.compiler import Compiler, plain
 from wan.kv_cache.archive import Archive
 from wan.kv_cache.policy import Plan
-from wan.kv_cache.shape import CacheShape
-from wan.kv_cache.store import KVStore, take, write
+from wan.kv_cache.store import CacheShape, KVStore, take, write
 from wan.rope import Turn, time_table, turn
 
 
