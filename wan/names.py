@@ -44,26 +44,6 @@ _T5 = (
     (r"blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
 )
 
-# original Wan 2.1 VAE -> diffusers AutoencoderKLWan, but for the decoder's flat block numbers
-_VAE = (
-    (r"conv1\.", r"quant_conv."),
-    (r"conv2\.", r"post_quant_conv."),
-    (r"(encoder|decoder)\.conv1\.", r"\1.conv_in."),
-    (r"(encoder|decoder)\.head\.0\.", r"\1.norm_out."),
-    (r"(encoder|decoder)\.head\.2\.", r"\1.conv_out."),
-    (r"(encoder|decoder)\.middle\.0\.", r"\1.mid_block.resnets.0."),
-    (r"(encoder|decoder)\.middle\.1\.", r"\1.mid_block.attentions.0."),
-    (r"(encoder|decoder)\.middle\.2\.", r"\1.mid_block.resnets.1."),
-    (r"encoder\.downsamples\.", r"encoder.down_blocks."),
-)
-_VAE_BLOCK = (
-    (".residual.0.", ".norm1."),
-    (".residual.2.", ".conv1."),
-    (".residual.3.", ".norm2."),
-    (".residual.6.", ".conv2."),
-    (".shortcut.", ".conv_shortcut."),
-)
-
 
 def _first_match(table: Iterable[tuple[str, str]], name: str) -> str:
     for pattern, replacement in table:
@@ -95,21 +75,3 @@ def transformer_from_diffusers(name: str) -> str:
 def t5_to_transformers(name: str) -> str:
     """Original Wan umT5 name -> transformers UMT5EncoderModel name."""
     return _first_match(_T5, name)
-
-
-def vae_to_diffusers(name: str, *, num_res_blocks: int) -> str:
-    """Original Wan 2.1 VAE name -> diffusers AutoencoderKLWan name.
-
-    The original numbers the decoder's blocks through; a level is `num_res_blocks` + 1 residual
-    blocks and, but for the last level, one upsampler.
-    """
-    flat = re.match(r"decoder\.upsamples\.(\d+)\.", name)
-    if flat:
-        level, place = divmod(int(flat[1]), num_res_blocks + 2)
-        block = "upsamplers.0" if place == num_res_blocks + 1 else f"resnets.{place}"
-        renamed = f"decoder.up_blocks.{level}.{block}.{name[flat.end():]}"
-    else:
-        renamed = _first_match(_VAE, name)
-    for old, new in _VAE_BLOCK:
-        renamed = renamed.replace(old, new)
-    return renamed

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
 
 from wan.checkpoint import CheckpointError, NetworkFiles, check_fit, load_strictly
-from wan.names import strip_wrappers, vae_to_diffusers
+from wan.names import strip_wrappers
 from wan.recorder import Recorder
 from wan.stacking import load_kernels
 from wan.stream import StreamDecoder
@@ -256,53 +257,20 @@ def _build(
 
 
 def _from_original(tensors: Mapping[str, Tensor], *, source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Original Wan names -> the diffusers configuration that the shapes imply, and diffusers' names.
+    """Original Wan names -> Wan 2.1's configuration in the widths that the shapes tell, and diffusers' names.
 
     Raises:
         CheckpointError: these are not the tensors of a VAE of this design.
     """
     tensors = {strip_wrappers(name): value for name, value in tensors.items()}
     try:
-        base, colours = tensors["encoder.conv1.weight"].shape[:2]
-        widths, temporal = _levels(tensors)
-        blocks = sum(f"encoder.downsamples.{n}.residual.2.weight" in tensors for n in range(_count(tensors)))
-        multipliers = [width // base for width in widths]
-        config = {
-            "base_dim": base,
-            "decoder_base_dim": tensors["decoder.head.2.weight"].shape[1] // multipliers[0],
-            "z_dim": tensors["conv2.weight"].shape[0],
-            "dim_mult": multipliers,
-            "num_res_blocks": blocks // len(widths),
-            "temperal_downsample": temporal,
-            "in_channels": colours,
-            "out_channels": tensors["decoder.head.2.weight"].shape[0],
-            "patch_size": None if colours == 3 else round((colours / 3) ** 0.5),
-        }
-    except (KeyError, IndexError, ZeroDivisionError) as error:
+        config = {"base_dim": tensors["encoder.conv1.weight"].shape[0], "z_dim": tensors["conv2.weight"].shape[0]}
+    except (KeyError, IndexError) as error:
         raise CheckpointError(
             f"{source}: not a Wan 2.1 VAE with original names ({error}). Give Wan2.1_VAE.pth, or a diffusers folder "
             "with its config.json."
         ) from error
-    names = {name: vae_to_diffusers(name, num_res_blocks=config["num_res_blocks"]) for name in tensors}
-    return config, {names[name]: value for name, value in tensors.items()}
-
-
-def _count(tensors: Mapping[str, Tensor]) -> int:
-    return 1 + max((int(name.split(".")[2]) for name in tensors if name.startswith("encoder.downsamples.")), default=-1)
-
-
-def _levels(tensors: Mapping[str, Tensor]) -> tuple[list[int], list[bool]]:
-    """Channel count of each encoder level, and whether the step after it halves time."""
-    widths, temporal = [], []
-    width = 0
-    for n in range(_count(tensors)):
-        block = f"encoder.downsamples.{n}."
-        if block + "resample.1.weight" in tensors:
-            widths.append(width)
-            temporal.append(block + "time_conv.weight" in tensors)
-        else:
-            width = tensors[block + "residual.2.weight"].shape[0]
-    return [*widths, width], temporal
+    return config, convert_wan_vae_to_diffusers(tensors)
 
 
 def _read_vae(path: Path, *, meta: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
