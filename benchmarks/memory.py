@@ -6,7 +6,7 @@ turns with the others: parts are pure or overwrite what they wrote, so the video
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,8 @@ class MemoryCost:
 
 def measure_memory(subject: Subject, schedule: Schedule, clock: Clock) -> MemoryCost:
     """Make the whole video of the schedule after a warm-up, and take its last chunk apart."""
-    plan, cache = subject.plan, subject.pipeline.cache
+    plan = subject.plan
+    layers = [subject.pipeline.cache.layer(index) for index in range(plan.architecture.num_layers)]
     subject.count("dit")
     subject.warm_up(schedule, clock)
     subject.start(schedule.latent_frames)
@@ -48,11 +49,11 @@ def measure_memory(subject: Subject, schedule: Schedule, clock: Clock) -> Memory
     last = len(schedule.windows) - 1
     for index in range(last):
         stages.append(subject.advance(clock).stage_ms)
-        nbytes = cache.nbytes()["archive"]
+        nbytes = kv_bytes(layers)["archive"]
         if nbytes not in archive.values():
             archive[index] = nbytes
     latents = subject.denoise()
-    parts = _parts(subject, latents)
+    parts = _parts(subject, layers, latents)
     times: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(TURNS):
         for name, part in parts.items():
@@ -61,7 +62,7 @@ def measure_memory(subject: Subject, schedule: Schedule, clock: Clock) -> Memory
             end = clock.mark()
             clock.wait(end)
             times[name].append(clock.ms(begin, end))
-    nbytes = cache.nbytes()
+    nbytes = kv_bytes(layers)
     chunk_ms = Spread.of([sum(stages[i].values()) for i in schedule.steady if i < last])
     first, final = first_and_last_minute(plan, schedule.first(len(schedule.cycles) - 1), stages)
     medians = {name: statistics.median(ms) for name, ms in times.items()}
@@ -75,10 +76,28 @@ def measure_memory(subject: Subject, schedule: Schedule, clock: Clock) -> Memory
     )
 
 
-def _parts(subject: Subject, latents: torch.Tensor) -> Mapping[str, Callable[[], None]]:
+def kv_bytes(layers: Sequence[LayerCache]) -> dict[str, int]:
+    """Bytes of keys and values.
+
+    `attended`: what the chunk in the making sees of the past, where it is stored; `window`: the rotated copies,
+    with room for the chunk itself; `archive`: all packets that there is room for, seen or not.
+    """
+    store = layers[0].store
+    token = store.keys[:, :1].nbytes + store.values[:, :1].nbytes
+    windows = {id(layer.window): layer.window for layer in layers}.values()  # they may share one
+    archives = [layer.archive for layer in layers if layer.archive is not None]
+    return {
+        "attended": token * sum(layer.past_tokens for layer in layers if layer.plan is not None),
+        "window": sum(x.nbytes for window in windows for x in window.slots(0, window.tokens)),
+        "archive": sum(x.nbytes for archive in archives for x in (archive.keys, archive.values, archive.sums)),
+    }
+
+
+def _parts(
+    subject: Subject, layers: Sequence[LayerCache], latents: torch.Tensor,
+) -> Mapping[str, Callable[[], None]]:
     """What can be done again in the middle of a chunk, recorded as graphs where the pipeline is."""
-    plan, cache, packer = subject.plan, subject.pipeline.cache, subject.pipeline.packer
-    layers = [cache.layer(i) for i in range(plan.architecture.num_layers)]
+    plan, packer = subject.plan, subject.pipeline.packer
     gather = plan.acceleration.compiler(_gather, dynamic=True)
 
     def selection() -> None:

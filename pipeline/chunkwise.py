@@ -75,6 +75,10 @@ class ChunkwisePipeline:
         track = self.prompt_track(embeddings, switches)
         if initial_latent is not None:
             yield from self.given(initial_latent, track)
+        yield from self.generate(spans, track, noise)
+
+    def generate(self, spans: Sequence[ChunkSpan], track: PromptTrack, noise: NoiseSource) -> Iterator[Chunk]:
+        """The chunks of `spans`, which follow what is remembered."""
         for span in spans:
             text = track.text_at(span.start)
             latents = self.denoise(span, text, noise)

@@ -19,7 +19,7 @@ from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.decoder import OnceDecoder
 from pipeline.noise import SampleSeed, SeededNoise
 from pipeline.overlap import DecoderLane, Decoding, FrameChunk, handed_out
-from pipeline.packets import make_packer
+from pipeline.packets import Packer
 from pipeline.timeline import PromptSwitch, switch_frames
 from utils.files import user_cache_dir
 from utils.hashing import fingerprint
@@ -67,9 +67,12 @@ def assemble(
     pipeline = plan.loop.pipeline(
         model, cache, encode=lambda pixels: load_vae().encode(pixels), recorder=speed.recorder(plan.device),
     )
-    pipeline.packer = make_packer(
-        model, cache, plan.geometry, plan.policy, plan.sampler.context_time, load_vae, branch,
-    )
+    compression = plan.policy.compression
+    if compression is not None and compression.compressor != "kv_pool":  # the cache pools keys and values by itself
+        pipeline.packer = Packer(
+            model, cache, plan.policy.sizes(plan.geometry).archive.grid, compression, plan.sampler.context_time,
+            vae=load_vae() if compression.reads_pixels else None, branch=branch,
+        )
     return pipeline
 
 

@@ -108,20 +108,6 @@ class Packer:
             self._cache.layer(index).stage_packet(*block.self_attn.project(tokens.flatten(1, 2))[1:])
 
 
-def make_packer(
-    model: CausalWanModel, cache: PacketCache, geometry: VideoGeometry, policy: KVPolicy, context_time: float,
-    load_vae: Callable[[], WanVAE], branch: HighResolutionBranch | None,
-) -> Packer | None:
-    """What compresses the chunks that `cache` remembers; None if it keeps no packets, or pools them by itself."""
-    compression = policy.compression
-    if compression is None or compression.compressor == "kv_pool":
-        return None
-    return Packer(
-        model, cache, policy.sizes(geometry).archive.grid, compression, context_time,
-        vae=load_vae() if compression.reads_pixels else None, branch=branch,
-    )
-
-
 @dataclass(frozen=True)
 class TrainedBranch:
     """The HR branch that a run needs, and where its weights lie."""

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from pipeline.chunkwise import Chunk, ChunkwisePipeline
 from pipeline.noise import NoiseSource
-from pipeline.packets import Decode
-from pipeline.timeline import PromptSwitch
+from pipeline.timeline import PromptTrack
 from wan.geometry import ChunkSpan
 from wan.model import TextContext
 
@@ -23,22 +22,12 @@ from wan.model import TextContext
 class RollingForcingPipeline(ChunkwisePipeline):
     """Streams chunks as they leave the window; the first one after as many forwards as there are noise levels."""
 
-    def __call__(
-        self, embeddings: Tensor, num_frames: int, noise: NoiseSource, seeds: list[int],
-        initial_latent: Tensor | None = None, switches: Sequence[PromptSwitch] = (),
-        decode: Decode | None = None,
-    ) -> Iterator[Chunk]:
-        """As ChunkwisePipeline. The window reads the prompt of its newest chunk.
+    def generate(self, spans: Sequence[ChunkSpan], track: PromptTrack, noise: NoiseSource) -> Iterator[Chunk]:
+        """As ChunkwisePipeline's. The window reads the prompt of its newest chunk.
 
         In window w, chunk b is at pass w - b. Ramp-up (the window fills) and tail (nothing enters any more) follow.
         """
-        given_frames = 0 if initial_latent is None else initial_latent.shape[1]
-        spans = list(self.geometry.chunks(num_frames, prefilled=given_frames))
         levels = self.sampler.num_passes
-        self.cache.reset(seeds)
-        track = self.prompt_track(embeddings, switches)
-        if initial_latent is not None:
-            yield from self.given(initial_latent, track)
         noisy: list[Tensor] = []  # of the window's chunks, oldest first
         for window in range(len(spans) + levels - 1):
             first = max(0, window - levels + 1)

@@ -10,6 +10,7 @@ from reference import rotate, token_grid
 from test_graphs import graphed
 from torch.testing import assert_close
 
+from benchmarks.memory import kv_bytes
 from pipeline.packets import Packer
 from utils.config import REPOSITORY, load_config
 from wan.geometry import ChunkSpan, VideoGeometry
@@ -218,7 +219,7 @@ def test_attention_context_and_bytes_are_the_papers() -> None:
     for span in geometry.chunks(4 * 24):
         cache.begin(span)
         seen.append(cache.layer(0).extend(token, token, token).keys.shape[1])
-        nbytes = cache.nbytes()
+        nbytes = kv_bytes([cache.layer(0)])
         cache.commit()
     assert seen[:4] == [6240, 12480, 18720, 24960] and seen[4] == 24960 + 182
     assert set(seen[19:]) == {27_872}

@@ -37,21 +37,21 @@ class BranchSizes:
     time: int    # latent frames that a token stands for
     space: int   # rows, and columns, of latents that it stands for, a power of two
 
-    def check_channels(self, channels: Sequence[int]) -> None:
-        """Raise ValueError unless so many stages give the reduction."""
-        if 2 ** (len(channels) - 1) != self.space:
-            raise ValueError(
-                f"an HR branch of {len(channels)} stages makes one token of {2 ** (len(channels) - 1)} latent rows; "
-                f"{self.space} are wanted. Use a power of two, and one stage more than it has factors."
-            )
-
 
 class HighResolutionBranch(nn.Module):
-    """Strided 3-D convolutions over a chunk's clean latents."""
+    """Strided 3-D convolutions over a chunk's clean latents, one stage for each of `channels`.
+
+    Raises:
+        ValueError: so many stages do not give the reduction.
+    """
 
     def __init__(self, sizes: BranchSizes, channels: Sequence[int]):
         super().__init__()
-        sizes.check_channels(channels)
+        if 2 ** (len(channels) - 1) != sizes.space:
+            raise ValueError(
+                f"an HR branch of {len(channels)} stages makes one token of {2 ** (len(channels) - 1)} latent rows; "
+                f"{sizes.space} are wanted. Use a power of two, and one stage more than it has factors."
+            )
         self.sizes = sizes
         first = nn.Conv3d(sizes.in_dim, channels[0], 3, stride=(sizes.time, 1, 1), padding=1)
         later = [

@@ -4,26 +4,34 @@ B batch, F latent frames, C latent channels, T pixel frames.
 """
 from __future__ import annotations
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class PartDecoder(Protocol):
+class VideoDecoder(ABC):
     """What makes pixels of a few latent frames at a time."""
 
-    part_frames: int  # latent frames a call, at most
+    part_frames = 1  # latent frames a call, at most
 
     @property
+    @abstractmethod
     def latent_channels(self) -> int:
         """C."""
 
+    @abstractmethod
     def new_past(self) -> Any:
         """What a stream remembers, before its first frame."""
 
+    @abstractmethod
     def decode_part(self, latents: Tensor, past: Any) -> Tensor:
         """[B, C, F, h, w] normalised -> pixels [B, 3, T, H, W] in [-1, 1]; `past` is advanced."""
+
+    def stream(self) -> StreamDecoder:
+        """Start decoding a video. Any number of streams can share a decoder without touching each other."""
+        return StreamDecoder(self)
 
 
 class StreamDecoder:
@@ -32,7 +40,7 @@ class StreamDecoder:
     Bit for bit if the decoder takes one latent frame at a time, else up to rounding.
     """
 
-    def __init__(self, decoder: PartDecoder) -> None:
+    def __init__(self, decoder: VideoDecoder) -> None:
         self._decoder = decoder
         self._past = decoder.new_past()
         self._shape: torch.Size | None = None  # of one latent frame with its batch, once known

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from wan.checkpoint import CheckpointError, check_fit, load_strictly, read_tensors
 from wan.stacking import Sum, load_kernels
-from wan.stream import StreamDecoder
+from wan.stream import VideoDecoder
 from wan.vae_passes import Past
 
 TinyKind = Literal["taehv", "lighttae"]
@@ -35,10 +35,9 @@ BOUND = 3.0  # latents are softly held within it
 STAGES = ((256, 128, 1), (128, 64, 2), (64, 64, 2))  # channels, channels after it, frames made of one
 
 
-class TinyVAE:
+class TinyVAE(VideoDecoder):
     """A tiny decoder in the place of the Wan VAE's; the same streams, frame counts and value range."""
 
-    part_frames = 1       # latent frames a call
     temporal_stride = 4   # pixel frames a latent frame spans; the first latent frame spans one
     spatial_stride = 8    # pixels a latent spans along height, and along width
 
@@ -49,12 +48,15 @@ class TinyVAE:
         self._decoder = decoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         first = decoder[1].weight
         self.device, self.dtype = first.device, first.dtype
-        self.latent_channels: int = first.shape[1]  # C
         self._wide = torch.promote_types(self.dtype, torch.float32)
         self._mean, self._std = (
             None if values is None else torch.tensor(values, device=self.device, dtype=self._wide).view(-1, 1, 1)
             for values in (mean, std)
         )
+
+    @property
+    def latent_channels(self) -> int:
+        return self._decoder[1].in_channels
 
     @classmethod
     def load(
@@ -104,10 +106,6 @@ class TinyVAE:
     def skeleton(cls, latent_channels: int, dtype: torch.dtype) -> TinyVAE:
         """On the meta device: shapes without data."""
         return cls(_network(latent_channels)["decoder"].to(dtype))
-
-    def stream(self) -> StreamDecoder:
-        """Start decoding a video. Any number of streams can share a decoder without touching each other."""
-        return StreamDecoder(self)
 
     def new_past(self) -> Past:
         return {}

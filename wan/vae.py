@@ -22,7 +22,7 @@ from wan.checkpoint import CheckpointError, NetworkFiles, check_fit, load_strict
 from wan.names import strip_wrappers
 from wan.recorder import Recorder
 from wan.stacking import load_kernels
-from wan.stream import StreamDecoder
+from wan.stream import VideoDecoder
 from wan.vae_decoder import FastDecoder, StreamPast, can_decode
 from wan.vae_passes import Past, VaePasses
 
@@ -34,10 +34,8 @@ FILES = NetworkFiles(
 )
 
 
-class WanVAE:
+class WanVAE(VideoDecoder):
     """Encoder and decoder with their latent normalisation."""
-
-    part_frames = 1  # latent frames that are decoded in one call
 
     def __init__(self, model: AutoencoderKLWan) -> None:
         self._model = model.eval().requires_grad_(False)
@@ -98,7 +96,6 @@ class WanVAE:
 
     @property
     def latent_channels(self) -> int:
-        """C."""
         return self._model.config.z_dim
 
     @property
@@ -133,10 +130,6 @@ class WanVAE:
             latents.append((mean.float() - self._mean) / self._std)
             start = stop
         return torch.cat(latents, dim=2).transpose(1, 2).contiguous()
-
-    def stream(self) -> StreamDecoder:
-        """Start decoding a video. Any number of streams can share a VAE without touching each other."""
-        return StreamDecoder(self)
 
     def _check_pixels(self, pixels: Tensor) -> None:
         if pixels.ndim != 5 or pixels.shape[2] != 3:

@@ -77,11 +77,6 @@ class Archive:
     def places(self) -> int:
         return self.keys.shape[1]
 
-    @property
-    def nbytes(self) -> int:
-        """Of all places, taken or not."""
-        return self.keys.nbytes + self.values.nbytes + self.sums.nbytes
-
     def reset(self) -> None:
         """Forget everything; places that were added stay."""
         self._count.zero_()

@@ -63,21 +63,6 @@ class KVCache:
         """Whether the chunk in the making leaves a packet; known after its first pass."""
         return self._layers[0].plan is not None and self._layers[0].plan.archive
 
-    def nbytes(self) -> dict[str, int]:
-        """Bytes of keys and values of all layers.
-
-        `attended`: what the chunk in the making sees of the past, where it is stored; `window`: the rotated copies,
-        with room for the chunk itself; `archive`: all packets that there is room for, seen or not.
-        """
-        store = self._layers[0].store
-        token = store.keys[:, :1].nbytes + store.values[:, :1].nbytes
-        windows = {id(layer.window): layer.window.nbytes for layer in self._layers}  # they may share one
-        return {
-            "attended": token * sum(layer.past_tokens for layer in self._layers if layer.plan is not None),
-            "window": sum(windows.values()),
-            "archive": sum(layer.archive.nbytes for layer in self._layers if layer.archive is not None),
-        }
-
     def reset(self, seeds: Sequence[int]) -> None:
         """Forget everything; what follows equals a fresh process. `seeds`: one int per sample."""
         if len(seeds) != len(self._seeds):

@@ -38,10 +38,6 @@ class WindowBuffer:
         self._gather, self._table = compiler(gather_turned, dynamic=True), compiler(time_table, dynamic=True)
 
     @property
-    def nbytes(self) -> int:
-        return self._keys.nbytes + self._values.nbytes
-
-    @property
     def tokens(self) -> int:
         """The most tokens that attention can see."""
         return self._keys.shape[1]
