@@ -90,7 +90,8 @@ class Loop(ABC):
 
     def starts(self, latent_frames: int, given_frames: int) -> list[int]:
         """Latent frame that each generated chunk begins with, in order."""
-        return [span.start for span in self.geometry.chunks(latent_frames, prefilled=given_frames)]
+        looks = self.looks(latent_frames, given_frames)
+        return [look.begins + look.remembered.start for look in looks if look.remembered and not look.given]
 
     @property
     def joint_chunks(self) -> int:
@@ -98,8 +99,8 @@ class Loop(ABC):
         return 1
 
     @abstractmethod
-    def looks(self, latent_frames: int) -> Iterator[Look]:
-        """What is denoised and what becomes memory, in order."""
+    def looks(self, latent_frames: int, given_frames: int = 0) -> Iterator[Look]:
+        """What is denoised and what becomes memory after `given_frames`, in order."""
 
     def walk(
         self, latent_frames: int, *, side: int = 1, draw: Callable[..., Tensor] = torch.ones,
@@ -151,8 +152,8 @@ class Loop(ABC):
 class ChunkwiseLoop(Loop):
     """Chunk after chunk: Self Forcing, and every cache policy on top of it."""
 
-    def looks(self, latent_frames: int) -> Iterator[Look]:
-        for span in self.geometry.chunks(latent_frames):
+    def looks(self, latent_frames: int, given_frames: int = 0) -> Iterator[Look]:
+        for span in self.geometry.chunks(latent_frames, prefilled=given_frames):
             yield Look(span, remembered=span)
 
     def pipeline(
@@ -181,8 +182,8 @@ class RollingForcingLoop(Loop):
     def joint_chunks(self) -> int:
         return self.sampler.num_passes
 
-    def looks(self, latent_frames: int) -> Iterator[Look]:
-        spans, levels = list(self.geometry.chunks(latent_frames)), self.sampler.num_passes
+    def looks(self, latent_frames: int, given_frames: int = 0) -> Iterator[Look]:
+        spans, levels = list(self.geometry.chunks(latent_frames, prefilled=given_frames)), self.sampler.num_passes
         for window in range(len(spans) + levels - 1):
             inside = spans[max(0, window - levels + 1):window + 1]
             joint = ChunkSpan(inside[0].index, inside[0].start, sum(span.frames for span in inside))
@@ -225,14 +226,7 @@ class CausVidOverlapLoop(Loop):
             )
         return self.clips.latent_frames(pixel_frames)
 
-    def starts(self, latent_frames: int, given_frames: int) -> list[int]:
-        step = self.clips.step_frames
-        return [
-            number * step + span.start
-            for number, (_, generated) in enumerate(self.clips.spans(latent_frames)) for span in generated
-        ]
-
-    def looks(self, latent_frames: int) -> Iterator[Look]:
+    def looks(self, latent_frames: int, given_frames: int = 0) -> Iterator[Look]:
         for number, (given, generated) in enumerate(self.clips.spans(latent_frames)):
             for span in [*given, *generated]:
                 yield Look(

@@ -64,7 +64,7 @@ def test_padding_of_the_prompt_matters() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"dim": 33}, "even head size"), ({"num_layers": 0}, "num_layers=0"), ({"patch_size": (2, 2, 2)}, "patch_size")],
+    [({"dim": 33}, "even head size"), ({"freq_dim": 33}, "=33 even"), ({"patch_size": (2, 2, 2)}, "patch_size")],
 )
 def test_bad_architectures_are_refused(changes: dict, message: str) -> None:
     """Sizes that cannot be built say so."""

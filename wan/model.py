@@ -7,7 +7,7 @@ B batch, F latent frames, C latent channels, L = F * tokens of a frame, T text t
 """
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -43,15 +43,12 @@ class WanConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        for name, size in asdict(self).items():
-            if isinstance(size, int) and size < 1:
-                raise ValueError(f"transformer.{name}={size} must be at least 1.")
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.freq_dim % 2:
             raise ValueError(
                 f"transformer.dim={self.dim} must be num_heads={self.num_heads} times an even head size, "
                 f"and freq_dim={self.freq_dim} even: rotations and sinusoids come in pairs."
             )
-        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
+        if self.patch_size[0] != 1:
             raise ValueError(
                 f"transformer.patch_size={self.patch_size}: a patch is (1, rows, columns), one latent frame deep."
             )
