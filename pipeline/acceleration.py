@@ -16,7 +16,7 @@ import torch
 
 from utils.config import ConfigError
 from utils.files import user_cache_dir
-from wan.backends import FP8_BACKENDS, AttentionBackend, load_backend
+from wan.backends import FP8_BACKENDS, load_backend
 from wan.compiler import Compiler, inductor, keep_compiled, plain
 from wan.fp8 import LEAST_CAPABILITY, quantise_layers
 from wan.geometry import VideoGeometry
@@ -73,9 +73,6 @@ class Acceleration:
     @property
     def fp8_attention(self) -> bool:
         return self.fp8 and self.attention in FP8_BACKENDS
-
-    def backend(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
-        return load_backend(self.attention, device, dtype, head_dim)[1]
 
     @property
     def compiler(self) -> Compiler:

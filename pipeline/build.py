@@ -25,7 +25,7 @@ from pipeline.sampler import FewStepSampler
 from utils.config import Config, ConfigError, ModelSpec, load_model_spec
 from utils.devices import choose_dtype, dtype_name
 from utils.hashing import content_hash
-from wan.backends import AttentionBackend
+from wan.backends import AttentionBackend, load_backend
 from wan.checkpoint import CheckpointError, check_transformer
 from wan.fp8 import FP8
 from wan.geometry import VideoGeometry
@@ -97,7 +97,7 @@ class RunPlan:
 
     @property
     def attention_backend(self) -> AttentionBackend:
-        return self.acceleration.backend(self.device, self.dtype, self.architecture.head_dim)
+        return load_backend(self.acceleration.attention, self.device, self.dtype, self.architecture.head_dim)[1]
 
     @cached_property
     def weights(self) -> dict[str, str]:

@@ -8,7 +8,6 @@ import dataclasses
 import logging
 import os
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 
@@ -177,12 +176,8 @@ def encoder_bytes(plan: RunPlan) -> dict[str, int]:
     if plan.random_weights or plan.memory.encoder_on_host:
         return {}
     with suppress(CheckpointError):  # a folder of several networks, which only its loader can read
-        return {ENCODER: sum(file.stat().st_size for file in _files(path))}
+        return {ENCODER: sum(file.stat().st_size for file in weight_files(path, subfolder=path.name))}
     return {}
-
-
-def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else weight_files(path, subfolder=path.name)
 
 
 def _gib(size: int) -> str:

@@ -178,14 +178,13 @@ class LayerCache:
 
     def view(self) -> CacheView:
         """What the policy may see now."""
-        chunk, length = self._moment.chunk, self.store.length
+        moment, store, length = self._moment, self.store, self.store.length
         return CacheView(
-            layer=self._layer, chunk_index=self._moment.chunk_index, start=self._moment.start,
-            chunk_frames=chunk.frames, seen_frames=self.bounded(self._moment.seen_frames), length=length,
-            frame_tokens=self._frame_tokens,
-            seeds=self._moment.seeds, origin=self.store.origin[:, :length], uses=self.store.uses[:, :length],
-            scorer=self._score, packets=self.archive and self.archive.view(chunk, self._moment.start, self.votes),
-            lookahead=self._moment.lookahead,
+            layer=self._layer, chunk_index=moment.chunk_index, start=moment.start, chunk_frames=moment.chunk.frames,
+            seen_frames=self.bounded(moment.seen_frames), length=length, frame_tokens=self._frame_tokens,
+            seeds=moment.seeds, origin=store.origin[:, :length], uses=store.uses[:, :length],
+            participation=self._score, lookahead=moment.lookahead,
+            packets=self.archive and self.archive.view(moment.chunk, moment.start, self.votes),
         )
 
     def commit(self) -> None:

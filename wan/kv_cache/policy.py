@@ -88,7 +88,7 @@ class CacheView:
     seeds: Tensor         # [B] int64, one per sample
     origin: Tensor        # [B, length] int32
     uses: Tensor          # [B, length] int32
-    scorer: Callable[[int, int, Votes], Tensor]
+    participation: Callable[[int, int, Votes], Tensor]  # slots from lo to hi -> [B, hi - lo] fused query-key scores
     lookahead: bool = False  # the span is only looked at, noisy, and will not be remembered (joint windows)
     packets: PacketView | None = None  # None: the policy has no archive
 
@@ -113,10 +113,6 @@ class CacheView:
     def last(self, frames: int) -> Tensor:
         """Slots of the newest `frames` frames' worth of tokens."""
         return self.span(self.num_frames - frames, self.num_frames)
-
-    def participation(self, lo: int, hi: int, votes: Votes) -> Tensor:
-        """Fused query-key score [B, hi - lo] of the slots from `lo` to `hi`."""
-        return self.scorer(lo, hi, votes)
 
     def random(self, lo: int, hi: int) -> Tensor:
         """Scores [B, hi - lo] that depend on seed, layer, chunk and slot alone, so that plans stay pure."""
