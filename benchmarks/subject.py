@@ -20,7 +20,6 @@ from benchmarks.decoders import COUNTED, FrameStream, OpenStream
 from benchmarks.settings import Setting
 from pipeline.build import RunPlan
 from pipeline.chunkwise import ChunkwisePipeline
-from pipeline.engine import assemble
 from pipeline.noise import SampleSeed, SeededNoise
 from wan.geometry import ChunkSpan
 from wan.model import CausalWanModel, TextContext, randomize
@@ -47,7 +46,7 @@ def make_pipeline(plan: RunPlan, setting: Setting) -> ChunkwisePipeline:
     plan.acceleration.prepare(model)
     vae = partial(WanVAE.random, plan.spec.vae, device=plan.device, dtype=plan.dtype, seed=0)
     branch = plan.branch and plan.branch.load(random=True, device=plan.device, dtype=plan.dtype)
-    return assemble(plan, model, setting.batch, vae, branch)
+    return plan.pipeline(model, setting.batch, vae, branch)
 
 
 class Subject:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +17,10 @@ import torch
 
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.acceleration import Acceleration
+from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.decoder import TinyDecoder, choose_decoder
 from pipeline.loops import Loop, make_loop
-from pipeline.packets import TrainedBranch, choose_branch
+from pipeline.packets import Packer, TrainedBranch, choose_branch
 from pipeline.presets import FULL, MemoryPreset
 from pipeline.sampler import FewStepSampler
 from utils.config import Config, ConfigError, ModelSpec, load_model_spec
@@ -27,6 +28,7 @@ from utils.devices import choose_dtype, dtype_name
 from utils.hashing import content_hash
 from wan.backends import AttentionBackend, load_backend
 from wan.checkpoint import CheckpointError, check_transformer
+from wan.compressor import HighResolutionBranch
 from wan.fp8 import FP8
 from wan.geometry import VideoGeometry
 from wan.kv_cache.policy import KVPolicy, build_policy
@@ -35,7 +37,7 @@ from wan.lora import check_lora
 from wan.model import CausalWanModel, WanConfig
 from wan.prompt_tokens import load_tokenizer
 from wan.text_encoder import check_text_encoder
-from wan.vae import check_vae
+from wan.vae import WanVAE, check_vae
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +100,31 @@ class RunPlan:
     @property
     def attention_backend(self) -> AttentionBackend:
         return load_backend(self.acceleration.attention, self.device, self.dtype, self.architecture.head_dim)[1]
+
+    def pipeline(
+        self, model: CausalWanModel, batch: int, load_vae: Callable[[], WanVAE], branch: HighResolutionBranch | None,
+    ) -> ChunkwisePipeline:
+        """The loop over an empty cache for `batch` videos.
+
+        Args:
+            model: with finished weights, in place, after `acceleration.prepare`.
+            load_vae: for loops and compressors that read or make pixels; called when one does.
+            branch: of a trained compressor, where the policy needs one.
+        """
+        cache = self.acceleration.cache(
+            self.cache_shape(batch), self.geometry, self.policy, shared_window=self.memory.shared_window,
+        )
+        pipeline = self.loop.pipeline(
+            model, cache, encode=lambda pixels: load_vae().encode(pixels),
+            recorder=self.acceleration.recorder(self.device),
+        )
+        compression = self.policy.compression
+        if compression is not None and compression.compressor != "kv_pool":  # that is pooled by the cache itself
+            pipeline.packer = Packer(
+                model, cache, self.policy.sizes(self.geometry).archive.grid, compression, self.sampler.context_time,
+                vae=load_vae() if compression.reads_pixels else None, branch=branch,
+            )
+        return pipeline
 
     @cached_property
     def weights(self) -> dict[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.decoder import OnceDecoder
 from pipeline.noise import SampleSeed, SeededNoise
 from pipeline.overlap import DecoderLane, Decoding, FrameChunk, handed_out
-from pipeline.packets import Packer
 from pipeline.timeline import PromptSwitch, switch_frames
 from utils.files import user_cache_dir
 from utils.hashing import fingerprint
@@ -47,33 +46,6 @@ class VideoRequest:
     seed: SampleSeed
     source: Path | None = None  # an image or a video; its frames begin the result
     later: Later = ()           # prompts that follow, each with the second at which it begins
-
-
-def assemble(
-    plan: RunPlan, model: CausalWanModel, batch: int, load_vae: Callable[[], WanVAE],
-    branch: HighResolutionBranch | None,
-) -> ChunkwisePipeline:
-    """The plan's loop over an empty cache for `batch` videos.
-
-    Args:
-        model: with finished weights, in place, after `plan.acceleration.prepare`.
-        load_vae: for loops and compressors that read or make pixels; called when one does.
-        branch: of a trained compressor, where the policy needs one.
-    """
-    speed = plan.acceleration
-    cache = speed.cache(
-        plan.cache_shape(batch), plan.geometry, plan.policy, shared_window=plan.memory.shared_window,
-    )
-    pipeline = plan.loop.pipeline(
-        model, cache, encode=lambda pixels: load_vae().encode(pixels), recorder=speed.recorder(plan.device),
-    )
-    compression = plan.policy.compression
-    if compression is not None and compression.compressor != "kv_pool":  # the cache pools keys and values by itself
-        pipeline.packer = Packer(
-            model, cache, plan.policy.sizes(plan.geometry).archive.grid, compression, plan.sampler.context_time,
-            vae=load_vae() if compression.reads_pixels else None, branch=branch,
-        )
-    return pipeline
 
 
 class Engine:
@@ -216,7 +188,7 @@ class Engine:
         """The loop for so many videos at once, its memory included; kept until another number is asked for."""
         if self._pipeline is None or self._pipeline[0] != batch:
             self._pipeline = None  # free the old cache before the new one is allocated
-            self._pipeline = (batch, assemble(self.plan, self._model, batch, self._wan_vae, self._branch))
+            self._pipeline = (batch, self.plan.pipeline(self._model, batch, self._wan_vae, self._branch))
         return self._pipeline[1]
 
 
