@@ -192,6 +192,7 @@ class Memory:
         self.window = math.inf if kind == "full" else policy["window_frames"]
         self.sink = policy["sink_frames"] if kind in ("sink", "participative") else 0
         self.positions = policy["positions"] if kind in ("sink", "participative") else "original"
+        self.decay = policy.get("sink_decay", 1.0)   # of the sink, when a frame that leaves is averaged into it
         self.recent, self.budget, self.votes, self.limit = 0, 0, "both", 0
         if kind == "participative":
             self.recent, self.budget = policy["recent_frames"], policy["budget_frames"]
@@ -243,8 +244,20 @@ class Memory:
         else:
             middle, tail = [], self.window * self.frame_tokens - sink
         kept = [*range(sink), *middle, *range(len(every) - tail, len(every))]
+        if self.decay < 1:
+            self.average(every, [j for j in range(len(every)) if j not in kept])
         self.tokens[layer] = [every[j] for j in kept if j < len(past)]
         self.kept.setdefault(self.chunk, []).append(kept)
+
+    def average(self, every, leaving):
+        """Mix each token that leaves into that of the sink which has its place, in the frame of its rank."""
+        frames = sorted({every[j].frame for j in leaving})
+        for j in leaving:
+            rank = frames.index(every[j].frame)
+            for token in every[:self.sink * self.frame_tokens]:
+                if (token.frame, token.row, token.col) == (rank, every[j].row, every[j].col):
+                    token.key = self.decay * token.key + (1 - self.decay) * every[j].key
+                    token.value = self.decay * token.value + (1 - self.decay) * every[j].value
 
     def prune(self, layer, every, low, high):
         """Top-C of the candidates every[low:high], as ascending indices into `every`."""
@@ -371,7 +384,7 @@ def reference_rollout(model, *, prompt_embeds, noise, renoise, policy, chunk_fra
     renoise(chunk_index, step) -> [B, chunk, C, h, w]: the noise added after denoising pass `step` of a generated
         chunk (prefilled ones not counted); asked once for each pair.
     policy: {"policy": full | rolling | sink | participative} and the keys that it reads: window_frames (all but
-        full); sink_frames, positions (sink, participative); recent_frames, budget_frames, votes, topc_max_reuse
+        full); sink_frames, positions (sink, participative); sink_decay (sink, 1 if left out); recent_frames, budget_frames, votes, topc_max_reuse
         (participative). Other keys are ignored.
     A prefilled chunk has one pass, its context pass: it forgets there, and those queries vote.
     Raises: ValueError when the frames do not split into chunks, or the policy is unknown; KeyError for a missing key.
