@@ -234,9 +234,11 @@ class LayerCache:
         """No chunk is in the making any more."""
         self._moment, self.plan = None, None
 
-    def forget_newest(self, tokens: int) -> None:
-        """Forget the last `tokens` slots, and every vote: those of the frames that stay are too old to be asked."""
+    def forget_newest(self, tokens: int, packets: int) -> None:
+        """Forget the last `tokens` slots and `packets`, and every vote: of what stays they are too old to be asked."""
         self.store.forget_newest(tokens)
+        if self.archive is not None:
+            self.archive.forget_newest(packets)
         if self.votes is not None:
             self.votes.reset()
 
