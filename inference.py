@@ -168,8 +168,10 @@ def run(options: argparse.Namespace) -> int:
         logger.info("finished %d of %d videos in %s", len(summary.finished), len(jobs), folder.folder)
     for stem, why in summary.failed.items():
         logger.error("failed: %s: %s", stem, why)
+    for stem, why in summary.unlisted.items():
+        logger.error("not listed: %s: %s", stem, why)
     if not summary.interrupted:
-        wait_for_others(launch, failed=bool(summary.failed))
+        wait_for_others(launch, failed=summary.exit_status != 0)
     return summary.exit_status
 
 

@@ -45,11 +45,11 @@ class Sight:
     true_sink: int | None               # the first sink frame's distance in the video
 
 
-def loop_of(name: str) -> Loop:
-    """The loop that a YAML of configs/ means, for the embedded model's sizes."""
+def loop_of(name: str, *overrides: str) -> Loop:
+    """The loop that a YAML of configs/ and `overrides` mean, for the embedded model's sizes."""
     config = load_config(
         REPOSITORY / "configs" / f"{name}.yaml", policy_fields=policy_fields(), build_policy=build_policy,
-        overrides=["model=tiny"],
+        overrides=["model=tiny", *overrides],
     )
     plan = plan_run(config, checkpoint=None, use_ema=False, device=torch.device("cpu"), random_weights=True)
     return plan.loop

@@ -20,6 +20,7 @@ from wan.fp8 import quantise_layers
 from wan.kv_cache.archive import FIRST_PLACES
 from wan.kv_cache.cache import KVCache
 from wan.model import CausalWanModel
+from wan.rope import phase_dtype
 from wan.stream import to_uint8
 from wan.tiny_vae import TinyVAE
 from wan.vae import WanVAE
@@ -114,6 +115,8 @@ def _fixed_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
         "transformer": sum(x.nbytes for x in tensors), "kv_store": sizes.capacity_tokens * a.num_layers * stored,
         "kv_window": sizes.window_tokens * windows * seen, "text": a.text_len * a.num_layers * token,
     }
+    if sizes.averaged_tokens:
+        parts["kv_average"] = sizes.averaged_tokens * a.num_layers * values * phase_dtype(plan.dtype).itemsize
     archive = sizes.archive
     if archive is not None and not (archive.offload and plan.device.type == "cuda"):
         parts["kv_archive"] = (archive.packets or FIRST_PLACES) * archive.grid.tokens * a.num_layers * token

@@ -72,6 +72,7 @@ class Packer:
         self._model, self._cache, self._grid, self._compression = model, cache, grid, compression
         self._time, self._vae, self._branch = context_time, vae, branch
         self._decode: Decode | None = None
+        self.newest: Tensor | None = None  # tokens of the chunk that was compressed last, if the cache keeps its packet
 
     def start(self, decode: Decode | None) -> None:
         """Begin a video. `decode` makes the pixels of its chunks, in order; None: a stream of the VAE's own."""
@@ -86,7 +87,9 @@ class Packer:
     def compress(self, latents: Tensor) -> Tensor | None:
         """Tokens of the chunk whose context pass is over, as `embed` makes them; None if the cache keeps no packet."""
         pixels = None if self._decode is None else self._decode(latents)
-        return self.embed(latents, pixels) if self._cache.archives else None
+        tokens = self.embed(latents, pixels) if self._cache.archives else None
+        self.newest = None if tokens is None else tokens.detach()
+        return tokens
 
     def embed(self, latents: Tensor, pixels: Tensor | None) -> Tensor:
         """Tokens [B, T, rows * columns, dim] at the network's input, of latents [B, F, C, h, w] and their pixels."""

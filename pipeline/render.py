@@ -55,12 +55,13 @@ class Summary:
     """How a run ended."""
 
     finished: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)  # stem -> why
+    failed: dict[str, str] = field(default_factory=dict)    # stem -> why
+    unlisted: dict[str, str] = field(default_factory=dict)  # there with their records, but not in the manifest: why
     interrupted: bool = False
 
     @property
     def exit_status(self) -> int:
-        return 130 if self.interrupted else 1 if self.failed else 0
+        return 130 if self.interrupted else 1 if self.failed or self.unlisted else 0
 
 
 def check_number(num_prompts: int, num_samples: int) -> None:
@@ -142,7 +143,6 @@ def render(
     A video that another process is making is left to it, and waited for at the end: made here if that one fails.
     """
     summary, queue, told = Summary(), deque(batches(jobs, batch_size)), set()
-    unlisted: dict[str, str] = {}  # there and recorded, but the manifest could not take their line
     with StopRequest() as stop:
         while queue and not summary.interrupted:
             batch = [job for job in queue.popleft() if not is_finished(folder, job)]  # another run may have made it
@@ -150,7 +150,7 @@ def render(
                 continue
             whole, why = False, None
             try:
-                whole = _render_batch(engine, folder, batch, pixel_frames, stop, told)
+                whole = _render_batch(engine, folder, batch, pixel_frames, stop, told, summary.unlisted)
             except BeingWrittenError as error:
                 if str(error) not in told:
                     logger.info("%s. This run goes on with the others, and looks again", error)
@@ -159,8 +159,6 @@ def render(
                 time.sleep(WAIT_S)
             except Exception as error:
                 why = reason(error)
-                if isinstance(error, ManifestError):
-                    unlisted |= {job.stem: why for job in batch if is_finished(folder, job)}
                 trace = logger.isEnabledFor(logging.DEBUG)
                 logger.error("%s failed: %s", ", ".join(job.stem for job in batch), why, exc_info=trace)
             if why is not None:
@@ -176,7 +174,6 @@ def render(
     for job in jobs:
         if job.stem in summary.failed and is_finished(folder, job):  # another run was making it
             del summary.failed[job.stem]
-    summary.failed |= unlisted
     return summary
 
 
@@ -190,8 +187,12 @@ def _note_failure(folder: OutputFolder, job: Job, why: str, summary: Summary) ->
 
 def _render_batch(
     engine: Engine, folder: OutputFolder, batch: Sequence[Job], pixel_frames: int, stop: StopRequest, told: set[str],
+    unlisted: dict[str, str],
 ) -> bool:
-    """Make the videos of one batch; returns whether they are whole. `told` are the notices given so far."""
+    """Make the videos of one batch; returns whether they are whole.
+
+    `told` are the notices given so far; `unlisted` takes in the videos that the manifest could not.
+    """
     for job in batch:
         folder.start(job.stem)
     refuse_other_settings(folder, batch)
@@ -225,10 +226,10 @@ def _render_batch(
         kept = [] if whole else [writer.keep_partial() for writer in writers]
     for job, writer in zip(batch, writers, strict=True):
         record = _record(plan, job, length, writer.frames_written, clock)
-        if whole:
-            folder.finish(job.stem, record)
-        else:
-            folder.partial(job.stem, record)
+        try:
+            (folder.finish if whole else folder.partial)(job.stem, record)
+        except ManifestError as error:
+            unlisted[job.stem] = reason(error)
     for path in kept:
         logger.warning("kept what was made: %s", path)
     return whole

@@ -6,7 +6,8 @@
 `reset_sink`: everything is forgotten, and the newest frames, as many as a window holds, are remembered with the new
     prompt; the first of them are the sinks from now on.
 
-Which frames are newest, and which sinks, the cache policy says (KVPolicy.tail_frames).
+Which frames are newest, and which sinks, the cache policy says (KVPolicy.tail_frames). Where chunks leave packets,
+those of the newest frames go with them, and are made anew chunk by chunk; older packets stay.
 Source: LongLive, arXiv:2509.22622, KV re-cache; `recache` is its global sink, `reset_sink` its run without.
 
 B batch, F latent frames, C latent channels, T text tokens.
@@ -21,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pipeline.packets import Packer
 from utils.timelines import TimelineError
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.cache import KVCache
@@ -42,12 +44,14 @@ class PromptTrack:
 
     def __init__(
         self, model: CausalWanModel, cache: KVCache, context_time: float, embeddings: Tensor,
-        switches: Sequence[PromptSwitch], on_switch: OnSwitch,
+        switches: Sequence[PromptSwitch], on_switch: OnSwitch, packer: Packer | None = None,
     ):
         self._model, self._cache, self._time, self._on_switch = model, cache, context_time, on_switch
+        self._packer = packer
         self._left = deque(switches)
         self._newest: Tensor | None = None  # [B, F, C, h, w], what the memory was made of
         self._stop = 0                      # one past its last latent frame
+        self._packed: dict[int, Tensor] = {}  # first frame of a chunk -> what its packet was made of, without a prompt
         self.text = self._embed(embeddings)
 
     def text_at(self, frame: int) -> TextContext:
@@ -65,10 +69,13 @@ class PromptTrack:
         if self._left and self._on_switch in ("recache", "reset_sink"):
             known = latents if self._newest is None else torch.cat([self._newest, latents], dim=1)
             self._newest, self._stop = known[:, -self._cache.most_frames:], span.stop
+            self._packed = {start: x for start, x in self._packed.items() if start >= span.stop - known.shape[1]}
+            if self._packer is not None and self._packer.newest is not None:
+                self._packed[span.start] = self._packer.newest
 
     def restart(self) -> None:
         """The memory was emptied, and frames are counted from 0 again."""
-        self._newest = None
+        self._newest, self._packed = None, {}
 
     @torch.inference_mode()
     def _embed(self, embeddings: Tensor) -> TextContext:
@@ -85,10 +92,13 @@ class PromptTrack:
             frames = self._cache.forget_newest()
         if self._on_switch == "flush_recent" or frames == 0:
             return
-        x = self._newest[:, -frames:]
-        self._cache.begin(ChunkSpan(index=0, start=self._stop - frames, frames=frames))
-        self._model(x, torch.full(x.shape[:2], self._time, device=x.device), self.text, self._cache)
-        self._cache.commit()
+        spans = self._cache.spans_again(self._stop - frames, frames)
+        for span, x in zip(spans, self._newest[:, -frames:].split([s.frames for s in spans], dim=1), strict=True):
+            self._cache.begin(span)
+            self._model(x, torch.full(x.shape[:2], self._time, device=x.device), self.text, self._cache)
+            if self._packer is not None and self._cache.archives:
+                self._packer.write(self._packed[span.start], self.text)
+            self._cache.commit()
 
 
 def switch_frames(

@@ -34,6 +34,9 @@ EVERY_POLICY = {
     "naive_sink": {"policy": "sink", "window_frames": 12, "sink_frames": 3, "positions": "original"},
     "deep_sink": {"policy": "sink", "window_frames": 12, "sink_frames": 6},
     "deep_sink_contiguous": {"policy": "sink", "window_frames": 12, "sink_frames": 6, "positions": "contiguous"},
+    "averaged_sink": {
+        "policy": "sink", "window_frames": 12, "sink_frames": 3, "positions": "contiguous", "sink_decay": 0.8,
+    },
     "deep_forcing": {
         "policy": "participative", "window_frames": 12, "sink_frames": 4, "budget_frames": 9, "recent_frames": 4,
     },

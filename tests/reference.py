@@ -1,9 +1,8 @@
 """A slow float64 reference: the causal Wan DiT, and chunk-wise generation under every cache policy.
 
-It exists to be compared with, so it shares nothing with the code it checks and knows no shortcut. Every
-remembered token is one record in a Python list per layer, with its key as it was before any rotation.
-RoPE is applied from scratch, to the token's (time, row, col), each time a token is attended or scored.
-Samples of a batch run one after the other.
+It exists to be compared with, so it shares nothing with the code it checks and knows no shortcut. Every remembered
+token is one record in a Python list per layer, with its key as it was before any rotation. RoPE is applied from
+scratch, to the token's (time, row, col), each time it is attended or scored. Samples of a batch run one by one.
 
 F frames, C channels, h x w latent rows and columns, n new tokens, N attended tokens, H heads, D head dim.
 Times, frames and positions are in latent frames.
@@ -192,6 +191,7 @@ class Memory:
         self.window = math.inf if kind == "full" else policy["window_frames"]
         self.sink = policy["sink_frames"] if kind in ("sink", "participative") else 0
         self.positions = policy["positions"] if kind in ("sink", "participative") else "original"
+        self.decay = policy.get("sink_decay", 1.0)   # of the sink, when frames that leave are averaged into it
         self.recent, self.budget, self.votes, self.limit = 0, 0, "both", 0
         if kind == "participative":
             self.recent, self.budget = policy["recent_frames"], policy["budget_frames"]
@@ -243,6 +243,10 @@ class Memory:
         else:
             middle, tail = [], self.window * self.frame_tokens - sink
         kept = [*range(sink), *middle, *range(len(every) - tail, len(every))]
+        leaving = [token for j, token in enumerate(every) if j not in kept and self.decay < 1]
+        for token, old in zip(every, leaving, strict=False):    # a sink's with what leaves: by rank, row and column
+            pairs = (token.key, old.key), (token.value, old.value)
+            token.key, token.value = (self.decay * mine + (1 - self.decay) * its for mine, its in pairs)
         self.tokens[layer] = [every[j] for j in kept if j < len(past)]
         self.kept.setdefault(self.chunk, []).append(kept)
 
@@ -370,9 +374,9 @@ def reference_rollout(model, *, prompt_embeds, noise, renoise, policy, chunk_fra
     Shapes: prompt_embeds [B, L, text_dim]; noise [B, F, C, h, w]; initial_latent [B, F0, C, h, w] or None.
     renoise(chunk_index, step) -> [B, chunk, C, h, w]: the noise added after denoising pass `step` of a generated
         chunk (prefilled ones not counted); asked once for each pair.
-    policy: {"policy": full | rolling | sink | participative} and the keys that it reads: window_frames (all but
-        full); sink_frames, positions (sink, participative); recent_frames, budget_frames, votes, topc_max_reuse
-        (participative). Other keys are ignored.
+    policy: {"policy": full | rolling | sink | participative} and the keys that it reads: window_frames (all but full);
+        sink_frames, positions (sink, participative); sink_decay (sink, 1 if left out); recent_frames, budget_frames,
+        votes, topc_max_reuse (participative). Other keys are ignored.
     A prefilled chunk has one pass, its context pass: it forgets there, and those queries vote.
     Raises: ValueError when the frames do not split into chunks, or the policy is unknown; KeyError for a missing key.
     """

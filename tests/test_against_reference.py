@@ -106,6 +106,19 @@ def test_sinks(sink_frames: int, positions: str) -> None:
     assert_agreement(SINK | {"sink_frames": sink_frames, "positions": positions})
 
 
+@pytest.mark.parametrize("chunk_frames, given, lone", [(3, 0, False), (1, 0, False), (2, 0, True), (3, 4, False)])
+@pytest.mark.parametrize("decay", [0.7, 0.999])
+def test_averaged_sinks(decay: float, chunk_frames: int, given: int, lone: bool) -> None:
+    """What leaves is averaged into the sink before the chunk looks; where a first chunk is shorter, fewer frames."""
+    policy = {"policy": "sink", "window_frames": 9, "sink_frames": chunk_frames, "positions": "contiguous"}
+    run = {"chunk_frames": chunk_frames, "given": given, "lone": lone, "frames": 24}
+    averaged = assert_agreement(policy | {"sink_decay": decay}, **run)
+    still = assert_agreement(policy, **run)
+    before = 7 if given else 9  # whole chunks that fit the window: nothing has left yet
+    assert torch.equal(averaged.latents[:, :before], still.latents[:, :before])
+    assert (averaged.latents - still.latents)[:, before:].abs().amax(dim=(0, 2, 3, 4)).min() > 1e-3 * (1 - decay)
+
+
 @pytest.mark.parametrize("policy", [BASE, SINK, {"policy": "rolling", "window_frames": 12}], ids=lambda p: p["policy"])
 @pytest.mark.parametrize("chunk_frames", [1, 2, 4])
 def test_chunk_sizes(policy: dict, chunk_frames: int) -> None:

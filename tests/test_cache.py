@@ -56,6 +56,51 @@ def test_take_equals_indexing() -> None:
     assert torch.equal(take(buffer, slots), torch.stack([buffer[b, slots[b]] for b in range(3)]))
 
 
+def averaged_cache(dtype: torch.dtype, decay: float, chunk: torch.Tensor, chunks: int) -> KVCache:
+    """A sink of zeros into which `chunk` [B, L, H, D] is averaged by `chunks` - 3 chunks that leave a window of 9."""
+    tiny = make_tiny()
+    policy = policy_of({"policy": "sink", "window_frames": 9, "sink_frames": 3, "sink_decay": decay})
+    shape = CacheShape(layers=1, heads=2, head_dim=12, batch=1, device=torch.device("cpu"), dtype=dtype)
+    cache = KVCache(shape, tiny.geometry, policy)
+    for span in tiny.geometry.chunks(3 * chunks):
+        cache.begin(span)
+        new = chunk if span.index else torch.zeros_like(chunk)
+        cache.layer(0).extend(new, new, new)
+        cache.commit()
+    return cache
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+def test_averages_grow_by_what_each_chunk_adds(dtype: torch.dtype, tolerance: float) -> None:
+    """After n equal chunks the sink is 1 - 0.999^n of them, in half precision too, where each adds less than rounding.
+
+    4e-3 is one rounding of what the store shows; rounded at every step the sum would stop at half of it.
+    """
+    tokens = 3 * make_tiny().geometry.frame_tokens
+    chunk, gone = torch.ones(1, tokens, 2, 12, dtype=dtype), 1200
+    cache = averaged_cache(dtype, 0.999, chunk, gone + 3)
+    expected = torch.full_like(chunk, 1 - 0.999**gone, dtype=torch.float64)
+    assert_close(cache.layer(0).store.values[:, :tokens].double(), expected, rtol=tolerance, atol=0)
+    rounded = torch.zeros((), dtype=torch.bfloat16)
+    for _ in range(gone):
+        rounded = 0.999 * rounded + (1 - 0.999) * torch.ones_like(rounded)
+    assert rounded < 0.8 * expected.flatten()[0]  # what this is for
+
+
+def test_what_is_averaged_is_shown_and_kept_alike() -> None:
+    """The window shows a chunk the very average that its commit will keep, and only the commit keeps it."""
+    tokens = 3 * make_tiny().geometry.frame_tokens
+    cache = averaged_cache(torch.float64, 0.5, torch.randn(1, tokens, 2, 12, dtype=torch.float64), 3)
+    layer, (q, k, v) = cache.layer(0), torch.randn(3, 1, tokens, 2, 12, dtype=torch.float64)
+    before = layer.store.values[:, :2 * tokens].clone()
+    cache.begin(ChunkSpan(3, 9, 3))
+    shown = layer.extend(q, k, v).values[:, :tokens].clone()
+    assert torch.equal(layer.store.values[:, :2 * tokens], before)
+    assert_close(shown, before[:, :tokens].lerp(before[:, tokens:], 0.5), rtol=0, atol=1e-15)
+    cache.commit()
+    assert torch.equal(layer.store.values[:, :tokens], shown)
+
+
 def test_window_keys_are_rotated_from_the_stored_master() -> None:
     """Rotation never accumulates: after 400 chunks a sink's window key is its birth key, turned once."""
     born = None
@@ -124,6 +169,9 @@ def test_bad_settings_are_refused(settings: dict, message: str) -> None:
     ("settings", "message"),
     [
         ({"policy": "sink", "window_frames": 12, "sink_frames": 10}, "outside 0..9"),
+        ({"policy": "sink", "window_frames": 12, "sink_frames": 3, "sink_decay": 0}, "sink_decay=0 is not above 0"),
+        ({"policy": "sink", "window_frames": 12, "sink_frames": 4, "sink_decay": 0.9},
+         "3 leave with every chunk, but sink_frames=4. Set sink_frames: 3, or sink_decay: 1"),
         ({"policy": "sink", "window_frames": 2, "sink_frames": 0}, "outside 3.."),
         ({"policy": "participative", "window_frames": 21, "sink_frames": 14, "budget_frames": 16, "recent_frames": 4},
          "need 18 frames, which exceeds budget_frames=16"),

@@ -16,6 +16,7 @@ from pipeline.noise import SampleSeed
 from pipeline.presets import FULL, PRESETS
 from utils.config import ConfigError
 from utils.footprint import LiveBytes
+from wan.kv_cache.cache import KVCache
 from wan.model import CausalWanModel
 from wan.vae import WanVAE
 
@@ -84,6 +85,16 @@ def test_estimate_equals_what_is_allocated(preset: str) -> None:
 
 def bytes_of(tensors) -> int:
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def test_averages_of_a_sink_are_counted() -> None:
+    """Reward Forcing's averages, in full precision whatever the store's."""
+    plan = Setting(policy="reward_forcing", model="tiny", dtype="bfloat16").plan(CPU)
+    cache = KVCache(plan.cache_shape(1), plan.geometry, plan.policy)
+    averages = [cache.layer(i).average for i in range(plan.architecture.num_layers)]
+    there = bytes_of(t for average in averages for t in (average.keys, average.values))
+    assert there == memory.estimate_bytes(plan, 1)["kv_average"] > 0
+    assert "kv_average" not in memory.estimate_bytes(tiny_plan(), 1)
 
 
 def test_presets_make_the_same_video() -> None:

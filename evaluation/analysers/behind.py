@@ -93,12 +93,11 @@ def _pattern_energy(frames: np.ndarray, free: np.ndarray) -> np.ndarray:
 
 def _reduced(frames: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Brightness averaged over cells [T, h, w], and where a whole cell is background."""
-    count, height, width = free.shape
-    height, width = height // CELL * CELL, width // CELL * CELL
-    channels = frames[:, :height, :width].astype(np.float32)
-    bright = (channels[..., 0] + channels[..., 1] + channels[..., 2]) / (3 * 255)
-    bright = bright.reshape(count, height // CELL, CELL, width // CELL, CELL).mean((2, 4))
-    open_ = free[:, :height, :width].reshape(count, height // CELL, CELL, width // CELL, CELL).all((2, 4))
+    height, width = (size // CELL * CELL for size in free.shape[1:])
+    tone = frames[..., 0].astype(np.uint16) + frames[..., 1] + frames[..., 2]
+    cells = [(slice(None), slice(y, height, CELL), slice(x, width, CELL)) for y in range(CELL) for x in range(CELL)]
+    bright = sum(tone[cell].astype(np.float32) for cell in cells) / (3 * 255 * CELL ** 2)
+    open_ = np.logical_and.reduce([free[cell] for cell in cells])
     return bright, open_
 
 

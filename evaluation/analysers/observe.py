@@ -79,10 +79,10 @@ def _steps(frames: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, np.ndarray
     step, change = np.full(len(frames), np.nan), np.full(len(frames), np.nan)
     for index in range(1, len(frames)):
         away = np.abs(frames[index].astype(np.int16) - frames[index - 1])
-        apart = (away[..., 0] + away[..., 1] + away[..., 2]) / (3 * 255)
+        apart = away[..., 0] + away[..., 1] + away[..., 2]
         both = free[index] & free[index - 1]
-        change[index] = apart.mean()
-        step[index] = apart[both].mean() if both.any() else apart.mean()
+        change[index] = apart.mean() / (3 * 255)
+        step[index] = apart[both].mean() / (3 * 255) if both.any() else change[index]
     return step, change
 
 
@@ -116,4 +116,4 @@ def _thumbnails(frames: np.ndarray) -> np.ndarray:
     cell = max(1, round(THUMBNAIL * height / 96))
     rows, columns = height // cell, width // cell
     cut = frames[:, :rows * cell, :columns * cell].reshape(count, rows, cell, columns, cell, 3)
-    return cut.mean((2, 4), dtype=np.float32).reshape(count, -1) / 255
+    return cut.sum(2, dtype=np.uint32).sum(3).reshape(count, -1).astype(np.float32) / (255 * cell ** 2)

@@ -112,6 +112,14 @@ class Archive:
         free = turn(keys.to(wide), space.inverse)
         self.stage(*(self.rotation.pool(x.unflatten(1, in_rows)) for x in (free, values.to(wide))))
 
+    def forget_newest(self, packets: int) -> None:
+        """Forget the packets written last, as if their chunks had never been."""
+        packets = min(packets, self.known)
+        places = (self._count - 1 - torch.arange(packets, device=self.start.device)) % self.places
+        self.start[places] = EMPTY
+        self._count -= packets
+        self.known -= packets
+
     def drop(self) -> None:
         """What is staged belongs to a chunk that is made again."""
         self.is_staged = False

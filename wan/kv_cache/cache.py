@@ -9,6 +9,7 @@ B batch, L chunk tokens, H heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -77,13 +78,22 @@ class KVCache:
             layer.reset()
 
     def forget_newest(self) -> int:
-        """Forget the newest frames, all but sinks and what was compressed; returns how many frames that was."""
+        """Forget the newest frames, all but sinks and what stands compressed for frames before them.
+
+        Returns: how many frames that was.
+        """
         remembered = self._layers[0].store.length // self._frame_tokens
         frames = self._policy.tail_frames(remembered, self.seen_frames > remembered)
         for layer in self._layers:
-            layer.forget_newest(frames * self._frame_tokens)
+            layer.forget_newest(frames * self._frame_tokens, frames // self._chunk_frames)
         self._chunk, self.seen_frames = None, self.seen_frames - frames
         return frames
+
+    def spans_again(self, start: int, frames: int) -> list[ChunkSpan]:
+        """How `frames` frames from `start` on are remembered again: jointly, or by chunks if these leave packets."""
+        size = frames if self._layers[0].archive is None else self._chunk_frames
+        edges = [start, *range(start + (frames - 1) % size + 1, start + frames + 1, size)]
+        return [ChunkSpan(0, begin, end - begin) for begin, end in pairwise(edges)]
 
     def copy_memory_of(self, other: KVCache) -> None:
         """Take over what `other` remembers, so that both go on from one state; shapes agree, dtypes need not."""

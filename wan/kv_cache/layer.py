@@ -12,6 +12,7 @@ from torch import Tensor
 from wan.compiler import Compiler, by_hand
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.archive import Archive, PacketRotation
+from wan.kv_cache.average import SinkAverage
 from wan.kv_cache.policy import CacheView, KVPolicy, Plan, Votes
 from wan.kv_cache.store import CacheShape, KVStore, narrowed, write
 from wan.kv_cache.votes import QueryVotes
@@ -114,6 +115,7 @@ class LayerCache:
         self.votes = QueryVotes(shape, past_voters, compiler) if sizes.vote_frames else None
         self.archive = Archive(shape, sizes.archive, packets) if sizes.archive else None
         self._parts = [part for part in (self.store, self.votes, self.archive) if part is not None]
+        self.average = SinkAverage(shape, sizes.averaged_tokens) if sizes.averaged_tokens else None
         self.plan: Plan | None = None
         self._rows, self._packet_tokens = geometry.rows, sizes.archive.grid.tokens if sizes.archive else 0
         self._most_frames = sizes.capacity_tokens // geometry.frame_tokens + 1
@@ -144,7 +146,7 @@ class LayerCache:
             self.plan = self._checked_plan()
         if self._window_is_shared or not planned:  # filled in every pass, it must not lean on what another one made
             made = None if self._window_is_shared else self._moment.turns
-            self.window.load(self.store, self.plan, self.archive, made)
+            self.window.load(self.store, self.plan, self.archive, self.average, made)
         past = self.past_tokens
         by, seen = self._turns.window(frames, self.plan.query_position), self.window.slots(past, new)
         if planned and not self._moment.lookahead:
@@ -195,10 +197,14 @@ class LayerCache:
                 space = self._turns.space(self._moment.chunk.frames)
                 self.archive.pool(*self.store.slots(len(space.cos)), self._rows, space)
             self.archive.commit(self._moment.start)
+        if self.plan.absorbed is not None:
+            self.average.commit(self.store, self.plan)
         self.store.commit(
             retain=self.plan.retain, chosen=self.plan.chosen, origin=born.repeat_interleave(self._frame_tokens),
             still=self.plan.still,
         )
+        if self.average is not None:
+            self.average.begin(self.store, self.plan.retain.shape[1])
         if self.votes is not None:
             self.votes.commit()
 
@@ -226,9 +232,11 @@ class LayerCache:
         """No chunk is in the making any more."""
         self._moment, self.plan = None, None
 
-    def forget_newest(self, tokens: int) -> None:
-        """Forget the last `tokens` slots, and every vote: those of the frames that stay are too old to be asked."""
+    def forget_newest(self, tokens: int, packets: int) -> None:
+        """Forget the last `tokens` slots and `packets`, and every vote: of what stays they are too old to be asked."""
         self.store.forget_newest(tokens)
+        if self.archive is not None:
+            self.archive.forget_newest(packets)
         if self.votes is not None:
             self.votes.reset()
 
@@ -243,6 +251,8 @@ class LayerCache:
         self.reset()
         for mine, theirs in zip(self._parts, other._parts, strict=True):
             mine.copy_from(theirs)
+        if self.average is not None:
+            self.average.copy_from(other.average)
 
     def _score(self, lo: int, hi: int, votes: Votes) -> Tensor:
         return self.votes.score(self.store.keys[:, lo:hi], self.store.origin[:, lo:hi], self._moment.start, votes)

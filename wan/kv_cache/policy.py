@@ -41,10 +41,12 @@ class CacheSizes:
     capacity_tokens: int  # most tokens the store holds, the staged chunk included
     vote_frames: int = 0  # newest frames whose queries vote, the chunk included
     archive: ArchiveSizes | None = None  # None: nothing is compressed
+    averaged_tokens: int = 0  # so many of the first slots are averages, of full precision
 
     @classmethod
     def of_window(
         cls, geometry: VideoGeometry, window_frames: int, *, vote_frames: int = 0, hidden_frames: int = 0,
+        averaged_frames: int = 0,
     ) -> CacheSizes:
         """Sizes of a policy that remembers at most one window and `hidden_frames`, plus the chunk in the making.
 
@@ -57,6 +59,7 @@ class CacheSizes:
             window_tokens=window_frames * geometry.frame_tokens,
             capacity_tokens=(window_frames + hidden_frames + chunk) * geometry.frame_tokens,
             vote_frames=vote_frames,
+            averaged_tokens=averaged_frames * geometry.frame_tokens,
         )
 
 
@@ -137,6 +140,8 @@ class Plan:
     packet_position: Tensor | None = None  # [B, K, T] window time of each of their frames, in latent frames
     archive: bool = False                  # the chunk's packet goes to the archive
     same_times: bool = False               # positions, though not tokens, are those of every layer
+    absorbed: Tensor | None = None  # [B, n] slots that leave, each averaged into one of the first n, which stay
+    decay: float = 1.0              # what an average keeps of itself when a slot is averaged in
 
     def past_tokens(self, packet_tokens: int) -> int:
         """Tokens that the chunk sees besides its own, if a packet is `packet_tokens`."""
@@ -275,7 +280,7 @@ def _check_type(key: str, value: Any, expected: Any) -> None:
     if get_origin(expected) is Literal:
         if value not in get_args(expected):
             raise ValueError(f"{key}={value!r} is not one of {', '.join(map(str, get_args(expected)))}.")
-    elif type(value) is not expected:
+    elif type(value) is not expected and (expected, type(value)) != (float, int):
         raise ValueError(f"{key}={value!r} is a {type(value).__name__}; {expected.__name__} is wanted.")
 
 

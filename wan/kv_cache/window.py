@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wan.compiler import Compiler, plain
 from wan.kv_cache.archive import Archive
+from wan.kv_cache.average import SinkAverage
 from wan.kv_cache.policy import Plan
 from wan.kv_cache.store import CacheShape, KVStore, take, write
 from wan.rope import Turn, time_table, turn
@@ -43,9 +44,10 @@ class WindowBuffer:
         return self._keys.shape[1]
 
     def load(
-        self, store: KVStore, plan: Plan, archive: Archive | None = None, turns: dict[int, Turn] | None = None,
+        self, store: KVStore, plan: Plan, archive: Archive | None = None, average: SinkAverage | None = None,
+        turns: dict[int, Turn] | None = None,
     ) -> None:
-        """Gather what the plan attends to and rotate it to its window time; store and archive are only read.
+        """Gather what the plan attends to and rotate it to its window time; nothing that is remembered changes.
 
         Packets follow the store's tokens; attention does not mind the order.
         Args: turns: rotations that layers of this chunk have made; used and added to where they share their times.
@@ -57,6 +59,9 @@ class WindowBuffer:
         if plan.packets is not None:
             slots, position = archive.tokens_of(plan)
             self._load(archive.keys.flatten(1, 2), archive.values.flatten(1, 2), slots, position, past, turns)
+        if plan.absorbed is not None:
+            first = slice(plan.absorbed.shape[1])
+            self._load(*average.after(store, plan), plan.attend[:, first], plan.position[:, first], 0, {})
 
     def _load(
         self, keys: Tensor, values: Tensor, slots: Tensor, position: Tensor, begin: int, turns: dict[int, Turn],

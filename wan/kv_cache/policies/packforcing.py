@@ -67,12 +67,12 @@ class PackForcing(KVPolicy):
                 f"kv_cache.recent_frames={self.recent_frames} must be whole chunks of {chunk} frames, at least one: "
                 f"chunks leave as a whole. Use {chunk * max(1, round(self.recent_frames / chunk))}."
             )
-        counted = self.top_chunks + self.recent_frames // chunk
-        if self.archive_chunks and self.archive_chunks < counted:
+        least = self.top_chunks + self.recent_frames // chunk
+        if self.archive_chunks and self.archive_chunks < least:
             raise ValueError(
                 f"kv_cache.archive_chunks={self.archive_chunks} cannot hold the {self.top_chunks} packets that are "
                 f"seen and the {self.recent_frames // chunk} of chunks that are still recent. "
-                f"Raise it to at least {counted}, or to 0 for no limit."
+                f"Raise it to at least {least}, or to 0 for no limit."
             )
         whole = self.sink_frames + self.recent_frames + chunk
         if self.mid_span == "squeeze" and self.squeeze_frames <= whole:
@@ -80,6 +80,9 @@ class PackForcing(KVPolicy):
                 f"kv_cache.squeeze_frames={self.squeeze_frames} leaves no time for packets: sink, recent frames and "
                 f"chunk alone span {whole}. Raise it, or set mid_span to block or tokens."
             )
+        counted = least + 1  # so that enough are known of when the recent chunks and the newest are forgotten
+        if self.archive_chunks:
+            counted = min(counted, self.archive_chunks)
         grid = geometry.packet_grid(time=self.time_reduction, space=self.space_reduction)
         return CacheSizes(
             window_tokens=whole * geometry.frame_tokens + self.top_chunks * grid.tokens,
@@ -88,6 +91,9 @@ class PackForcing(KVPolicy):
             archive=ArchiveSizes(grid, self.archive_chunks, counted, self.offload),
         )
 
+    def tail_frames(self, num_frames: int, has_forgotten: bool) -> int:
+        return max(0, num_frames - self.sink_frames)
+
     def plan(self, view: CacheView) -> Plan:
         sink = min(self.sink_frames, view.num_frames)
         tail = min(self.recent_frames, view.num_frames - sink)
@@ -95,7 +101,7 @@ class PackForcing(KVPolicy):
         step = self._step(view, sink + tail + view.chunk_frames, shown)
         query_position = sink + ceil(shown * step) + tail
         slots = torch.cat([view.first(sink), view.last(tail)], dim=1)
-        packets = self._choose(view, shown)
+        packets = self._choose(view, shown, tail)
         frames = torch.arange(sink + tail, device=slots.device)
         if self.positions == "packed":
             frames = torch.where(frames < sink, frames, frames + query_position - sink - tail)
@@ -121,14 +127,14 @@ class PackForcing(KVPolicy):
             return len(view.packets.centres)
         return min(view.chunk_frames, (self.squeeze_frames - whole_frames) / max(1, shown))
 
-    def _choose(self, view: CacheView, shown: int) -> Tensor:
-        """Places [B, shown] of the packets that are seen, oldest first; those of recent chunks are not asked."""
+    def _choose(self, view: CacheView, shown: int, tail: int) -> Tensor:
+        """Places [B, shown] of the packets that are seen, oldest first; those of chunks in the tail are not asked."""
         start, batch = view.packets.start, len(view.seeds)
         if self.selection == "affinity":
             score = view.packets.affinity(0.5 if self.score_heads == "half" else 1.0)
         else:
             score = start.double().expand(batch, -1)
-        waiting = start > view.start - self.recent_frames - view.chunk_frames
+        waiting = start >= view.start - tail
         score = score.masked_fill(waiting, float("-inf"))
         best = score.sort(dim=1, descending=True, stable=True).indices[:, :shown]
         return best.gather(1, start[best].sort(dim=1).indices)
