@@ -107,7 +107,7 @@ def _parts(
     def window() -> None:
         made = {}
         for layer in layers:
-            layer.window.load(layer.store, layer.plan, layer.archive, made)
+            layer.window.load(layer.store, layer.plan, layer.archive, layer.average, made)
 
     def plain() -> None:
         for layer in layers:
