@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from training.parts import CaptionEncoder, make_text_encoder, make_tokenizer, ma
 from training.settings import Settings, TextSettings, VaeSettings
 from training.teacher import OpeningFlow, TeacherForcedFlow
 from training.vae import VaeStage
-from training.world import sample, words
+from training.world import sample, spellings, words
+from training.world.wording import written
+from utils.config import REPOSITORY
 from wan.vae import WanVAE
 from wan.vae_passes import VaePasses
 
@@ -155,6 +158,29 @@ def test_captions_are_whole_words() -> None:
     with torch.no_grad():
         together = encoder.eval()(ids[:4])
         assert_close(together[2:3], encoder(ids[2:3]), rtol=0, atol=1e-5)
+
+
+def test_other_words_are_read_as_the_grammar_writes_them() -> None:
+    """Synonyms become trained words, fillers nothing; what the grammar writes stays; the shipped file does the same."""
+    tokenizer, trained = make_tokenizer(words(), spellings()), set(written())
+    for seed in range(1000):
+        for split in ("train", "test", "free"):
+            caption = sample(seed, split).caption
+            assert tokenizer.normalizer.normalize_str(caption) == caption.lower()
+            assert set(re.findall("[a-z]+", caption.lower())) <= trained
+    for word in words():
+        assert set(tokenizer.normalizer.normalize_str(word).split()) <= trained, word
+    for said, meant in {
+        "A tiny disc twirls quickly on a blue wall.": "a small circle spins on a dark blue background .",
+        "We see a pair of violet boxes gliding over a grainy forest green field":
+            "two purple squares drifting a cloudy dark green background",
+        "One huge turquoise donut, looping on a dark gray scene with checks":
+            "a large cyan ring , orbiting on a charcoal background with checkerboard",
+        "Three red dots on a green striped backdrop": "three red circles on a dark green striped backdrop",
+    }.items():
+        assert tokenizer.encode(said).tokens[:-1] == meant.split()
+    shipped = json.loads((REPOSITORY / "weights/tiny/tokenizer/tokenizer.json").read_text())
+    assert shipped == json.loads(tokenizer.to_str())
 
 
 def test_a_fresh_text_encoder_reads_in_order() -> None:

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResample, WanResidualBlock
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -71,11 +72,13 @@ def make_transformer(architecture: WanConfig, seed: int) -> CausalWanModel:
     return model
 
 
-def make_tokenizer(words: list[str]) -> Tokenizer:
-    """Whole lower-case words and punctuation marks."""
+def make_tokenizer(words: Sequence[str], spellings: Sequence[tuple[str, str]] = ()) -> Tokenizer:
+    """Whole lower-case words and punctuation marks; `spellings` (regular expression, text) are put right before."""
     vocabulary = {word: i for i, word in enumerate([PAD, END, UNKNOWN, ".", ",", "-", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.Lowercase(), *(normalizers.Replace(Regex(said), meant) for said, meant in spellings),
+    ])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {END}", special_tokens=[(END, vocabulary[END])],

@@ -16,7 +16,7 @@ from training.memory import dense
 from training.parts import CaptionEncoder, architecture_of, make_text_encoder, make_tokenizer, make_vae
 from training.settings import Settings
 from training.vae import working_dtype
-from training.world import words
+from training.world import spellings, words
 from utils.config import ConfigError, load_model_spec
 from wan.geometry import VideoGeometry
 from wan.model import CausalWanModel
@@ -79,7 +79,7 @@ class Workshop:
 
     def captions(self) -> CaptionEncoder:
         """A fresh text encoder with its tokenizer."""
-        tokenizer = make_tokenizer(words())
+        tokenizer = make_tokenizer(words(), spellings())
         torch.manual_seed(self.settings.seed)
         encoder = make_text_encoder(self.settings.text, self.architecture.text_dim, tokenizer.get_vocab_size())
         return CaptionEncoder(tokenizer, encoder, self.architecture.text_len)

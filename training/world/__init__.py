@@ -10,8 +10,9 @@ from training.world.sampling import SPLITS, Clip, sample, sentence_is_held_out
 from training.world.scene import Scene, World
 from training.world.truth import ObjectTruth, Truth
 from training.world.vocabulary import words
+from training.world.wording import spellings
 
 __all__ = [
     "CLIP_FRAMES", "SPLITS", "CaptionError", "Clip", "ObjectTruth", "Scene", "Truth", "World", "parse_caption",
-    "render", "sample", "sentence_is_held_out", "to_frames", "words",
+    "render", "sample", "sentence_is_held_out", "spellings", "to_frames", "words",
 ]
