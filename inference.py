@@ -165,7 +165,11 @@ def run(options: argparse.Namespace) -> int:
         engine = Engine(plan)
         engine.prepare([text for job in jobs for text in job.item.texts])
         summary = render(engine, folder, jobs, pixel_frames, batch_size=options.batch_size)
-        logger.info("finished %d of %d videos in %s", len(summary.finished), len(jobs), folder.folder)
+        others = len(summary.elsewhere)
+        logger.info(
+            "finished %d of %d videos in %s%s", len(summary.finished), len(jobs), folder.folder,
+            f"; {others} {'was' if others == 1 else 'were'} made by another run" if others else "",
+        )
     for stem, why in summary.failed.items():
         logger.error("failed: %s: %s", stem, why)
     for stem, why in summary.unlisted.items():
