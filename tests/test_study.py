@@ -191,7 +191,7 @@ def test_another_study_is_refused(write, tmp_path, capsys, changed, said):
     ({"methods": {"../a": {"config": "configs/full.yaml"}}}, "cannot be a method's name. Use lower-case"),
     ({"methods": {}}, "neither methods nor references.*Add a method"),
     ({"captions": [{"split": "test"}]}, "missing mandatory value: count"),
-    ({"batchsize": 4}, r"unknown key batchsize\. Did you mean batch_size\? Valid keys: seconds, captions, .*study.settings"),
+    ({"batchsize": 4}, r"unknown key batchsize\. Did you mean batch_size\? Valid keys: seconds, .*study.settings"),
     ({"captions": [{"split": "test", "cont": 1}]}, r"unknown key cont\. Did you mean count\? Valid keys: split, count"),
     ({"batch_size": 0}, "batch_size=0 is too small. Ask for 1 or more"),
     ({"seconds": 0}, "seconds=0.0 is no length.*Ask for more than 0"),
