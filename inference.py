@@ -25,7 +25,7 @@ import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.acceleration import MODES
 from pipeline.build import RunPlan, plan_run
 from pipeline.decoder import NAMES as DECODERS
-from pipeline.engine import Engine
+from pipeline.engine import Engine, warn_of_words
 from pipeline.length import asked_pixel_frames, check_timelines, video_length
 from pipeline.memory import fit_memory
 from pipeline.preflight import describe
@@ -34,7 +34,7 @@ from pipeline.render import Summary, check_number, make_jobs, pending_jobs, refu
 from utils.config import load_config
 from utils.devices import choose_device, choose_vae_device
 from utils.launch import Launch, read_launch, wait_for_others
-from utils.outputs import OutputFolder, reason
+from utils.outputs import OutputFolder, check_writable, reason
 from utils.prompts import PromptItem, load_prompts, shard
 from wan.backends import NAMES as BACKENDS
 from wan.kv_cache.policy import build_policy, policy_fields
@@ -150,6 +150,8 @@ def run(options: argparse.Namespace) -> int:
     plan = fit_memory(plan, options.memory, options.batch_size)
     check_number(len(items), options.num_samples)
     if options.dry_run:
+        check_writable(options.output_folder)
+        warn_of_words(plan, [text for item in items for text in item.texts])
         print(describe(plan, length, options.batch_size))
         print(f"prompts   {len(items)} x {options.num_samples} samples -> {options.output_folder}")
         return 0
@@ -165,7 +167,11 @@ def run(options: argparse.Namespace) -> int:
         engine = Engine(plan)
         engine.prepare([text for job in jobs for text in job.item.texts])
         summary = render(engine, folder, jobs, pixel_frames, batch_size=options.batch_size)
-        logger.info("finished %d of %d videos in %s", len(summary.finished), len(jobs), folder.folder)
+        others = len(summary.elsewhere)
+        logger.info(
+            "finished %d of %d videos in %s%s", len(summary.finished), len(jobs), folder.folder,
+            f"; {others} {'was' if others == 1 else 'were'} made by another run" if others else "",
+        )
     for stem, why in summary.failed.items():
         logger.error("failed: %s: %s", stem, why)
     for stem, why in summary.unlisted.items():

@@ -199,13 +199,25 @@ def _embed(plan: RunPlan, texts: Sequence[str]) -> dict[str, Tensor]:
         return {text: _random_embedding(plan, text) for text in texts}
     identity = fingerprint([plan.weights["text_encoder"], plan.weights["tokenizer"], str(plan.dtype)])
     cache = EmbeddingCache(user_cache_dir() / "embeddings", identity, text_len)
-    words = PromptTokens.load(spec.tokenizer, text_len, spec.understands)
+    words = _words(plan)
 
     def load() -> TextEncoder:
         device = torch.device("cpu") if plan.memory.encoder_on_host else plan.device
         return TextEncoder.load(spec.text_encoder, words=words, device=device, dtype=plan.dtype)
 
     return embed_prompts(texts, cache, words, load)
+
+
+def warn_of_words(plan: RunPlan, texts: Sequence[str]) -> None:
+    """Say, as `Engine.prepare` does, what the model cannot read of each text; no network is loaded."""
+    if not plan.random_weights:
+        words = _words(plan)
+        for text in dict.fromkeys(texts):
+            words.warn(text)
+
+
+def _words(plan: RunPlan) -> PromptTokens:
+    return PromptTokens.load(plan.spec.tokenizer, plan.architecture.text_len, plan.spec.understands)
 
 
 def _random_embedding(plan: RunPlan, text: str) -> Tensor:

@@ -74,11 +74,12 @@ def fit_memory(plan: RunPlan, name: str, batch: int) -> RunPlan:
     sizes = ", ".join(f"--memory {preset} {_gib(size)}" for preset, size in needs.items())
     fitting = [preset for preset, size in needs.items() if size <= there]
     advice = f"Use --memory {fitting[0]}, or lower" if fitting else "Lower"
+    tiny = [kind for kind in ("taehv", "lighttae") if getattr(plan.spec, kind) is not None]
+    cheaper = f"--decoder {tiny[0]} is approximate and needs far less than the Wan VAE's own; " if tiny else ""
     raise ConfigError(
         f"{plan.geometry.width}x{plan.geometry.height} at --batch_size {batch} does not fit {plan.device}, which has "
         f"{_gib(there)}. Needed: {sizes}. {advice} the size, --batch_size or kv_cache.window_frames; "
-        "--decoder taehv is approximate and needs far less than the Wan VAE's own; --dry_run on a larger device shows "
-        "what each part needs."
+        f"{'' if plan.tiny_decoder else cheaper}--dry_run on a larger device shows what each part needs."
     )
 
 

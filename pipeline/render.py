@@ -57,6 +57,7 @@ class Summary:
     finished: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)    # stem -> why
     unlisted: dict[str, str] = field(default_factory=dict)  # there with their records, but not in the manifest: why
+    elsewhere: list[str] = field(default_factory=list)      # made by another run meanwhile
     interrupted: bool = False
 
     @property
@@ -174,6 +175,8 @@ def render(
     for job in jobs:
         if job.stem in summary.failed and is_finished(folder, job):  # another run was making it
             del summary.failed[job.stem]
+    made = {*summary.finished, *summary.failed}
+    summary.elsewhere = [job.stem for job in jobs if job.stem not in made and is_finished(folder, job)]
     return summary
 
 

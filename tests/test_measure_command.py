@@ -161,6 +161,30 @@ def test_measuring_resumes(tmp_path, capsys):
     assert {row.video for row in rows if row.metric == "border_flicker"} == {f"ours/{n}.mp4" for n in "abc"}
 
 
+def test_a_metric_that_lacks_its_input_is_left_out(tmp_path, caplog):
+    """Of a group: one line a run, no error, and the video counts as measured. Asked for, it is measured or an error."""
+    caplog.set_level("INFO")
+    for name in ("a", "b"):
+        make_video(tmp_path / "v" / f"{name}.mp4")
+    sidecar(make_video(tmp_path / "v" / "ours.mp4"), prompt="a c", seed=1)
+    table = tmp_path / "t.csv"
+    command = ["measure", str(tmp_path / "v"), "--output", str(table), "--device", "cpu"]
+    assert main(command) == 0
+    rows = read_table(table)
+    assert not any(row.error for row in rows)
+    assert {row.video for row in rows if row.metric == "border_flicker"} == {"v/ours.mp4"}
+    [line] = [line for line in caplog.messages if line.startswith("left out")]
+    assert line.startswith("left out for 2 of 3 videos: borders: ") and "--chunk_frames" in line
+    before = table.read_bytes()
+    assert main(command) == 0 and table.read_bytes() == before
+    assert main([*command, "--metrics", "basic", "borders"]) == 1
+    assert {row.video for row in read_table(table) if row.error} == {"v/a.mp4", "v/b.mp4"}
+    assert main([*command, "--chunk_frames", "9", "12"]) == 0
+    rows = read_table(table)
+    assert not any(row.error for row in rows)
+    assert {row.video for row in rows if row.metric == "border_flicker"} == {f"v/{n}.mp4" for n in ("a", "b", "ours")}
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_bad_input_costs_a_line_and_the_rest_goes_on(tmp_path, workers):
     """Corrupt, cut short, empty, one frame, another size: each has its line, good videos their values, status 1."""

@@ -175,6 +175,17 @@ def test_auto_takes_the_fastest_that_fits(
         memory.fit_memory(plan, "full", 1)
 
 
+def test_only_a_decoder_that_there_is_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None was made for the embedded model, and who uses one already need not hear of it."""
+    plans = tiny_plan(), replace(large_plan("full", exact=True), tiny_decoder=TinyDecoder("taehv", None))
+    monkeypatch.setattr(memory, "device_bytes", lambda device: 2**20)
+    monkeypatch.setattr(memory, "_need", lambda plan, batch: GIB)
+    for plan in plans:
+        with pytest.raises(ConfigError, match="Lower the size") as refused:
+            memory.fit_memory(plan, "auto", 1)
+        assert "--decoder" not in str(refused.value)
+
+
 def test_random_weights_of_both_networks_fit_their_skeletons() -> None:
     """Counting needs no data: every parameter of the skeletons is on the meta device."""
     plan = tiny_plan()

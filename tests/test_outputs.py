@@ -10,6 +10,7 @@ import os
 import re
 import struct
 import termios
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import pytest
 from utils.files import remove_stale, temp_path, write_atomically
 from utils.hashing import fingerprint, sha256_file, sha256_text
 from utils.launch import Launch, read_launch
-from utils.outputs import OutputFolder, append_json_line, read_json_lines, video_stem
+from utils.outputs import OutputFolder, append_json_line, check_writable, read_json_lines, video_stem
 from utils.progress import VideoProgress
 from utils.prompts import PromptItem
 
@@ -177,8 +178,17 @@ def test_unwritable_folder_is_told_at_once(tmp_path):
     """A file in the way, or a place where nothing can be made, is an OSError naming --output_folder."""
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "sub", Path("/proc/no-such-place")):
-        with pytest.raises(OSError, match=r"--output_folder .* cannot be written to"):
-            OutputFolder(folder, overwrite=False)
+        why = f": {tmp_path / 'file'} is a file. Choose another" if tmp_path in folder.parents else ""
+        for check in (check_writable, partial(OutputFolder, overwrite=False)):
+            with pytest.raises(OSError, match=f"--output_folder {folder} cannot be written to{why}"):
+                check(folder)
+
+
+def test_looking_whether_a_folder_can_be_written_leaves_nothing(tmp_path):
+    """Neither the folder nor the file by which it was tried."""
+    check_writable(tmp_path / "new" / "below")
+    check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # manifest lines ---------------------------------------------------------------------------------

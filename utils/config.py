@@ -11,14 +11,14 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from utils.config_cache import CacheFlags, PolicyFields, cache_group, clip_keys_in_use
 from utils.config_schema import (
@@ -391,6 +391,9 @@ def load_structured(path: Path, schema: type, overrides: Sequence[str] = ()) -> 
         return OmegaConf.to_object(merged)
     except (TypeError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         key, problem = getattr(error, "full_key", None), _first_line(error)
+        if isinstance(error, ConfigKeyError) and is_dataclass(group := error.object_type):
+            known, prefix = [field.name for field in fields(group)], key.removesuffix(str(error.key))
+            refuse_unknown([error.key], known, lambda _: str(path), prefix=prefix, explained=group.__module__)
         where = f"{path}: {key}" if key and str(key) not in problem else path
         raise ConfigError(
             f"{where}: {problem}. Keys and types are those of {schema.__module__}.{schema.__name__}."

@@ -11,6 +11,7 @@ looks finished.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -33,6 +34,8 @@ MANIFEST = "manifest.jsonl"
 SLUG_CHARACTERS = 60
 DIGEST_CHARACTERS = 8
 INDEX_DIGITS = 4
+UNWRITABLE = "--output_folder {} cannot be written to"
+FOLDER_REMEDY = "Choose another folder, or make room and set its permissions"
 SHOWN_SETTINGS, SHOWN_CHARACTERS = 4, 24
 
 
@@ -78,19 +81,11 @@ class OutputFolder:
     def __init__(self, folder: Path, *, overwrite: bool):
         self.folder = Path(folder)
         self.overwrite = overwrite
-        try:
+        check_writable(self.folder)
+        with _told(OSError, UNWRITABLE.format(self.folder), FOLDER_REMEDY):
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / ".writable.txt"
-            write_atomically(probe, b"")
-            probe.unlink(missing_ok=True)
             for suffix in (".mp4", ".json"):
                 remove_abandoned(self.folder, suffix)  # of killed runs, whatever their videos were called
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"--output_folder {self.folder} cannot be written to: {error.strerror or error}. "
-                "Choose another folder, or make room and set its permissions",
-            ) from error
 
     def video_path(self, stem: str) -> Path:
         return self.folder / f"{stem}.mp4"
@@ -167,6 +162,17 @@ class OutputFolder:
         remedy = "Make it a file with room to grow; videos and records beside it are untouched"
         with _told(ManifestError, f"{manifest} cannot be added to", remedy):
             append_json_line(manifest, {"time": now, **scalars})
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError unless a file can be made in `folder`, or in what there is of the path to it; none stays."""
+    with _told(OSError, UNWRITABLE.format(folder), FOLDER_REMEDY):
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if there.is_file():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file")
+        probe = there / ".writable.txt"
+        write_atomically(probe, b"")
+        probe.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

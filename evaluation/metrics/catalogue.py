@@ -34,6 +34,10 @@ EVERY = {**METRICS, **ON_DEVICE, **MODELS}
 BASIC = ("picture", "drift", "flicker", "borders", "frozen", "returns")  # no download, no optional package
 FREE = (*BASIC, "flow", "brisque", "shots")                              # no download
 PAPERS = tuple(name for name in MODELS if name != "visual_stability")    # the papers' own, with downloaded weights
+ASKS = {  # what must be known of a video (a field of videos.Video), and how it is told
+    "borders": ("chunks", "the chunk layout is not known. Give --chunk_frames, or keep the JSON beside the video"),
+    "clip_score": ("prompt", "no prompt is known. Give --prompts FILE, or keep the JSON beside the video"),
+}
 
 
 def make_metrics(names: Sequence[str], choices: Choices) -> list[Metric]:

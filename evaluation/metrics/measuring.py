@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluation.metrics.catalogue import make_metrics
+from evaluation.metrics.catalogue import ASKS, make_metrics
 from evaluation.metrics.protocol import CannotMeasureError, Choices, Frame, Metric, Value, VideoInfo
 from evaluation.metrics.table import Row, append, read_table
 from evaluation.metrics.videos import Video
@@ -72,7 +72,8 @@ def measure_videos(
 ) -> int:
     """Measure what the table lacks and add it, video by video; returns how many videos had an error.
 
-    A video counts as measured if its file is unchanged and every chosen metric has values of its protocol.
+    A video counts as measured if its file is unchanged and every chosen metric has values of its protocol. A metric
+    that a group brought along is left out, with one line in the log, for videos of which it lacks what it asks.
     Arguments: names as `make_metrics` takes them; workers, processes that measure a video each.
     Raises: ConfigError, before any video is opened, for metrics that cannot be made.
     """
@@ -80,13 +81,23 @@ def measure_videos(
     known: dict[str, list[Row]] = {}
     for row in read_table(table):
         known.setdefault(row.video, []).append(row)
-    jobs = []
+    jobs, left_out = [], Counter()
     for video in videos:
+        lacking = {
+            name for name, (fact, _) in ASKS.items()
+            if name not in names and not getattr(video, fact) and any(metric.name == name for metric in metrics)
+        }
+        left_out.update(lacking)
         content, before = _content(video.path), known.get(video.name, [])
         unchanged = any(row.metric == FILE and row.protocol == content for row in before)
-        todo = tuple(metric.name for metric in metrics if not (unchanged and _has(metric, before)))
+        todo = tuple(
+            metric.name for metric in metrics
+            if metric.name not in lacking and not (unchanged and _has(metric, before))
+        )
         if todo:
             jobs.append(_Job(video, todo, content, stale=bool(before) and not unchanged))
+    for name, count in left_out.items():
+        logger.info("left out for %d of %d videos: %s: %s", count, len(videos), name, ASKS[name][1])
     if len(jobs) < len(videos):
         logger.info("%d of %d videos are measured already and are skipped", len(videos) - len(jobs), len(videos))
     failed = 0

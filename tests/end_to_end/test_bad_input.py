@@ -298,7 +298,9 @@ def test_output_that_cannot_be_written(cli: CommandLine, refused):
     """A file in the way, or a folder that nobody can make."""
     (cli.folder / "file").write_text("mine")
     for out in ("file", "file/below"):
-        expect(refused(*PROMPT, *SHORT, out=out), f"--output_folder {cli.folder / out} cannot be written to", "Choose")
+        expect(refused(*PROMPT, *SHORT, out=out), f"--output_folder {cli.folder / out} cannot be written to", "Choose",
+               f"{cli.folder / 'file'} is a file")
+        expect(refused(*PROMPT, *SHORT, "--dry_run", out=out), f"{cli.folder / 'file'} is a file")
     assert (cli.folder / "file").read_text() == "mine"
 
 

@@ -340,6 +340,26 @@ def test_waiting_for_another_run_is_said_once(cli: CommandLine, monkeypatch: pyt
     assert is_whole(cli.folder / "videos", 1)
 
 
+def test_what_another_run_made_is_told(cli: CommandLine, monkeypatch: pytest.MonkeyPatch, caplog):
+    """One of two videos is being written elsewhere, and then it is there: the last line tells both."""
+    caplog.set_level("INFO")
+    command = ["--data_path", cli.prompts(*PROMPTS[:2]), "--num_output_frames", 3, "--save_with_index"]
+    start, folder = utils.outputs.OutputFolder.start, cli.folder / "videos"
+
+    def other_run_has_it(output: utils.outputs.OutputFolder, stem: str) -> None:
+        if stem == "0000-0":
+            monkeypatch.setattr(utils.outputs.OutputFolder, "start", start)
+            assert cli("--data_path", cli.prompts(PROMPTS[0], name="one.txt"), *command[2:]) == 0
+            raise BeingWrittenError(f"{stem}: another process is writing")
+        start(output, stem)
+
+    monkeypatch.setattr(pipeline.render, "WAIT_S", 0)
+    monkeypatch.setattr(utils.outputs.OutputFolder, "start", other_run_has_it)
+    assert cli(*command) == 0
+    assert caplog.messages[-1] == f"finished 1 of 2 videos in {folder}; 1 was made by another run"
+    assert is_whole(folder, 2)
+
+
 def test_two_runs_into_one_folder(cli: CommandLine):
     """Two processes on one list at once: every video is whole in the end, and neither spoils the other's."""
     options = ["--data_path", cli.prompts(*PROMPTS), *PRUNED]

@@ -211,6 +211,17 @@ def test_dry_run_prints_and_writes_nothing(cli: CommandLine, capsys):
     assert sorted(cli.folder.iterdir()) == before
 
 
+def test_dry_run_warns_of_prompts_as_the_run_does(cli: CommandLine, caplog):
+    """What the model cannot read of a prompt is told without loading it, each prompt once."""
+    command = ["--prompt", "a red circle " * 200, "--num_samples", 2, "--num_output_frames", 3]
+    warnings = []
+    for flags in (["--dry_run"], []):
+        caplog.clear()
+        assert cli(*command, *flags) == 0
+        warnings.append([line for line in caplog.messages if "longer than" in line])
+    assert warnings[0] == warnings[1] and len(warnings[0]) == 1
+
+
 def test_random_weights(cli: CommandLine, model):
     """--random_weights needs no weight file, and says in the record that there was none."""
     spec = model.read_text().replace(str(model.parent / "transformer"), "nowhere/transformer")
