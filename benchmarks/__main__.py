@@ -1,7 +1,7 @@
 """Speed, memory and error, with random weights: timings do not depend on them.
 
     python -m benchmarks speed --policy deep_forcing --output speed.json
-    python -m benchmarks stream --seconds 600
+    python -m benchmarks stream --measure wan_vae --seconds 600 --video long.mp4
     python -m benchmarks speed --policy deep_sink --compare kv_cache.window_frames=21 kv_cache.window_frames=15
     python -m benchmarks sweep --policy self_forcing --measure dit --lengths 5 60 600
     python -m benchmarks exactness --seconds 60
@@ -80,12 +80,18 @@ def run_speed(options: argparse.Namespace, base: Setting, device: torch.device) 
 def run_stream(options: argparse.Namespace, base: Setting, device: torch.device) -> Result:
     if options.latencies < 1:
         raise ConfigError(f"--latencies {options.latencies} is too small. Ask for 1 or more.")
+    if options.video is not None:
+        if len(options.measure) > 1:
+            raise ConfigError(f"--video {options.video} holds one video. Name one decoder with --measure.")
+        if options.video.suffix != ".mp4":
+            raise ConfigError(f"--video {options.video} must end in .mp4. Rename it.")
+        options.video.parent.mkdir(parents=True, exist_ok=True)
     plan = base.plan(device)
     schedule, lines = _schedule(options, plan), {}
     measure_stream = import_module("benchmarks.stream").measure_stream  # needs video codecs, which nothing else does
     for counted in options.measure:
         logger.info("%s: %d chunks, after a warm-up", counted, len(schedule.windows))
-        lines[counted] = measure_stream(plan, counted, base.batch, schedule, options.latencies)
+        lines[counted] = measure_stream(plan, counted, base.batch, schedule, options.latencies, options.video)
     words = [
         f"{name}: first minute {line.first_minute_ms:.1f} ms, last {line.last_minute_ms:.1f} ms a chunk: "
         f"{line.last_over_first:.4f}" for name, line in lines.items()

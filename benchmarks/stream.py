@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 from benchmarks.cycles import Schedule
 from benchmarks.decoders import COUNTED
@@ -18,14 +20,19 @@ from pipeline.decoder import TinyDecoder
 from pipeline.engine import Engine, VideoRequest
 from pipeline.noise import SampleSeed
 from pipeline.overlap import FrameChunk
+from utils.video import VideoWriter
 
 PROMPT = "a prompt"  # weights are random, its embedding too
 
 
-def measure_stream(plan: RunPlan, counted: str, batch: int, schedule: Schedule, latencies: int) -> Steadiness:
+def measure_stream(
+    plan: RunPlan, counted: str, batch: int, schedule: Schedule, latencies: int, kept: Path | None = None,
+) -> Steadiness:
     """Build the engine, warm it up, time the first frames of `latencies` videos, then one whole video.
 
-    Args: counted: a line of the table that decodes.
+    Args:
+        counted: a line of the table that decodes.
+        kept: the .mp4 that the video, the first of a batch, is written to while it is made.
     """
     tiny = TinyDecoder("taehv", None) if counted == "tiny_vae" else None
     engine, g = Engine(replace(plan, tiny_decoder=tiny)), plan.geometry
@@ -45,12 +52,16 @@ def measure_stream(plan: RunPlan, counted: str, batch: int, schedule: Schedule, 
         frames = next(chunks).frames.shape[1]
         first.append((1000 * (time.perf_counter() - begin), frames))
         chunks.close()
-    stages, allocated, begin = [], [], time.perf_counter()
-    for _ in islice(video(len(schedule.windows) + 1), len(schedule.windows)):  # the last has none beside it
-        now = time.perf_counter()
-        stages.append({"between": 1000 * (now - begin)})
-        allocated.append(allocated_gib(plan.device))
-        begin = now
+    with ExitStack() as stack:
+        writer = stack.enter_context(VideoWriter(kept, fps=g.fps)) if kept else None
+        stages, allocated, begin = [], [], time.perf_counter()
+        for chunk in islice(video(len(schedule.windows) + 1), len(schedule.windows)):  # the last has none beside it
+            if writer is not None:
+                writer.write(chunk.frames[0])
+            now = time.perf_counter()
+            stages.append({"between": 1000 * (now - begin)})
+            allocated.append(allocated_gib(plan.device))
+            begin = now
     speed = replace(
         summarise(plan, counted, batch, schedule, stages, first, read_memory(plan.device)),
         counted=COUNTED[counted].words + ", as the engine streams them",

@@ -120,6 +120,7 @@ class Subject:
         """
         if self._open is None:
             return None
+        self._decode = None  # the last video's past, which a decoder would keep beside the new one's
         decode, frames = self._open(), self.plan.geometry.whole_chunks(1)
         begin = clock.mark()
         chunk = next(self.pipeline(self._embeddings, frames, self.noise, self._seeds))

@@ -24,6 +24,7 @@ from benchmarks.speed import compare, measure
 from benchmarks.subject import Made, Subject
 from benchmarks.summary import Spread
 from utils.config import ConfigError
+from utils.video import open_video
 
 CPU = torch.device("cpu")
 FILLING = [3, 6, 9, 12, 15, 18, 21]
@@ -321,6 +322,16 @@ def test_stream_json(tmp_path, model: str) -> None:
         assert speed["stage_ms"] == {"between": approx(speed["chunk_ms"]["mean"])} and speed["cycles"] == 12
         assert (speed["first_pixel_frames"], speed["first_frames_ms"]["count"]) == (9, 2)
         assert line["last_over_first"] == approx(line["last_minute_ms"] / line["first_minute_ms"])
+
+
+def test_a_streamed_video_is_kept(tmp_path, model: str, capsys) -> None:
+    """Of one decoder, with all frames of the measured chunks: 9 of the first, 12 of each later one."""
+    kept = tmp_path / "new" / "long.mp4"
+    flags = ("stream", "--model", model, "--latencies", "1", "--video", str(kept))
+    assert main([*flags]) == 2 and "--measure" in capsys.readouterr().err
+    speed = run(tmp_path, *flags, "--measure", "wan_vae")["streamed"]["wan_vae"]["speed"]
+    with open_video(kept) as video:
+        assert sum(1 for _ in video.frames) == 9 + 12 * (len(speed["every_chunk_ms"]) - 1)
 
 
 def test_exactness_and_endurance_json(tmp_path, model: str) -> None:
