@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation.analysers.palette import nearest
+from evaluation.analysers.segment import blocks
 from training.world.vocabulary import PATTERNS
 
 LEVELS = 256
@@ -38,11 +39,11 @@ def look_behind(frames: np.ndarray, free: np.ndarray) -> Behind:
     """Measure the background. Shapes: frames uint8 [T, H, W, 3]; free bool [T, H, W], True where no subject is near."""
     histogram = np.zeros((len(frames), 3, LEVELS), np.int64)
     for index, (frame, open_) in enumerate(zip(frames, free, strict=True)):
-        seen = frame[open_]
+        seen = np.flatnonzero(open_)
         for channel in range(3):
-            histogram[index, channel] = np.bincount(seen[:, channel], minlength=LEVELS)
+            histogram[index, channel] = np.bincount(frame[..., channel].take(seen), minlength=LEVELS)
     rgb = mean_of(histogram)
-    energy = np.concatenate([_pattern_energy(part, open_) for part, open_ in _blocks(frames, free)])
+    energy = np.concatenate([_pattern_energy(frames[block], free[block]) for block in blocks(len(frames))])
     return Behind(rgb, nearest(rgb, lightness=0.7), name_pattern(energy), histogram, energy)
 
 
@@ -73,43 +74,43 @@ def name_pattern(energy: np.ndarray) -> np.ndarray:
     return choice
 
 
-def _blocks(frames: np.ndarray, free: np.ndarray, size: int = 64):
-    for start in range(0, len(frames), size):
-        yield frames[start:start + size], free[start:start + size]
-
-
 def _pattern_energy(frames: np.ndarray, free: np.ndarray) -> np.ndarray:
     """[T, 5], see Behind.energy; line, grid and fourth moment are of what the plane leaves."""
     bright, open_ = _reduced(frames, free)
-    count = np.maximum(open_.sum((1, 2)), 1)
-    bright = (bright - ((bright * open_).sum((1, 2)) / count)[:, None, None]) * open_
-    total = (bright ** 2).sum((1, 2)) / count
+    count = np.maximum(_dot(open_, open_), 1)
+    bright = (bright - (_dot(bright, open_) / count)[:, None, None]) * open_
     rest = bright - _plane(bright, open_)
-    left = (rest ** 2).sum((1, 2)) / count
-    line, grid = _peaks(rest)
-    fourth = (rest ** 4).sum((1, 2)) / count / np.maximum(left ** 2, 1e-16)
-    return np.stack([np.sqrt(total), 1 - left / np.maximum(total, 1e-12), line, grid, fourth], 1)
+    square = rest ** 2
+    total, left = _dot(bright, bright) / count, _dot(rest, rest) / count
+    fourth = _dot(square, square) / count / np.maximum(left ** 2, 1e-16)
+    return np.stack([np.sqrt(total), 1 - left / np.maximum(total, 1e-12), *_peaks(rest), fourth], 1)
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Sums of products over height and width, [T, h, w] -> [T]."""
+    return np.einsum("thw,thw->t", a, b)
 
 
 def _reduced(frames: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Brightness averaged over cells [T, h, w], and where a whole cell is background."""
+    """Brightness averaged over cells [T, h, w], and 1 where a whole cell is background; both float32."""
     height, width = (size // CELL * CELL for size in free.shape[1:])
-    tone = frames[..., 0].astype(np.uint16) + frames[..., 1] + frames[..., 2]
-    cells = [(slice(None), slice(y, height, CELL), slice(x, width, CELL)) for y in range(CELL) for x in range(CELL)]
-    bright = sum(tone[cell].astype(np.float32) for cell in cells) / (3 * 255 * CELL ** 2)
-    open_ = np.logical_and.reduce([free[cell] for cell in cells])
-    return bright, open_
+    rows = [(slice(None), slice(y, height, CELL), slice(width)) for y in range(CELL)]
+    sums = sum(frames[row].astype(np.uint16) for row in rows).reshape(len(frames), height // CELL, width // CELL, -1)
+    bright = sum(np.moveaxis(sums, -1, 0)).astype(np.float32) / (3 * 255 * CELL ** 2)
+    open_ = np.logical_and.reduce([free[row][:, :, x::CELL] for row in rows for x in range(CELL)])
+    return bright, open_.astype(np.float32)
 
 
 def _plane(bright: np.ndarray, open_: np.ndarray) -> np.ndarray:
     """The least-squares plane through `bright` where `open_`, zero elsewhere. [T, h, w]."""
-    _, height, width = bright.shape
+    count, height, width = bright.shape
     ys, xs = np.mgrid[-1:1:height * 1j, -1:1:width * 1j]
-    basis = np.stack([np.ones_like(xs), xs, ys])                                     # [3, h, w]
-    normal = np.einsum("ahw,bhw,thw->tab", basis, basis, open_.astype(np.float32))
-    right = np.einsum("ahw,thw->ta", basis, bright)
-    slope = np.linalg.solve(normal + 1e-3 * np.eye(3), right[..., None])[..., 0]
-    return np.einsum("ta,ahw->thw", slope, basis) * open_
+    basis = np.stack([np.ones_like(xs), xs, ys], -1).reshape(-1, 3).astype(np.float32)          # [h * w, 3]
+    products = (basis[:, :, None] * basis[:, None]).reshape(-1, 9)
+    normal = (open_.reshape(count, -1) @ products).reshape(count, 3, 3)
+    right = bright.reshape(count, -1) @ basis
+    slope = np.linalg.solve(normal + 1e-3 * np.eye(3), right[..., None])[..., 0].astype(np.float32)
+    return (slope @ basis.T).reshape(bright.shape) * open_
 
 
 def _peaks(rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -121,21 +122,28 @@ def _peaks(rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     count, height, width = rest.shape
     taper = np.hanning(height + 2)[1:-1, None] * np.hanning(width + 2)[1:-1]
-    power = np.abs(np.fft.fft2(rest * taper)) ** 2
-    fy = (np.fft.fftfreq(height)[:, None] * height) + np.zeros((height, width))       # cycles a frame height
-    fx = (np.fft.fftfreq(width) * height) + np.zeros((height, width))
-    power *= np.hypot(fx, fy) >= LOWEST
+    wave = np.fft.rfft2(rest * taper.astype(np.float32))
+    half = wave.real ** 2 + wave.imag ** 2
+    other = half[:, :, (width - 1) // 2:0:-1][:, -np.arange(height)]                  # the rest is its mirror image
+    fy = (np.fft.fftfreq(height) * height)[:, None].astype(np.float32)                # cycles a frame height
+    fx = (np.fft.fftfreq(width) * height).astype(np.float32)
+    power = np.concatenate([half, other], 2) * (fx ** 2 + fy ** 2 >= LOWEST ** 2)
+
+    def near(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """`power` within reach of one frequency a frame, x and y [T, 1, 1]."""
+        return power * ((fx - x) ** 2 + (fy - y) ** 2 <= PEAK_REACH ** 2)
+
     total = np.maximum(power.sum((1, 2)), 1e-12)
-    best = power.reshape(count, -1).argmax(1)
-    top_x, top_y = fx.reshape(-1)[best][:, None, None], fy.reshape(-1)[best][:, None, None]
+    row, column = np.divmod(power.reshape(count, -1).argmax(1), width)
+    top_x, top_y = fx[column][:, None, None], fy[row][:, :, None]
     for _ in range(2):                                                                # to the peak's centre of mass
-        weight = power * (np.hypot(fx - top_x, fy - top_y) <= PEAK_REACH)
+        weight = near(top_x, top_y)
         mass = np.maximum(weight.sum((1, 2), keepdims=True), 1e-12)
         top_x, top_y = (weight * fx).sum((1, 2), keepdims=True) / mass, (weight * fy).sum((1, 2), keepdims=True) / mass
     length = np.maximum(np.hypot(top_x, top_y), 1e-9)
-    beside = np.abs(fx * top_y - fy * top_x) / length                                 # distance from the wave's line
-    along = np.abs(fx * top_x + fy * top_y) / length
-    cone = (power * (beside <= np.maximum(PEAK_REACH, CONE * along))).sum((1, 2)) / total
-    mine = (power * (np.hypot(fx - top_x, fy - top_y) <= PEAK_REACH)).sum((1, 2))
-    turned = (power * (np.hypot(fx + top_y, fy - top_x) <= PEAK_REACH)).sum((1, 2))
+    unit_x, unit_y = top_x / length, top_y / length
+    beside = np.abs(fx * unit_y - fy * unit_x)                                        # distance from the wave's line
+    along = np.abs(fx * unit_x + fy * unit_y)
+    cone = _dot(power, (beside <= np.maximum(PEAK_REACH, CONE * along)).astype(np.float32)) / total
+    mine, turned = near(top_x, top_y).sum((1, 2)), near(-top_y, top_x).sum((1, 2))
     return cone, 4 * np.minimum(mine, turned) / total                                 # 4: each has its mirror image

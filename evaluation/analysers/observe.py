@@ -4,14 +4,14 @@ T pixel frames, H height, W width, S slots (see tracks.py).
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from evaluation.analysers.behind import Behind, look_behind
 from evaluation.analysers.motion import MotionWindows, name_motions
-from evaluation.analysers.segment import grown, inner_edge, name_and_segment
-from evaluation.analysers.shapes import describe
+from evaluation.analysers.segment import blocks, grown, inner_edge, name_and_segment
+from evaluation.analysers.shapes import Shapes, describe
 from evaluation.analysers.tracks import Tracks, follow
 
 HALO_SHARE = 3 / 96        # of the height around a subject that may hold its soft edge
@@ -52,12 +52,9 @@ def observe(frames: np.ndarray, fps: float = 16.0) -> Observation:
             f"observe got {frames.dtype} {list(frames.shape)}; it needs at least two uint8 frames [T, H, W, 3]. "
             "Convert pixels in [-1, 1] first."
         )
-    mask, found = name_and_segment(frames)
     height, width = frames.shape[1:3]
-    owned = np.zeros(frames.shape[:3], bool)
-    owned[found.frame[found.component], found.y, found.x] = True
-    free = ~grown(owned | mask & _sparse(mask), max(1, round(HALO_SHARE * height)))
-    shapes = describe(frames, found)
+    shapes, owned, free = _shapes(frames)
+    outline = inner_edge(owned)
     tracks = follow(shapes, len(frames), height)
     behind = look_behind(frames, free)
     step, change = _steps(frames, free)
@@ -65,9 +62,22 @@ def observe(frames: np.ndarray, fps: float = 16.0) -> Observation:
         fps=float(fps), height=height, width=width, tracks=tracks, behind=behind,
         motion=name_motions(tracks, fps, height),
         count=np.bincount(shapes.frame, minlength=len(frames)),
-        step=step, change=change, edge_speed=_edge_speed(owned, fps),
-        sharpness=_sharpness(frames, owned, tracks, behind), thumbnails=_thumbnails(frames),
+        step=step, change=change, edge_speed=_edge_speed(owned, outline, fps),
+        sharpness=_sharpness(frames, outline, tracks, behind), thumbnails=_thumbnails(frames),
     )
+
+
+def _shapes(frames: np.ndarray) -> tuple[Shapes, np.ndarray, np.ndarray]:
+    """All shapes, which pixels are theirs, and which are background [T, H, W]: block by block."""
+    parts, owned, free = [], np.zeros(frames.shape[:3], bool), np.empty(frames.shape[:3], bool)
+    for block in blocks(len(frames)):
+        mask, found = name_and_segment(frames[block])
+        owned[block][found.frame[found.component], found.y, found.x] = True
+        free[block] = ~grown(owned[block] | mask & _sparse(mask), max(1, round(HALO_SHARE * frames.shape[1])))
+        part = describe(frames[block], found)
+        parts.append(replace(part, frame=part.frame + block.start))
+    joined = [np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Shapes)]
+    return Shapes(*joined), owned, free
 
 
 def _sparse(mask: np.ndarray) -> np.ndarray:
@@ -77,37 +87,43 @@ def _sparse(mask: np.ndarray) -> np.ndarray:
 
 def _steps(frames: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     step, change = np.full(len(frames), np.nan), np.full(len(frames), np.nan)
-    for index in range(1, len(frames)):
-        away = np.abs(frames[index].astype(np.int16) - frames[index - 1])
-        apart = away[..., 0] + away[..., 1] + away[..., 2]
-        both = free[index] & free[index - 1]
-        change[index] = apart.mean() / (3 * 255)
-        step[index] = apart[both].mean() / (3 * 255) if both.any() else change[index]
+    for block in blocks(len(frames) - 1):
+        before, now = frames[:-1][block], frames[1:][block]
+        away = (np.maximum(before, now) - np.minimum(before, now)).reshape(len(now), -1, 3).astype(np.float32)
+        both = (free[:-1][block] & free[1:][block]).reshape(len(now), 1, -1)
+        change[1:][block] = away.mean((1, 2)) / 255
+        seen = (both.astype(np.float32) @ away).mean((1, 2)) / 255
+        count = both.sum((1, 2))
+        step[1:][block] = np.where(count > 0, seen / np.maximum(count, 1), change[1:][block])
     return step, change
 
 
-def _edge_speed(owned: np.ndarray, fps: float) -> np.ndarray:
+def _edge_speed(owned: np.ndarray, outline: np.ndarray, fps: float) -> np.ndarray:
     """Area that changes hands between two frames / the outline's length: what any motion, turning too, moves."""
     speed = np.full(len(owned), np.nan)
-    outline = inner_edge(owned).sum((1, 2))
+    length = outline.sum((1, 2))
     moved = (owned[1:] ^ owned[:-1]).sum((1, 2))
-    speed[1:] = moved / np.maximum((outline[1:] + outline[:-1]) / 2, 1) * fps
+    speed[1:] = moved / np.maximum((length[1:] + length[:-1]) / 2, 1) * fps
     return speed
 
 
-def _sharpness(frames: np.ndarray, owned: np.ndarray, tracks: Tracks, behind: Behind) -> np.ndarray:
+def _sharpness(frames: np.ndarray, outline: np.ndarray, tracks: Tracks, behind: Behind) -> np.ndarray:
     """Mean slope of the colour along the outlines / the contrast between shapes and background."""
-    sharpness = np.full(len(frames), np.nan)
-    outline = inner_edge(owned)
-    for index in np.flatnonzero(tracks.present.any(1)):
-        here = np.argwhere(outline[index, 1:-1, 1:-1]) + 1
-        y, x = here.T
-        values = frames[index].astype(np.float32) / 255
-        slope_x = (values[y, x + 1] - values[y, x - 1]) / 2
-        slope_y = (values[y + 1, x] - values[y - 1, x]) / 2
-        slope = np.sqrt((slope_x ** 2 + slope_y ** 2).sum(-1)).mean() if len(here) else np.nan
-        contrast = np.linalg.norm(np.nanmean(tracks.rgb[index], 0) - behind.rgb[index])
-        sharpness[index] = slope / max(contrast, 1e-3)
+    count, height, width = outline.shape
+    inner = np.zeros_like(outline)
+    inner[:, 1:-1, 1:-1] = outline[:, 1:-1, 1:-1]
+    here, pixels = np.flatnonzero(inner), frames.reshape(-1, 3)
+    squares = sum(
+        ((pixels.take(here + away, 0).astype(np.int32) - pixels.take(here - away, 0)) ** 2).sum(1)
+        for away in (1, width)
+    )
+    frame = here // (height * width)
+    slope = np.bincount(frame, np.sqrt(squares), count) / (2 * 255)
+    length, shapes = np.bincount(frame, minlength=count), tracks.present.sum(1)
+    sharpness, known = np.full(count, np.nan), (shapes > 0) & (length > 0)
+    rgb = np.nansum(tracks.rgb, 1)[known] / shapes[known, None]
+    contrast = np.linalg.norm(rgb - behind.rgb[known], axis=1)
+    sharpness[known] = slope[known] / length[known] / np.maximum(contrast, 1e-3)
     return sharpness
 
 
@@ -115,5 +131,9 @@ def _thumbnails(frames: np.ndarray) -> np.ndarray:
     count, height, width, _ = frames.shape
     cell = max(1, round(THUMBNAIL * height / 96))
     rows, columns = height // cell, width // cell
-    cut = frames[:, :rows * cell, :columns * cell].reshape(count, rows, cell, columns, cell, 3)
-    return cut.sum(2, dtype=np.uint32).sum(3).reshape(count, -1).astype(np.float32) / (255 * cell ** 2)
+    sums = []
+    for block in blocks(count):
+        cut = frames[block, :rows * cell, :columns * cell].astype(np.float32)
+        lines = np.einsum("tyrx->tyx", cut.reshape(len(cut), rows, cell, -1))
+        sums.append(np.einsum("txrc->txc", lines.reshape(len(cut), -1, cell, 3)).reshape(len(cut), -1))
+    return np.concatenate(sums) / (255 * cell ** 2)

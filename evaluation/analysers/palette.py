@@ -62,5 +62,9 @@ def pixel_table() -> np.ndarray:
 
 def name_pixels(frames: np.ndarray) -> np.ndarray:
     """uint8 [..., 3] -> index into PROTOTYPES, uint8 [...]."""
-    coarse = (frames >> (8 - TABLE_BITS)).astype(np.int32)
-    return pixel_table()[(coarse[..., 0] << (2 * TABLE_BITS)) + (coarse[..., 1] << TABLE_BITS) + coarse[..., 2]]
+    coarse = frames >> (8 - TABLE_BITS)
+    entry = coarse[..., 0].astype(np.int32)
+    for channel in (1, 2):
+        entry <<= TABLE_BITS
+        entry |= coarse[..., channel]
+    return pixel_table().take(entry)

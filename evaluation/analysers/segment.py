@@ -4,7 +4,8 @@ T frames, H height, W width, C components of all frames together.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,7 +16,7 @@ SMALLEST_SHARE = 100 / REFERENCE_AREA   # of the frame; the smallest shape of th
 LARGEST_SHARE = 0.45
 BORDER_CONTACT = 0.10                   # of the frame's outline; shapes stay clear of it
 BORDER_RULE = 0.5                       # a subject colour along half of the outline is the background
-BLOCK_FRAMES = 256                      # labelled at a time, to bound memory
+BLOCK_FRAMES = 64                       # looked at together: what is made of them stays in the processor's cache
 SECOND_COLOUR = 0.2                     # share of a component from which its second colour is a shape of its own
 
 
@@ -28,6 +29,11 @@ class Pixels:
     x: np.ndarray           # [P]
     frame: np.ndarray       # [C] int64, the frame of each component
     touches: np.ndarray     # [C] pixels on the frame's outline
+
+
+def blocks(num_frames: int) -> Iterator[slice]:
+    """The frames of a video in turns of BLOCK_FRAMES."""
+    return (slice(start, start + BLOCK_FRAMES) for start in range(0, num_frames, BLOCK_FRAMES))
 
 
 def subject_mask(names: np.ndarray) -> np.ndarray:
@@ -73,11 +79,11 @@ def _connected(mask: np.ndarray, barrier: np.ndarray | None = None) -> Pixels:
     upper, lower = run_of[:, :-1][meets], run_of[:, 1:][meets]
     root = _unite(runs, upper, lower)
     flat = np.flatnonzero(mask)
-    component = root[run_of.reshape(-1)[flat]]
-    _, component = np.unique(component, return_inverse=True)
+    number = np.cumsum(root == np.arange(runs)) - 1
+    component = number[root][run_of.reshape(-1)[flat]]
     frame, rest = np.divmod(flat, height * width)
     y, x = np.divmod(rest, width)
-    count = int(component.max()) + 1
+    count = int(number[-1]) + 1
     of_frame = np.zeros(count, np.int64)
     of_frame[component] = frame
     edge = (y == 0) | (y == height - 1) | (x == 0) | (x == width - 1)
@@ -162,25 +168,24 @@ def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
     return wide
 
 
+def surrounded(owner: np.ndarray) -> np.ndarray:
+    """Pixels of `owner` [T, H, W] whose four neighbours, as far as the frame reaches, all equal them."""
+    inside = np.ones(owner.shape, bool)
+    for axis in (1, 2):
+        here, there = (np.moveaxis(values, axis, 0) for values in (owner, inside))
+        same = here[1:] == here[:-1]
+        there[1:] &= same
+        there[:-1] &= same
+    return inside
+
+
 def inner_edge(mask: np.ndarray) -> np.ndarray:
     """Pixels of `mask` [T, H, W] with a neighbour outside it."""
-    inside = mask.copy()
-    inside[:, 1:] &= mask[:, :-1]
-    inside[:, :-1] &= mask[:, 1:]
-    inside[:, :, 1:] &= mask[:, :, :-1]
-    inside[:, :, :-1] &= mask[:, :, 1:]
-    return mask & ~inside
+    return mask & ~surrounded(mask)
 
 
 def name_and_segment(frames: np.ndarray) -> tuple[np.ndarray, Pixels]:
-    """Mask of subject colours [T, H, W] and the accepted components of uint8 frames [T, H, W, 3], block by block."""
-    masks, parts, number = [], [], 0
-    for start in range(0, len(frames), BLOCK_FRAMES):
-        block = frames[start:start + BLOCK_FRAMES]
-        names = name_pixels(block)
-        masks.append(subject_mask(names))
-        found = components(block, names, masks[-1])
-        parts.append(Pixels(found.component + number, found.y, found.x, found.frame + start, found.touches))
-        number += len(found.frame)
-    joined = [np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Pixels)]
-    return np.concatenate(masks), Pixels(*joined)
+    """Mask of subject colours [T, H, W] and the accepted components of uint8 frames [T, H, W, 3]."""
+    names = name_pixels(frames)
+    mask = subject_mask(names)
+    return mask, components(frames, names, mask)

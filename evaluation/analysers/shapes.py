@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation.analysers.palette import PROTOTYPES, SUBJECTS, oklab
-from evaluation.analysers.segment import Pixels
+from evaluation.analysers.segment import Pixels, surrounded
 from training.world.vocabulary import KINDS
 
 SYMMETRY = {"triangle": 3, "square": 4, "star": 5}
@@ -54,15 +54,15 @@ def describe(frames: np.ndarray, found: Pixels) -> Shapes:
     z = (found.x - x[found.component]) + 1j * (found.y - y[found.component])
     distance = np.abs(z)
     spread = total(distance ** 2) / area                      # squared rms radius
-    moments = []
-    for order in ORDERS:
-        power = z ** order
-        moments.append((total(power.real) + 1j * total(power.imag)) / np.maximum(total(distance ** order), 1e-9))
+    moments, power, length = [], z * z, distance ** 2
+    for _ in ORDERS:                                          # each the one before times z
+        power, length = power * z, length * distance
+        moments.append((total(power.real) + 1j * total(power.imag)) / np.maximum(total(length), 1e-9))
     core = total(distance < CORE * np.sqrt(spread)[found.component]) / area
     compact = area / (2 * np.pi * np.maximum(spread, 1e-9))
     features = np.stack([*(np.abs(moment) for moment in moments), compact, core], 1)
     kind = name_kind(features)
-    rgb = _mean_colour(frames, found, distance, total)
+    rgb = _mean_colour(frames, found)
     phase = np.zeros(count)
     for name, order in SYMMETRY.items():
         mine = kind == KINDS.index(name)
@@ -70,19 +70,14 @@ def describe(frames: np.ndarray, found: Pixels) -> Shapes:
     return Shapes(found.frame, kind, name_colour(rgb), rgb, x, y, np.sqrt(area / np.pi), phase, area, features)
 
 
-def _mean_colour(frames: np.ndarray, found: Pixels, distance: np.ndarray, total) -> np.ndarray:
+def _mean_colour(frames: np.ndarray, found: Pixels) -> np.ndarray:
     """Mean over the pixels that are surrounded by their own component: its rim is mixed with the background."""
-    height, width = frames.shape[1:3]
-    frame = found.frame[found.component]
     owner = np.full(frames.shape[:3], -1, np.int32)
-    owner[frame, found.y, found.x] = found.component
-    inside = np.ones(len(found.component), bool)
-    for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0)):
-        y, x = np.clip(found.y + dy, 0, height - 1), np.clip(found.x + dx, 0, width - 1)
-        inside &= owner[frame, y, x] == found.component
-    weight = total(inside)
-    values = frames[frame, found.y, found.x] / 255.0 * inside[:, None]
-    return np.stack([total(values[:, channel]) for channel in range(3)], 1) / np.maximum(weight, 1)[:, None]
+    owner[found.frame[found.component], found.y, found.x] = found.component
+    inside = np.flatnonzero(surrounded(owner) & (owner >= 0))
+    component, count = owner.take(inside), len(found.frame)
+    sums = [np.bincount(component, values, count) for values in frames.reshape(-1, 3).take(inside, 0).T]
+    return np.stack(sums, 1) / np.maximum(np.bincount(component, minlength=count), 1)[:, None] / 255
 
 
 def name_colour(rgb: np.ndarray) -> np.ndarray:

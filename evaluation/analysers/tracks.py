@@ -69,8 +69,8 @@ def _match(
         cost = np.hypot(shapes.x[before][:, None] - shapes.x[left], shapes.y[before][:, None] - shapes.y[left]) / height
         cost += COLOUR_COST * (shapes.colour[before][:, None] != shapes.colour[left])
         cost += KIND_COST * (shapes.kind[before][:, None] != shapes.kind[left])
-        while np.isfinite(cost).any():
-            row, column = np.unravel_index(np.argmin(cost), cost.shape)
+        for _ in range(min(cost.shape)):
+            row, column = divmod(int(cost.argmin()), len(left))
             assigned[alive[row]] = left[column]
             cost[row], cost[:, column] = np.inf, np.inf
         left = [component for component in left if component not in assigned.values()]
