@@ -15,7 +15,7 @@ from evaluation.__main__ import main
 from evaluation.metrics.catalogue import BASIC, make_metrics
 from evaluation.metrics.measuring import measure
 from evaluation.metrics.protocol import CannotMeasureError, Choices, Value, VideoInfo
-from evaluation.metrics.table import COLUMNS, Row, append, read_table, write_parquet
+from evaluation.metrics.table import COLUMNS, Row, append, read_ends, read_table, write_csv, write_parquet
 from evaluation.metrics.videos import find_videos
 from evaluation.vbench import INDEX, NAME_BYTES, PROMPTS, export, read_results, vbench_stem
 from utils.config import ConfigError
@@ -52,6 +52,18 @@ def test_a_table_comes_back_as_it_went(tmp_path):
     assert read_table(path) == rows and path.read_text().splitlines()[0] == ",".join(COLUMNS)
     if write_parquet(rows, tmp_path / "t.parquet"):
         assert read_table(tmp_path / "t.parquet") == rows
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_the_ends_of_a_table(tmp_path, count: int) -> None:
+    """The first and the last of all rows, whatever lies between."""
+    rows = [replace(ROW, start_s=float(second), prompt='says "a,\nb"') for second in range(count)]
+    assert read_ends(tmp_path / "t.csv") == []
+    write_csv(rows, tmp_path / "t.csv")
+    assert read_ends(tmp_path / "t.csv") == read_table(tmp_path / "t.csv")[:1] + read_table(tmp_path / "t.csv")[-1:]
+    (tmp_path / "t.csv").write_text("a,b\n")
+    with pytest.raises(ValueError, match="not a table of metrics"):
+        read_ends(tmp_path / "t.csv")
 
 
 def test_the_last_row_counts(tmp_path):

@@ -10,7 +10,7 @@ import csv
 import io
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from utils.files import write_atomically
@@ -70,6 +70,15 @@ def read_table(path: Path) -> list[Row]:
     return list(rows.values())
 
 
+def read_ends(path: Path) -> list[Row]:
+    """The first and the last row of a CSV, in half the time that all rows take; a missing file is empty.
+
+    Raises: ValueError if the file is no such table.
+    """
+    lines = list(_lines(path)) if path.exists() else []
+    return [_row(path, number, line) for number, line in (lines[:1] + lines[-1:])]
+
+
 def append(path: Path, rows: Sequence[Row], *, replacing: Collection[str] = ()) -> None:
     """Add rows to a CSV, atomically; all earlier rows of the videos in `replacing` go first.
 
@@ -111,20 +120,31 @@ def write_parquet(rows: Sequence[Row], path: Path) -> bool:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
+    return (_row(path, number, line) for number, line in _lines(path))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The texts of every row, and its number."""
     with path.open(newline="", encoding="utf-8") as file:
         lines = csv.reader(file)
         header = next(lines, None)
         if header is None or tuple(header) != COLUMNS:
             raise ValueError(f"{path}: not a table of metrics. Its first line must be: {','.join(COLUMNS)}")
-        for number, line in enumerate(lines, 2):
-            if len(line) != len(COLUMNS):
-                raise ValueError(f"{path}, row {number}: {len(line)} columns instead of {len(COLUMNS)}. Is it whole?")
-            texts = dict(zip(COLUMNS, line, strict=True))
-            try:
-                numbers = {name: float(texts[name]) if texts[name] else None for name in ("start_s", "value")}
-            except ValueError as error:
-                raise ValueError(f"{path}, row {number}: {error}") from error
-            yield Row(**{**texts, **numbers})
+        yield from enumerate(lines, 2)
+
+
+def _row(path: Path, number: int, line: list[str]) -> Row:
+    if len(line) != len(COLUMNS):
+        raise ValueError(f"{path}, row {number}: {len(line)} columns instead of {len(COLUMNS)}. Is it whole?")
+    *texts, start_s, value, protocol, why = line
+    try:
+        return Row(*texts, _number(start_s), _number(value), protocol, why)
+    except ValueError as error:
+        raise ValueError(f"{path}, row {number}: {error}") from error
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -137,7 +157,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 
 def _texts(row: Row) -> list[str]:
-    return ["" if item is None else f"{item:.{DIGITS}g}" if isinstance(item, float) else item for item in astuple(row)]
+    items = (getattr(row, name) for name in COLUMNS)  # astuple would copy each, which takes longer than all else
+    return ["" if item is None else f"{item:.{DIGITS}g}" if isinstance(item, float) else item for item in items]
 
 
 def _csv(lines: Sequence[Sequence[str]]) -> bytes:

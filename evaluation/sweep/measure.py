@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evaluation.metrics.measuring import measure
 from evaluation.metrics.protocol import Metric, VideoInfo
-from evaluation.metrics.table import Row, read_table, write_csv
+from evaluation.metrics.table import Row, read_ends, read_table, write_csv
 from evaluation.study.sources import chunk_layout
 from evaluation.sweep.make import Task
 from evaluation.sweep.work import Unit
@@ -47,9 +47,9 @@ def rows_path(folder: Path, task: Task, job: Job, metric: Metric) -> Path:
 
 
 def _missing(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> list[Metric]:
-    """Metrics without rows, or whose rows are an error, or were made by another protocol."""
+    """Metrics without rows, or whose rows end in an error, or were made by another protocol."""
     def is_there(metric: Metric) -> bool:
-        rows = read_table(rows_path(folder, task, job, metric))
+        rows = read_ends(rows_path(folder, task, job, metric))  # written whole, an error last
         return bool(rows) and all(row.protocol == metric.protocol and not row.error for row in rows)
 
     return [metric for metric in metrics if not is_there(metric)]
