@@ -31,6 +31,7 @@ from wan.compressor import HighResolutionBranch
 from wan.lora import read_lora
 from wan.model import CausalWanModel, randomize
 from wan.prompt_tokens import PromptTokens
+from wan.stream import StreamDecoder
 from wan.text_encoder import EmbeddingCache, TextEncoder, embed_prompts
 from wan.tiny_vae import TinyVAE
 from wan.vae import WanVAE
@@ -58,6 +59,7 @@ class Engine:
         self._pipeline: tuple[int, ChunkwisePipeline] | None = None
         self._vae: WanVAE | None = None
         self._decoder: WanVAE | TinyVAE | None = None
+        self._stream: StreamDecoder | None = None  # of the newest video
         self._branch: HighResolutionBranch | None = None
         self._lane = DecoderLane(plan.device, plan.decoder_device, aside=plan.decodes_aside)
 
@@ -127,7 +129,7 @@ class Engine:
         embeddings = torch.stack([self._embeddings[request.text] for request in requests])
         g, seeds = self.plan.geometry, [request.seed for request in requests]
         noise = SeededNoise(seeds, (self.plan.architecture.in_dim, g.latent_height, g.latent_width), self.plan.device)
-        decoder = OnceDecoder(self._decoder.stream(), clock)
+        decoder = OnceDecoder(self._new_stream(), clock)
         chunks = pipeline(
             embeddings, latent_frames, noise, [seed.key() for seed in seeds], initial_latent=initial,
             switches=self._switches(requests, latent_frames, 0 if initial is None else initial.shape[1]),
@@ -139,8 +141,15 @@ class Engine:
             if chunk is None:
                 return
             if chunk.splice is not None and chunk.splice.restarts:
-                decoder = OnceDecoder(self._decoder.stream(), clock)
+                decoder = OnceDecoder(self._new_stream(), clock)
             yield self._lane.begin(chunk, decoder, clock)
+
+    def _new_stream(self) -> StreamDecoder:
+        """For a video that is the only one from here on: what was remembered of the last one goes."""
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = self._decoder.stream()
+        return self._stream
 
     def _switches(self, requests: Sequence[VideoRequest], latent_frames: int, given_frames: int) -> list[PromptSwitch]:
         """The later prompts of a batch, all of whose videos change prompts at the same moments."""
@@ -162,8 +171,7 @@ class Engine:
                 torch.cuda.synchronize(device)  # nothing may be replayed while its memory goes
         self._pipeline = None
         gc.collect()
-        if self.plan.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing where there is none
 
     def _wan_vae(self) -> WanVAE:
         """Encodes, and decodes where no tiny decoder does; loaded when it is first needed."""

@@ -127,7 +127,6 @@ def _fixed_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
 def _transformer_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
     """Work space of a pass: one layer, chunk by chunk until the window has been full and pruned."""
     a, g = dataclasses.replace(plan.architecture, num_layers=1), plan.geometry
-
     shape = dataclasses.replace(plan.cache_shape(batch), layers=1, device=META)
     chunks = plan.policy.sizes(g).window_tokens // (g.frame_tokens * g.chunk_frames) + 3
     with META, torch.inference_mode(), FastKernels(), LiveBytes() as live:

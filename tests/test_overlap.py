@@ -107,6 +107,16 @@ def test_late_frames_are_the_same(engine: Engine, replayed: bool) -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_a_new_video_ends_the_last_ones_decoding(engine: Engine) -> None:
+    """Also one that was left in the middle and is still held: its past takes no memory beside the new one's."""
+    held = engine.stream([VideoRequest(PROMPTS[0], SampleSeed(0))], 6)
+    next(held)
+    left = engine._stream
+    assert left._past
+    next(engine.stream([VideoRequest(PROMPTS[1], SampleSeed(0))], 6))
+    assert not left._past and engine._stream._past
+
+
 def test_a_processor_makes_frames_between_chunks(engine: Engine) -> None:
     """No stream, no thread, nothing held back; overlap asked for where it cannot be is an error."""
     assert not engine._lane.is_aside and not engine.plan.decodes_aside

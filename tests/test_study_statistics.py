@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from evaluation.study.statistics import Z, bootstrap_curves, bootstrap_mean, bootstrap_ratio, sign_test, wilson
+from evaluation.study.statistics import Z, bootstrap_mean, bootstrap_ratio, means_and_ends, sign_test, student_t, wilson
 
 
 @pytest.mark.parametrize("right, total, low, high", [
@@ -61,10 +61,34 @@ def test_bootstrap_ratio_keeps_pairs():
     assert (found.value, found.low, found.high) == pytest.approx((2, 2, 2))
 
 
-def test_bootstrap_curves_leave_out_what_is_unknown():
-    mean, low, high = bootstrap_curves([[1.0, None, None], [3.0, 5.0, None]])
-    assert mean[:2].tolist() == [2, 5] and (low[0], high[0]) == (1, 3) and (low[1], high[1]) == (5, 5)
-    assert np.isnan([mean[2], low[2], high[2]]).all()
+@pytest.mark.parametrize("freedom, published", [(1, 12.706), (2, 4.303), (3, 3.182), (10, 2.228), (63, 1.998)])
+def test_student_equals_published_values(freedom, published):
+    assert student_t(freedom) == pytest.approx(published, abs=5e-4)
+
+
+def test_ends_of_means_by_hand():
+    """Second second: one video knows, so that nothing is said but its value; third: none does."""
+    mean, low, high = means_and_ends([[1.0, None, None], [3.0, 5.0, None]], shares=False)
+    assert mean[:2].tolist() == [2, 5] and (low[0], high[0]) == pytest.approx((2 - 12.706, 2 + 12.706), abs=1e-3)
+    assert np.isnan([low[1], high[1], mean[2], low[2], high[2]]).all()
+
+
+@pytest.mark.parametrize("right, total", [(0, 4), (4, 4), (30, 64)])
+def test_ends_of_shares_are_wilsons(right, total):
+    """Four right of four may be four of five: their interval is not a point."""
+    found = means_and_ends([[1.0]] * right + [[0.0]] * (total - right), shares=True)
+    known = wilson(right, total)
+    assert found[:, 0].tolist() == pytest.approx([known.value, known.low, known.high])
+
+
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("count", [4, 64])
+def test_nineteen_of_twenty_intervals_hold_the_mean(shares, count):
+    """Samples of a known mean. 2,000 of them: the share's own error is half a point; 92 % allows for skewed values."""
+    generator = np.random.default_rng(5)
+    values = generator.beta(8, 2, (count, 2000)) if shares else generator.normal(0.8, 0.1, (count, 2000))
+    _, low, high = means_and_ends(values, shares=shares)
+    assert ((low <= 0.8) & (0.8 <= high)).mean() > 0.92
 
 
 @pytest.mark.parametrize("call", [

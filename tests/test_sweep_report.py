@@ -54,7 +54,7 @@ def test_means_by_hand(numbers):
     assert numbers.mean("b", MetricName.parse("drift@whole")).value == 7
     assert numbers.mean("a", MetricName.parse("drift@clip2s")) is None
     found = numbers.mean("a", MetricName.parse("drift@whole"))
-    assert (found.low, found.high) == (1, 3)  # of two videos, resampled: from twice the one to twice the other
+    assert (found.low, found.high) == pytest.approx((2 - 12.706, 2 + 12.706), abs=1e-3)  # Student's t of two: 12.706 errors of 1
 
 
 def test_windows_alone_and_averaged(numbers):
@@ -100,7 +100,7 @@ def test_a_table_marks_the_best_of_ours_and_what_is_quoted(tmp_path, numbers):
     assert [line.name for line in quoted][-1] == "Deep Forcing" and quoted[-1].cells[2].text == "57.19"
     assert quoted[-1].cells[1].text == "–"
     text = markdown(grid)
-    assert "**20.0** [10.0, 30.0]" in text and "| *Deep Forcing* (quoted) |  | – | 57.19 |" in text
+    assert "**20.0** [-107.1, 147.1]" in text and "| *Deep Forcing* (quoted) |  | – | 57.19 |" in text
     assert "arXiv:2512.05081" in text and "not measured in this sweep" in text
 
 

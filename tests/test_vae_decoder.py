@@ -45,6 +45,22 @@ def test_fast_streams_take_turns() -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_a_closed_stream_is_not_remembered() -> None:
+    """Of a stream that goes on the next one saves the past; of a closed one nothing, and it cannot go on."""
+    fast = WanVAE(small_vae("deep"))
+    fast.accelerate(None, part_frames=2)
+    latents = torch.randn(1, 2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    kept, closed, last = (fast.stream() for _ in range(3))
+    for stream in (kept, closed):
+        stream.decode(latents)
+    closed.close()
+    alone = last.decode(latents)
+    assert kept._past.saved and not closed._past.saved
+    assert torch.equal(alone, fast.stream().decode(latents))
+    with pytest.raises(RuntimeError, match="this stream was closed"):
+        closed.decode(latents)
+
+
 def test_fast_decoder_replays_what_it_would_compute() -> None:
     """A tape stands in for CUDA graphs, first chunks included; a result does not change after it was given."""
     eager, replaying = (WanVAE(small_vae("deep")) for _ in range(2))

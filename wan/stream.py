@@ -56,11 +56,11 @@ class StreamDecoder:
             first call, s F later.
         Raises:
             ValueError: another shape than before, or no frame.
-            RuntimeError: an earlier call failed half-way, so that its past is between two frames.
+            RuntimeError: closed, or an earlier call failed half-way, so that its past is between two frames.
         """
         if self._broken:
             raise RuntimeError(
-                "this stream failed in the middle of a frame and cannot go on. Start a new one with vae.stream()."
+                "this stream was closed, or failed in a frame, and cannot go on. Start a new one with vae.stream()."
             )
         channels = self._decoder.latent_channels
         if latents.ndim != 5 or latents.shape[2] != channels or not latents.shape[1]:
@@ -74,13 +74,16 @@ class StreamDecoder:
                 f"latent frames were {list(self._shape)} and are now {list(shape)}. "
                 "Start a new stream for another video."
             )
-        pixels = []
         self._broken = True
-        for part in latents.transpose(1, 2).split(self._decoder.part_frames, dim=2):
-            pixels.append(self._decoder.decode_part(part, self._past))
-            self._shape = shape
-        self._broken = False
+        parts = latents.transpose(1, 2).split(self._decoder.part_frames, dim=2)
+        pixels = [self._decoder.decode_part(part, self._past) for part in parts]
+        self._shape, self._broken = shape, False
         return torch.cat(pixels, dim=2).transpose(1, 2)
+
+    def close(self) -> None:
+        """Forget the video, though somebody may still hold the stream; it cannot go on."""
+        self._past.clear()
+        self._broken = True
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

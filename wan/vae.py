@@ -120,15 +120,10 @@ class WanVAE(VideoDecoder):
             ValueError: a frame count or size that the strides do not divide.
         """
         self._check_pixels(pixels)
-        past: Past = {}
-        latents = []
-        start = 0
-        while start < pixels.shape[1]:
-            stop = start + self.temporal_stride if start else 1
-            x = pixels[:, start:stop].to(self.device, self.dtype).transpose(1, 2)
-            mean, _ = self._passes.encode(x, past)
+        past, latents, stride = {}, [], self.temporal_stride
+        for part in pixels.split([1] + [stride] * (pixels.shape[1] // stride), dim=1):
+            mean, _ = self._passes.encode(part.to(self.device, self.dtype).transpose(1, 2), past)
             latents.append((mean.float() - self._mean) / self._std)
-            start = stop
         return torch.cat(latents, dim=2).transpose(1, 2).contiguous()
 
     def _check_pixels(self, pixels: Tensor) -> None:

@@ -35,6 +35,10 @@ class StreamPast:
     begun: bool = False
     saved: dict[nn.Module, Tensor] = field(default_factory=dict)  # while another video is
 
+    def clear(self) -> None:
+        """Nothing was decoded."""
+        self.begun, self.saved = False, {}
+
 
 class FastDecoder:
     """Decodes raw latents, one stream at a time fastest; streams may take turns."""
@@ -45,8 +49,8 @@ class FastDecoder:
             module: _stacked_weight(module, thin=module is self._decoder.conv_out)
             for module in [model.post_quant_conv, *self._decoder.modules()] if isinstance(module, nn.Conv2d | nn.Conv3d)
         }
-        self._quant = model.post_quant_conv
-        doubling = [i for i, block in enumerate(self._decoder.up_blocks) if _doubles_time(block)]
+        self._quant, self._levels = model.post_quant_conv, list(self._decoder.up_blocks)
+        doubling = [i for i, block in enumerate(self._levels) if _doubles_time(block)]
         self._last_doubling = doubling[-1] if doubling else 0  # parts begin behind this level's resnets
         self._past: dict[nn.Module, Tensor] = {}
         self._owner: weakref.ref[StreamPast] | None = None
@@ -88,19 +92,17 @@ class FastDecoder:
         x = self._residual(middle.resnets[0], x)
         for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
             x = self._residual(resnet, Sum(self._attend(attention, self._settled(x))))
-        levels = list(self._decoder.up_blocks)
-        for block in levels[:self._last_doubling]:
+        for block in self._levels[:self._last_doubling]:
             x = self._upsample(block, self._residuals(block, x), first)
-        parts = self._settled(self._residuals(levels[self._last_doubling], x)).split(PART_FRAMES, dim=1)
+        parts = self._settled(self._residuals(self._levels[self._last_doubling], x)).split(PART_FRAMES, dim=1)
         return torch.cat([
             self._finish(Sum(part.contiguous()), first and index == 0) for index, part in enumerate(parts)
         ], dim=1)
 
     def _finish(self, x: Sum, first: bool) -> Tensor:
         """From the last doubling of the frame rate on."""
-        levels = list(self._decoder.up_blocks)
-        x = self._upsample(levels[self._last_doubling], x, first)
-        for block in levels[self._last_doubling + 1:]:
+        x = self._upsample(self._levels[self._last_doubling], x, first)
+        for block in self._levels[self._last_doubling + 1:]:
             x = self._upsample(block, self._residuals(block, x), first)
         return self._thin(self._decoder.conv_out, x, self._decoder.norm_out.gamma.flatten())
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from evaluation.study.results import Saved
 from evaluation.study.scores import pace_name
-from evaluation.study.statistics import bootstrap_curves
+from evaluation.study.statistics import means_and_ends
 from utils.config import ConfigError
 
 PANELS: dict[str, Callable[[dict], list]] = {
@@ -33,7 +33,7 @@ def draw_curves(saved: Saved, path: Path) -> None:
     figure = Figure(figsize=(14, 9), layout="constrained")
     for axes, (title, curve) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         for index, (name, rows) in enumerate(saved.rows.items()):
-            mean, low, high = bootstrap_curves([curve(row) for row in rows])
+            mean, low, high = means_and_ends([curve(row) for row in rows], shares="share" in title)
             seconds = np.arange(len(mean)) + 0.5
             style = ("-", "--", ":")[index // 10 % 3]
             axes.plot(seconds, mean, style, label=name, linewidth=1.5, color=f"C{index % 10}")

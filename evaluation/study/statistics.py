@@ -1,14 +1,14 @@
 """What may be said from a sample of captions: intervals, ratios, a sign test."""
 from __future__ import annotations
 
+import functools
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-RESAMPLES, CURVE_RESAMPLES = 10_000, 1_000
+RESAMPLES = 10_000
 TAILS = (0.025, 0.975)  # of a two-sided 95 % interval
 Z = 1.959963984540054   # the normal distribution's
 
@@ -45,20 +45,40 @@ def bootstrap_ratio(above: Sequence[float], below: Sequence[float], seed: int = 
         return Interval(float(a.mean() / b.mean()), *_middle(a[chosen].mean(1) / b[chosen].mean(1)))
 
 
-def bootstrap_curves(curves: Sequence[Sequence[float | None]], seed: int = 0) -> np.ndarray:
-    """Mean, low and high end over the videos, second by second.
+def means_and_ends(values: Sequence, *, shares: bool) -> np.ndarray:
+    """Mean, low and high end over the first axis, videos; honest for a few of them, where a bootstrap is too sure.
 
-    Shapes: curves [videos, seconds], None where nothing is known; returns [3, seconds], NaN where no video knows.
-    Raises: ValueError without curves.
+    Shapes: values [videos, ...], None or NaN where nothing is known; returns [3, ...], NaN where no video knows.
+    Args:
+        shares: the values are shares of frames. Then it is Wilson's score interval, with videos as the trials: what
+            holds in every one of a few may still fail. Else Student's t, whose ends are NaN for one video.
+    Raises: ValueError without values.
     """
-    values = _sample(curves)
-    known = np.isfinite(values)
-    chosen = _draws(len(values), seed, CURVE_RESAMPLES)
-    with np.errstate(invalid="ignore"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All-NaN slice")
-        filled = np.where(known, values, 0)
-        means = filled[chosen].sum(1) / known[chosen].sum(1)          # [resamples, seconds]
-        return np.stack([filled.sum(0) / known.sum(0), *np.nanquantile(means, TAILS, axis=0)])
+    sample = _sample(values)
+    known = np.isfinite(sample)
+    count = known.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(known, sample, 0).sum(0) / count
+        if shares:
+            middle, half = _score(mean, count)
+            return np.stack([mean, np.maximum(0, middle - half), np.minimum(1, middle + half)])
+        variance = (np.where(known, sample - mean, 0) ** 2).sum(0) / (count - 1)
+        half = np.vectorize(student_t, otypes=[float])(count - 1) * np.sqrt(variance / count)
+    return np.stack([mean, mean - half, mean + half])
+
+
+@functools.cache
+def student_t(freedom: int) -> float:
+    """The t that 95 % of Student's distribution lie within, both sides; NaN without a degree of freedom.
+
+    With t = sqrt(freedom) tan(angle), the density over the angle is cos(angle) ** (freedom - 1).
+    """
+    if freedom < 1:
+        return float("nan")
+    angles = np.linspace(0, np.pi / 2, 20_001)
+    density = np.cos(angles) ** (freedom - 1)
+    within = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
+    return math.sqrt(freedom) * math.tan(np.interp(TAILS[1] - TAILS[0], within / within[-1], angles))
 
 
 def wilson(right: int, total: int) -> Interval:
@@ -69,10 +89,15 @@ def wilson(right: int, total: int) -> Interval:
     """
     if total < 1 or not 0 <= right <= total:
         raise ValueError(f"{right} of {total} is no share. Count at least one video, and no more right ones than all.")
-    share, weight = right / total, Z * Z / total
-    middle = (share + weight / 2) / (1 + weight)
-    half = Z / (1 + weight) * math.sqrt(share * (1 - share) / total + weight / (4 * total))
-    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+    middle, half = _score(right / total, total)
+    return Interval(right / total, max(0.0, float(middle - half)), min(1.0, float(middle + half)))
+
+
+def _score(share: np.ndarray | float, total: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+    """Middle and half width of Wilson's interval."""
+    weight = Z * Z / total
+    half = Z / (1 + weight) * np.sqrt(share * (1 - share) / total + weight / (4 * total))
+    return (share + weight / 2) / (1 + weight), half
 
 
 def sign_test(lower: int, higher: int) -> float:
@@ -88,8 +113,8 @@ def _sample(values: Sequence[float]) -> np.ndarray:
     return np.asarray(values, np.float64)
 
 
-def _draws(count: int, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    return np.random.default_rng(seed).integers(count, size=(resamples, count))
+def _draws(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
 
 
 def _middle(values: np.ndarray) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def make_grid(table: Mapping[str, Any], saved: Saved, numbers: Numbers) -> Grid:
         )])
         for row, (method, values, count) in enumerate(zip(methods, found, counts, strict=True))
     ]
-    notes = ["Means over videos with bootstrapped 95 % intervals; bold: the best of ours."]
+    notes = ["Means over videos with 95 % intervals, Wilson's for shares, else Student's; bold: the best of ours."]
     if table["quoted"]:
         source, printed = read_quoted(table["quoted"])
         lines += [
@@ -143,9 +144,8 @@ def _headed(column: Mapping[str, Any]) -> str:
 def _cell(value: Interval | None, column: Mapping[str, Any], best: bool) -> Cell:
     if value is None:
         return Cell(NOTHING)
-    scale, digits = column["scale"], column["digits"]
-    return Cell(f"{scale * value.value:.{digits}f}", f"[{scale * value.low:.{digits}f}, "
-                f"{scale * value.high:.{digits}f}]", best)
+    mean, low, high = (f"{column['scale'] * x:.{column['digits']}f}" for x in (value.value, value.low, value.high))
+    return Cell(mean, "" if math.isnan(value.low) else f"[{low}, {high}]", best)
 
 
 def _best(values: Sequence[Interval | None], column: Mapping[str, Any]) -> set[int]:
