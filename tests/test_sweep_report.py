@@ -54,7 +54,7 @@ def test_means_by_hand(numbers):
     assert numbers.mean("b", MetricName.parse("drift@whole")).value == 7
     assert numbers.mean("a", MetricName.parse("drift@clip2s")) is None
     found = numbers.mean("a", MetricName.parse("drift@whole"))
-    assert (found.low, found.high) == pytest.approx((2 - 12.706, 2 + 12.706), abs=1e-3)  # Student's t of two: 12.706 errors of 1
+    assert (found.low, found.high) == pytest.approx((2 - 12.706, 2 + 12.706), abs=1e-3)  # Student's t: 12.706
 
 
 def test_windows_alone_and_averaged(numbers):

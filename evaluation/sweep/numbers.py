@@ -12,13 +12,9 @@ from evaluation.metrics.table import Row
 from evaluation.study.statistics import Interval, means_and_ends
 from utils.config import ConfigError
 
-
-SHARES = {"frozen", "world_survival", *(f"world_{part}{name}" for name in PROPERTIES for part in ("", "rate_", "holds_"))}
-
-
-def is_share(metric: str) -> bool:
-    """Whether a metric's values are shares of frames or of videos, 0 to 1."""
-    return metric in SHARES
+SHARES = {  # metrics whose values are shares of frames or of videos, 0 to 1
+    "frozen", "world_survival", *(f"world_{part}{name}" for part in ("", "rate_", "holds_") for name in PROPERTIES),
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class Numbers:
     def mean(self, method: str, name: MetricName, protocol: str = "") -> Interval | None:
         """The mean over the videos with its 95 % interval; None if no video has the number."""
         values = [*self.per_video(method, name, protocol).values()]
-        return Interval(*means_and_ends(values, shares=is_share(name.metric)).tolist()) if values else None
+        return Interval(*means_and_ends(values, shares=name.metric in SHARES).tolist()) if values else None
 
     def curve(self, method: str, metric: str, granularity: str) -> Curve | None:
         """None if no video has one."""
@@ -82,7 +78,7 @@ class Numbers:
             return None
         starts = sorted({start for curve in videos.values() for start in curve})
         values = [[curve.get(start, np.nan) for start in starts] for curve in videos.values()]
-        return Curve(starts, *means_and_ends(values, shares=is_share(metric)).tolist())
+        return Curve(starts, *means_and_ends(values, shares=metric in SHARES).tolist())
 
     def curves(self, method: str, metric: str, granularity: str) -> dict[str, dict[float, float]]:
         """video -> start_s -> value."""
