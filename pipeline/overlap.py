@@ -125,8 +125,7 @@ def handed_out(begun: Iterator[Decoding], *, behind: bool) -> Iterator[FrameChun
         behind: each but the first is waited for only when the next has begun, which keeps a device busy. A failure
             of the next is raised after what is good was handed out.
     """
-    waiting: Decoding | None = None
-    first = True
+    waiting, first = None, True
     while True:
         try:
             latest = next(begun, None)
