@@ -78,8 +78,7 @@ class OnceDecoder:
 
     def __init__(self, stream: StreamDecoder, clock: StageClock):
         self._stream, self._clock = stream, clock
-        self._latents: Tensor | None = None
-        self._pixels: Tensor | None = None
+        self._latents = self._pixels = None  # of the newest chunk
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels of the next chunk, or again of the last one."""

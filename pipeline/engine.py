@@ -9,6 +9,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -116,10 +117,11 @@ class Engine:
         Yields: chunks in order; where the decoder works aside, all but the first when the next is on its way.
         Raises:
             ValueError: the prompts of the batch do not change at the same moments.
+            RuntimeError: another video has begun since: they share a memory and cannot take turns.
             FloatingPointError: the networks made something that is no number; all chunks before it were handed out.
         """
-        clock = clock or StageClock(self.plan.device)
-        return handed_out(self._begun(requests, latent_frames, clock, initial), behind=self._lane.is_aside)
+        begun = self._begun(requests, latent_frames, clock or StageClock(self.plan.device), initial)
+        return handed_out(begun, behind=self._lane.is_aside)
 
     def _begun(
         self, requests: Sequence[VideoRequest], latent_frames: int, clock: StageClock, initial: Tensor | None,
@@ -129,26 +131,29 @@ class Engine:
         embeddings = torch.stack([self._embeddings[request.text] for request in requests])
         g, seeds = self.plan.geometry, [request.seed for request in requests]
         noise = SeededNoise(seeds, (self.plan.architecture.in_dim, g.latent_height, g.latent_width), self.plan.device)
-        decoder = OnceDecoder(self._new_stream(), clock)
+        stream = self._new_stream()
+        decoder = OnceDecoder(stream, clock)
         chunks = pipeline(
             embeddings, latent_frames, noise, [seed.key() for seed in seeds], initial_latent=initial,
             switches=self._switches(requests, latent_frames, 0 if initial is None else initial.shape[1]),
             decode=lambda latents: decoder.decode(latents),
         )
-        while True:
+        while self._stream is stream:
             with clock.stage("dit"):
                 chunk = next(chunks, None)
             if chunk is None:
                 return
             if chunk.splice is not None and chunk.splice.restarts:
-                decoder = OnceDecoder(self._new_stream(), clock)
+                stream = self._new_stream()
+                decoder = OnceDecoder(stream, clock)
             yield self._lane.begin(chunk, decoder, clock)
+        raise RuntimeError("another video has begun since. Finish one before the next, or make an Engine for each.")
 
     def _new_stream(self) -> StreamDecoder:
         """For a video that is the only one from here on: what was remembered of the last one goes."""
-        if self._stream is not None:
-            self._stream.close()
-        self._stream = self._decoder.stream()
+        last, self._stream = self._stream, self._decoder.stream()
+        if last is not None:
+            last.close()
         return self._stream
 
     def _switches(self, requests: Sequence[VideoRequest], latent_frames: int, given_frames: int) -> list[PromptSwitch]:
@@ -156,8 +161,7 @@ class Engine:
         times = [time for time, _ in requests[0].later]
         if any([time for time, _ in request.later] != times for request in requests):
             raise ValueError("the videos of one batch change their prompts together: give them the same times.")
-        g = self.plan.geometry
-        starts = self.plan.loop.starts(latent_frames, given_frames)
+        g, starts = self.plan.geometry, self.plan.loop.starts(latent_frames, given_frames)
         frames = switch_frames(g, times, starts, g.pixel_frames(latent_frames))
         return [
             PromptSwitch(frame, torch.stack([self._embeddings[request.later[i][1]] for request in requests]))
@@ -177,10 +181,8 @@ class Engine:
         """Encodes, and decodes where no tiny decoder does; loaded when it is first needed."""
         if self._vae is None:
             plan = self.plan
-            if plan.random_weights:
-                self._vae = WanVAE.random(plan.spec.vae, device=plan.decoder_device, dtype=plan.dtype, seed=0)
-            else:
-                self._vae = WanVAE.load(plan.spec.vae, device=plan.decoder_device, dtype=plan.dtype)
+            load = partial(WanVAE.random, seed=0) if plan.random_weights else WanVAE.load
+            self._vae = load(plan.spec.vae, device=plan.decoder_device, dtype=plan.dtype)
             plan.acceleration.accelerate_decoder(self._vae, plan.decoder_latents)
         return self._vae
 

@@ -117,6 +117,22 @@ def test_a_new_video_ends_the_last_ones_decoding(engine: Engine) -> None:
     assert not left._past and engine._stream._past
 
 
+def test_an_older_video_is_refused_and_the_newer_one_goes_on_unharmed(engine: Engine) -> None:
+    """They share a memory: wherever the older one was left, it does nothing to it any more."""
+    expected = video(engine, PROMPTS[1])
+    for left_after in (1, 2, 3):
+        older = engine.stream([VideoRequest(PROMPTS[0], SampleSeed(0))], 12)
+        for _ in range(left_after):
+            next(older)
+        newer = engine.stream([VideoRequest(PROMPTS[1], SampleSeed(3))], 12)
+        made = [next(newer)]
+        with pytest.raises(RuntimeError, match="another video has begun since"):
+            next(older)
+        made += newer
+        assert torch.equal(torch.cat([c.latents for c in made], dim=1), expected[0])
+        assert torch.equal(torch.cat([c.frames for c in made], dim=1), expected[1])
+
+
 def test_a_processor_makes_frames_between_chunks(engine: Engine) -> None:
     """No stream, no thread, nothing held back; overlap asked for where it cannot be is an error."""
     assert not engine._lane.is_aside and not engine.plan.decodes_aside

@@ -222,6 +222,17 @@ def test_a_run_goes_on_and_more_may_join(write, tmp_path):
     assert len(finished(folder)) == 6 and len({row.video for row in load(folder).rows}) == 6
 
 
+@pytest.mark.parametrize("damage", [b"\xff\xfe\x00", b"", b"a,b\n1,2\n", None])
+def test_a_damaged_table_of_a_video_is_made_again(write, tmp_path, damage):
+    """Letters that are none, nothing, another table, a torn last row: the same rows come back."""
+    path, folder = write(prompts={"captions": [{"split": "test", "count": 1}]}), tmp_path / "out"
+    assert run(path, folder) == 0
+    before = load(folder).rows
+    table = next((folder / "rows" / "rolling").glob("*.csv"))
+    table.write_bytes(table.read_bytes()[:-30] if damage is None else damage)
+    assert run(path, folder) == 0 and load(folder).rows == before
+
+
 def test_only_what_a_table_needs(write, tmp_path, capsys):
     """One table's methods are made now, the others later, and then all are in the results."""
     methods = {name: {"config": "configs/self_forcing.yaml"} for name in ("a", "b")}

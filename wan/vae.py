@@ -120,11 +120,10 @@ class WanVAE(VideoDecoder):
             ValueError: a frame count or size that the strides do not divide.
         """
         self._check_pixels(pixels)
-        past, latents, stride = {}, [], self.temporal_stride
-        for part in pixels.split([1] + [stride] * (pixels.shape[1] // stride), dim=1):
-            mean, _ = self._passes.encode(part.to(self.device, self.dtype).transpose(1, 2), past)
-            latents.append((mean.float() - self._mean) / self._std)
-        return torch.cat(latents, dim=2).transpose(1, 2).contiguous()
+        past, stride = {}, self.temporal_stride
+        parts = pixels.transpose(1, 2).split([1] + [stride] * (pixels.shape[1] // stride), dim=2)
+        means = torch.cat([self._passes.encode(part.to(self.device, self.dtype), past)[0] for part in parts], dim=2)
+        return ((means.float() - self._mean) / self._std).transpose(1, 2).contiguous()
 
     def _check_pixels(self, pixels: Tensor) -> None:
         if pixels.ndim != 5 or pixels.shape[2] != 3:

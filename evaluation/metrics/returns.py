@@ -100,7 +100,7 @@ class ReturnsReader:
     def values(self) -> list[Value]:
         seconds = len(self.again) / self.fps
         if seconds <= EARLIER_S:
-            raise CannotMeasureError(f"{seconds:.2f} s are too short to show anything again: {EARLIER_S:g} are needed")
+            raise CannotMeasureError(f"{seconds:.2f} s show nothing again: more than {EARLIER_S:g} are needed")
         found = [
             Value("repetition", "whole", None, float(np.nanmean(self.again))),
             Value("rollbacks", "whole", None, 60 * self.rollbacks / seconds),

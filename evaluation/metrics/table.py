@@ -127,10 +127,12 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The texts of every row, and its number."""
     with path.open(newline="", encoding="utf-8") as file:
         lines = csv.reader(file)
-        header = next(lines, None)
-        if header is None or tuple(header) != COLUMNS:
-            raise ValueError(f"{path}: not a table of metrics. Its first line must be: {','.join(COLUMNS)}")
-        yield from enumerate(lines, 2)
+        try:
+            if tuple(next(lines, ())) != COLUMNS:
+                raise ValueError(f"not a table of metrics. Its first line must be: {','.join(COLUMNS)}")
+            yield from enumerate(lines, 2)
+        except (ValueError, csv.Error) as error:  # letters that are none are a ValueError, too
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _row(path: Path, number: int, line: list[str]) -> Row:

@@ -40,6 +40,9 @@ def write_report(saved: Saved) -> str:
     parts += ["## Drift and flow" if long else "## Flow", flow_table(groups, long)]
     if long:
         parts += _comparisons(saved)
+    missing = [name for name in [*study["references"], *study["methods"]] if name not in saved.rows]
+    if missing:
+        parts += [f"Without rows, not run or lost: {', '.join(missing)}."]
     return "\n\n".join(parts) + "\n"
 
 

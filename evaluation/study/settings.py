@@ -108,7 +108,10 @@ def _caption_fault(study: Study) -> str | None:
         return f"sheet_captions={study.sheet_captions} without sheet_seconds. Name the moments, such as [1, 5]."
     late = [moment for moment in study.sheet_seconds if not 0 <= moment <= study.seconds]
     if late:
-        return f"sheet_seconds names {late[0]:g} s, outside of 0..{study.seconds:g} s. Leave it out."
+        return (
+            f"sheet_seconds names {late[0]:g} s, outside of 0..{study.seconds:g} s. Leave it out, or name others: "
+            f'--set "sheet_seconds=[{study.seconds:g}]".'
+        )
     return None
 
 

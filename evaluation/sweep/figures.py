@@ -1,6 +1,7 @@
 """Figures of a sweep as PNG: every metric over time, ablations over one setting, grids of frames. Needs matplotlib."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from utils.video import open_video
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 MOMENTS = 7        # of a grid, evenly spaced, the first and last frame included
 OVER_TIME = ("second", "window10s")
@@ -101,8 +104,12 @@ def draw_grids(saved: Saved, folder: Path) -> dict[str, Path]:
     for index, prompt in enumerate(prompts):
         first = {}
         for video in saved.videos:
-            if video["prompt"] == prompt:
-                first.setdefault(video["method"], saved.path_of(video["video"]))
+            file = saved.path_of(video["video"])
+            if video["prompt"] == prompt and file.exists():
+                first.setdefault(video["method"], file)
+        if not first:
+            logger.warning("no video is left of %r. Run the sweep again to have them in the figures.", prompt)
+            continue
         rows = {method: moments_of(path, MOMENTS) for method, path in first.items()}
         path = drawn[f"Grid: {prompt}"] = folder / f"grid_{index:02d}.png"
         texts = [f"{method}: {prompt}" if method == next(iter(rows)) else method for method in rows]

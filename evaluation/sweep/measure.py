@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from evaluation.sweep.work import Unit
 from pipeline.render import Job, is_finished
 from utils.outputs import reason
 from utils.video import open_video
+
+logger = logging.getLogger(__name__)
 
 ROWS = "rows"
 DIGITS = 8
@@ -39,7 +42,11 @@ def measure_units(folder: Path, task: Task, metrics: Sequence[Metric]) -> list[U
 
 def read_rows(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> list[Row]:
     """What is known of one video, errors included."""
-    return [row for metric in metrics for row in read_table(rows_path(folder, task, job, metric))]
+    paths = [rows_path(folder, task, job, metric) for metric in metrics]
+    try:
+        return [row for path in paths for row in read_table(path)]
+    except ValueError as error:
+        raise MeasureError(f"{error} Delete it: the same command measures its video again.") from error
 
 
 def rows_path(folder: Path, task: Task, job: Job, metric: Metric) -> Path:
@@ -49,7 +56,11 @@ def rows_path(folder: Path, task: Task, job: Job, metric: Metric) -> Path:
 def _missing(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> list[Metric]:
     """Metrics without rows, or whose rows end in an error, or were made by another protocol."""
     def is_there(metric: Metric) -> bool:
-        rows = read_ends(rows_path(folder, task, job, metric))  # written whole, an error last
+        try:
+            rows = read_ends(rows_path(folder, task, job, metric))  # written whole, an error last
+        except ValueError as error:
+            logger.warning("measured again, since its table is damaged: %s", error)
+            return False
         return bool(rows) and all(row.protocol == metric.protocol and not row.error for row in rows)
 
     return [metric for metric in metrics if not is_there(metric)]

@@ -108,8 +108,13 @@ def _collect(
 def load(folder: Path) -> Saved:
     """Read a folder.
 
-    Raises: ConfigError if no sweep was made there.
+    Raises: ConfigError if no sweep was made there, or its files are damaged.
     """
+    if not (folder / RECORD).exists():
+        raise ConfigError(
+            f"{folder} has no {RECORD}: no sweep was finished there. "
+            "Name a folder that `python -m evaluation sweep` has written."
+        )
     try:
         record = json.loads((folder / RECORD).read_bytes())
         rows = read_table(folder / TABLE)
@@ -118,8 +123,8 @@ def load(folder: Path) -> Saved:
         return Saved(folder, record["sweep"], record["variants"], record["videos"], record["provenance"], rows)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{folder}: {RECORD} and {TABLE} cannot be read ({error}): no sweep was finished there. "
-            "Name a folder that `python -m evaluation sweep` has written."
+            f"{folder}: {RECORD} or {TABLE} is damaged ({error}). "
+            "Run the same sweep command again: what is made stays, both files are collected anew."
         ) from error
 
 
