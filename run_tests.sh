@@ -3,4 +3,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/utils/environment.sh"
 environment requirements.txt tests/requirements.txt
-exec "$PYTHON" -m pytest "$@"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the networks of tests are small: processes pay, threads do not
+exec "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
