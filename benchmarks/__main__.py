@@ -22,7 +22,6 @@ import time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -51,6 +50,7 @@ from benchmarks.sweep import sweep_lengths, sweep_windows
 from pipeline.build import RunPlan
 from utils.config import ConfigError
 from utils.devices import choose_device
+from utils.outputs import check_writable
 
 logger = logging.getLogger("benchmarks")
 
@@ -85,9 +85,10 @@ def run_stream(options: argparse.Namespace, base: Setting, device: torch.device)
     if options.video is not None:
         if options.video.suffix != ".mp4":
             raise ConfigError(f"--video {str(options.video)!r} must end in .mp4. Rename it.")
-        _check_writable("--video", options.video)
+        _check_file("--video", options.video)
         if len(options.measure) > 1:
             raise ConfigError(f"--video {options.video} holds one video. Name one decoder with --measure.")
+        options.video.parent.mkdir(parents=True, exist_ok=True)
     plan = base.plan(device)
     schedule, lines = _schedule(options, plan), {}
     measure_stream = import_module("benchmarks.stream").measure_stream  # needs video codecs, which nothing else does
@@ -200,16 +201,11 @@ def _refuse_other_videos(
         raise ConfigError("--compare: two cache policies cannot start from one memory. Add --free_running.")
 
 
-def _check_writable(flag: str, path: Path) -> None:
-    """Before hours are spent: the file can be made. Raises: ConfigError."""
+def _check_file(flag: str, path: Path) -> None:
+    """Before hours are spent: the file can be made. Raises: ConfigError, OSError."""
     if path.is_dir():
         raise ConfigError(f"{flag} {path} is a folder. Name a file in it.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{flag} {path} cannot be written ({error.strerror}). Choose another folder.") from error
+    check_writable(path.parent, flag)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -220,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
              "endurance": run_endurance, "memory": run_memory}
     begin = time.perf_counter()
     try:
-        _check_writable("--output", options.output)
+        _check_file("--output", options.output)
         device = choose_device(options.device)
         text, result = tasks[options.task](options, setting_of(options), device)
         command = shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if arguments is None else arguments)])

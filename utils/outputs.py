@@ -34,7 +34,7 @@ MANIFEST = "manifest.jsonl"
 SLUG_CHARACTERS = 60
 DIGEST_CHARACTERS = 8
 INDEX_DIGITS = 4
-UNWRITABLE = "--output_folder {} cannot be written to"
+UNWRITABLE = "{} {} cannot be written to"
 FOLDER_REMEDY = "Choose another folder, or make room and set its permissions"
 SHOWN_SETTINGS, SHOWN_CHARACTERS = 4, 24
 
@@ -82,7 +82,7 @@ class OutputFolder:
         self.folder = Path(folder)
         self.overwrite = overwrite
         check_writable(self.folder)
-        with _told(OSError, UNWRITABLE.format(self.folder), FOLDER_REMEDY):
+        with _told(OSError, UNWRITABLE.format("--output_folder", self.folder), FOLDER_REMEDY):
             self.folder.mkdir(parents=True, exist_ok=True)
             for suffix in (".mp4", ".json"):
                 remove_abandoned(self.folder, suffix)  # of killed runs, whatever their videos were called
@@ -164,9 +164,12 @@ class OutputFolder:
             append_json_line(manifest, {"time": now, **scalars})
 
 
-def check_writable(folder: Path) -> None:
-    """Raise OSError unless a file can be made in `folder`, or in what there is of the path to it; none stays."""
-    with _told(OSError, UNWRITABLE.format(folder), FOLDER_REMEDY):
+def check_writable(folder: Path, flag: str = "--output_folder") -> None:
+    """Raise OSError, which names `flag`, unless a file can be made in `folder`, or in what there is of its path.
+
+    No file stays.
+    """
+    with _told(OSError, UNWRITABLE.format(flag, folder), FOLDER_REMEDY):
         there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         if there.is_file():
             raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file")

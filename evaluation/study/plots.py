@@ -11,11 +11,11 @@ from evaluation.study.scores import pace_name
 from evaluation.study.statistics import means_and_ends
 from utils.config import ConfigError
 
-PANELS: dict[str, Callable[[dict], list]] = {
-    "background drift (0..1)": lambda row: row["curves"]["background_drift"],
-    "colour right (share of frames)": lambda row: row["curves"]["colour"],
-    "shape right (share of frames)": lambda row: row["curves"]["shape"],
-    "speed (pixels a second)": lambda row: row["curves"][pace_name(row)],
+PANELS: dict[str, tuple[Callable[[dict], list], bool]] = {  # what is drawn, and whether that are shares of frames
+    "background drift (0..1)": (lambda row: row["curves"]["background_drift"], False),
+    "colour right (share of frames)": (lambda row: row["curves"]["colour"], True),
+    "shape right (share of frames)": (lambda row: row["curves"]["shape"], True),
+    "speed (pixels a second)": (lambda row: row["curves"][pace_name(row)], False),
 }
 
 
@@ -31,9 +31,9 @@ def draw_curves(saved: Saved, path: Path) -> None:
             "the curves need matplotlib, which is not installed. Get it with: pip install 'deep-forcing[evaluation]'"
         ) from error
     figure = Figure(figsize=(14, 9), layout="constrained")
-    for axes, (title, curve) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
+    for axes, (title, (curve, shares)) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         for index, (name, rows) in enumerate(saved.rows.items()):
-            mean, low, high = means_and_ends([curve(row) for row in rows], shares="share" in title)
+            mean, low, high = means_and_ends([curve(row) for row in rows], shares=shares)
             seconds = np.arange(len(mean)) + 0.5
             style = ("-", "--", ":")[index // 10 % 3]
             axes.plot(seconds, mean, style, label=name, linewidth=1.5, color=f"C{index % 10}")

@@ -41,7 +41,7 @@ def measure_units(folder: Path, task: Task, metrics: Sequence[Metric]) -> list[U
 
 
 def read_rows(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> list[Row]:
-    """What is known of one video, errors included."""
+    """What is known of one video, errors included. Raises: MeasureError for a damaged table."""
     paths = [rows_path(folder, task, job, metric) for metric in metrics]
     try:
         return [row for path in paths for row in read_table(path)]
