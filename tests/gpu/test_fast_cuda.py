@@ -19,6 +19,7 @@ from wan.backends import installed, load_backend, sdpa
 from wan.compiler import Compiler, inductor, plain
 from wan.kv_cache.cache import KVCache
 from wan.kv_cache.layer import stage_and_show
+from wan.kv_cache.window import gather_turned
 from wan.model import linear_gelu
 from wan.recorder import CudaRecorder
 from wan.rope import Turn
@@ -179,6 +180,30 @@ def test_staging_kernel_equals_plain(
         step = torch.finfo(dtype).eps
         for ours, theirs, rtol in zip(*results, (2.0**-7, step, step, 2.0**-7), strict=False):
             assert_close(ours, theirs, rtol=rtol, atol=2.0**-6 * theirs.abs().max().item() * rtol)
+
+
+@pytest.mark.parametrize(("stored", "seen"), [("bfloat16",) * 2, ("float32", "bfloat16"), ("float8_e4m3fn",) * 2])
+@pytest.mark.parametrize(("clips", "heads", "dim", "time"), [(1, 12, 128, 44), (2, 3, 12, 4)])
+def test_gathering_kernel_equals_plain(clips: int, heads: int, dim: int, time: int, stored: str, seen: str) -> None:
+    """Values bit for bit; keys a step of the dtype apart at most, since products may be fused; nothing else written."""
+    staging_triton = import_module("wan.kv_cache.staging_triton")  # Triton is there where CUDA is
+    generator, tokens = torch.Generator(CUDA).manual_seed(0), 77
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=CUDA)
+
+    keys, values = random(2, clips, 200, heads, dim).to(getattr(torch, stored))
+    slots = torch.stack([torch.randperm(200, generator=generator, device=CUDA)[:tokens] for _ in range(clips)])
+    by = Turn(random(clips, tokens, 1, time), random(clips, tokens, 1, time))
+    windows = []
+    for function in (gather_turned, staging_triton.gather_turned):
+        window = torch.zeros(2, clips, tokens + 9, heads, dim, device=CUDA).to(getattr(torch, seen))
+        function(keys, values, slots, by, *window[:, :, 4:4 + tokens])
+        windows.append(window.float())
+    ours, theirs = windows
+    assert torch.equal(ours[1], theirs[1])
+    step = torch.finfo(getattr(torch, seen)).eps
+    assert_close(ours[0], theirs[0], rtol=step, atol=2.0**-6 * theirs[0].abs().max().item() * step)
 
 
 def test_linear_and_gelu_in_one_kernel_are_nearer_to_float32() -> None:

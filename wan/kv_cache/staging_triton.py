@@ -1,4 +1,4 @@
-"""The Triton twin of wan.kv_cache.layer.stage_and_show: a pass's query, keys and values, each read once."""
+"""Triton twins of what reads and writes keys and values: each is read once, whole tokens at a time."""
 from __future__ import annotations
 
 import torch
@@ -70,9 +70,7 @@ def stage_and_show(
 ) -> tuple[Tensor | None, Tensor]:
     """As wan.kv_cache.layer.stage_and_show; heads and channels of every tensor are contiguous, rotations float32."""
     clips, tokens, heads, dim = query.shape
-    for x in (query, keys, values, *stored, *seen):
-        if x.stride()[2:] != (dim, 1):
-            raise ValueError(f"staging needs tokens of {heads} x {dim} contiguous values, got strides {x.stride()}.")
+    _check_contiguous(query, keys, values, *stored, *seen)
     frames = voting_frames or 1
     frame_tokens = tokens // frames
     tiles = triton.cdiv(frame_tokens, TOKENS * STEPS)
@@ -85,3 +83,43 @@ def stage_and_show(
         HEADS=HEADS, STEPS=STEPS, VOTES=voting_frames > 0, num_warps=WARPS,
     )
     return sums.sum(dim=2) if voting_frames else None, shown
+
+
+@triton.jit
+def _gather_turned_kernel(
+    keys, values, slots, by_cos, by_sin, seen_keys, seen_values, keys_clip, slots_clip, by_clip, seen_clip,
+    ALL: tl.constexpr, DIM: tl.constexpr, TIME: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+):
+    token, clip = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    head, channel = tl.arange(0, HEADS)[None, :, None], tl.arange(0, WIDTH)[None, None, :]
+    column, inside = head * DIM + channel, (head < ALL) & (channel < DIM)
+    source = clip * keys_clip + tl.load(slots + clip * slots_clip + token) * (ALL * DIM) + column
+    target = clip * seen_clip + token * (ALL * DIM) + column
+    row = clip * by_clip + token * TIME + channel
+    cos, sin = tl.load(by_cos + row, mask=channel < TIME, other=1), tl.load(by_sin + row, mask=channel < TIME, other=0)
+    key = _turned(tl.load(keys + source, mask=inside, other=0).to(tl.float32), cos, sin)
+    tl.store(seen_keys + target, key.to(seen_keys.dtype.element_ty), mask=inside)
+    value = tl.load(values + source, mask=inside, other=0).to(tl.float32)
+    tl.store(seen_values + target, value.to(seen_values.dtype.element_ty), mask=inside)
+
+
+def gather_turned(
+    keys: Tensor, values: Tensor, slots: Tensor, by: Turn, window_keys: Tensor, window_values: Tensor,
+) -> None:
+    """As wan.kv_cache.window.gather_turned; heads and channels of every tensor are contiguous, rotations float32."""
+    clips, tokens = slots.shape
+    heads, dim = keys.shape[2:]
+    _check_contiguous(keys, values, window_keys, window_values)
+    cos, sin = (x.expand(clips, -1, -1, -1).contiguous() for x in (by.cos, by.sin))
+    _gather_turned_kernel[tokens, clips](
+        keys, values, slots.contiguous(), cos, sin, window_keys, window_values, keys.stride(0), tokens, cos.stride(0),
+        window_keys.stride(0), ALL=heads, DIM=dim, TIME=cos.shape[-1], HEADS=triton.next_power_of_2(heads),
+        WIDTH=triton.next_power_of_2(dim), num_warps=WARPS,
+    )
+
+
+def _check_contiguous(*tensors: Tensor) -> None:
+    for x in tensors:
+        heads, dim = x.shape[2:]
+        if x.stride()[2:] != (dim, 1):
+            raise ValueError(f"tokens must be {heads} x {dim} contiguous values, got strides {x.stride()}.")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wan.compiler import Compiler, plain
+from wan.compiler import Compiler, by_hand, plain
 from wan.kv_cache.archive import Archive
 from wan.kv_cache.average import SinkAverage
 from wan.kv_cache.policy import Plan
@@ -80,10 +80,11 @@ class WindowBuffer:
         return Window(query=query, keys=self._keys[:, :tokens], values=self._values[:, :tokens])
 
 
+@by_hand("wan.kv_cache.staging_triton")
 def gather_turned(
     keys: Tensor, values: Tensor, slots: Tensor, by: Turn, window_keys: Tensor, window_values: Tensor,
 ) -> None:
-    """Copy the rows [B, A] of a store into a window, the keys' first channels turned; one pass over memory if compiled.
+    """Copy the rows [B, A] of a store into a window, the keys' first channels turned.
 
     Shapes: keys, values [B, N, H, D]; by [B, A, 1, time channels]; window_keys, window_values [B, A, H, D], written.
     """
