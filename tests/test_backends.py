@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from wan.backends import NAMES, installed, load_backend, pick, sdpa
+from wan.backends import MOST_PARTS, NAMES, TILE, divide, installed, load_backend, pick, sdpa
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ALL = frozenset(NAMES) - {"auto"}
@@ -54,3 +54,27 @@ def test_names_are_checked() -> None:
     for name in ALL - TORCH:
         with pytest.raises(ValueError, match="not installed. Get it with|needs a GPU and bfloat16"):
             load_backend(name, torch.device("cpu"), BF16, 128)
+
+
+@pytest.mark.parametrize(("tokens", "pairs", "processors", "expected"), [
+    (4680, 12, 132, (33 * TILE, 8)),  # 444 tiles: three waves, and 48 tiles in 8 parts each, three waves of an eighth
+    (1560, 12, 132, (11 * TILE, 5)),  # 156: one, and 24 in 5 parts, 120 of 132 at once
+    (33 * TILE, 12, 132, (33 * TILE, 1)),  # nothing left
+    (300, 3, 132, (0, 8)),            # 9 tiles fill no wave: 72 parts
+    (4680, 12, 1, (4680, 1)),         # one multiprocessor is always busy
+])
+def test_what_fills_no_wave_is_split(tokens, pairs, processors, expected) -> None:
+    """Counted by hand."""
+    assert divide(tokens, pairs, processors) == expected
+
+
+def test_dividing_never_takes_more_waves() -> None:
+    """Whatever the sizes: tiles stay whole, and both calls together take no more waves than one."""
+    for tokens in range(1, 9000, 371):
+        for pairs in (1, 3, 12, 24, 130, 384):
+            for processors in (1, 46, 114, 132, 148):
+                whole, parts = divide(tokens, pairs, processors)
+                assert 0 <= whole <= tokens and (whole % TILE == 0 or whole == tokens) and 1 <= parts <= MOST_PARTS
+                first, tiles = (-(-n // TILE) * pairs for n in (whole, tokens))
+                once = -(-tiles // processors)
+                assert -(-first // processors) + -(-(tiles - first) * parts // processors) / parts <= once

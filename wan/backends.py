@@ -5,8 +5,11 @@ B batch, L query tokens, S seen tokens, H heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
+from math import ceil
 from typing import Protocol
 
 import torch
@@ -14,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-SPLIT_KEYS = 8192  # from here on, halving the keys fills a Hopper GPU's last wave of tiles and costs less than it gains
+TILE = 128         # query tokens of one head that an FA3 program takes at a time
+SPLIT_KEYS = 8192  # from here on it pays to split the keys of the queries that do not fill a wave of programs
+MOST_PARTS = 8     # into so many; more add up longer than they save
 # Each that refuses a shape or dtype leaves it to the next.
 _CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
@@ -40,14 +45,47 @@ def cudnn(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return sdpa(query, keys, values)
 
 
+@cache
+def divide(tokens: int, pairs: int, processors: int) -> tuple[int, int]:
+    """How to keep a GPU busy to the end: so many query tokens in one call, the others with their keys in so many parts.
+
+    A wave is a tile of queries for each multiprocessor. A last wave of few tiles takes as long as a full one; with the
+    keys in parts, each a program of its own, it is several short ones. Pure.
+    Args: pairs: clips times heads.
+    """
+    tiles = ceil(tokens / TILE)
+
+    def waves(choice: tuple[int, int]) -> float:
+        whole, parts = choice
+        return ceil(whole * pairs / processors) + ceil((tiles - whole) * pairs * parts / processors) / parts
+
+    whole, parts = min(product(range(tiles, -1, -1), range(1, MOST_PARTS + 1)), key=waves)
+    return min(whole * TILE, tokens), parts
+
+
 def _load_fa3() -> AttentionBackend:
-    name = "fa3_fwd_interface" if find_spec("fa3_fwd_interface") else "flash_attn_interface"
-    kernel = import_module(name).flash_attn_func
+    own = find_spec("fa3_fwd_interface") is not None
+    import_module("fa3_fwd_interface" if own else "flash_attn_interface")  # registers the operator
+    kernel = (torch.ops.fa3_fwd if own else torch.ops.flash_attn_3).fwd
 
     def fa3(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return kernel(query, keys, values, num_splits=2 if keys.shape[1] >= SPLIT_KEYS else 1)
+        clips, tokens, heads, dim = query.shape
+        whole, parts = tokens, 1
+        if keys.shape[1] >= SPLIT_KEYS:
+            whole, parts = divide(tokens, clips * heads, processors_of(query.device))
+        out = torch.empty(query.shape, device=query.device, dtype=torch.bfloat16)
+        for some, splits in ((slice(whole), 1), (slice(whole, None), parts)):
+            if len(range(tokens)[some]):
+                kernel(query[:, some], keys, values, out=out[:, some], softmax_scale=dim**-0.5, num_splits=splits)
+        return out
 
     return fa3
+
+
+@cache
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _load_fa4() -> AttentionBackend:
