@@ -66,10 +66,13 @@ def with_kernel(function: Function, dynamic: bool) -> Function:
 
 @cache
 def compiled(function: Function, dynamic: bool) -> Function:
-    """What torch.compile makes of it; sizes that change are found out by themselves, and only those."""
+    """What torch.compile makes of it; sizes that change are found out by themselves, and only those.
+
+    Reductions are not chosen by a race, which would make two runs round differently.
+    """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     import_module("wan.whole_rows").prefer_whole_rows()  # only now: the compiler takes seconds to import
-    return torch.compile(function, fullgraph=True, dynamic=None if dynamic else False)
+    return torch.compile(function, fullgraph=True, dynamic=None if dynamic else False, options={"deterministic": True})
 
 
 def keep_compiled(folder: Path) -> None:
