@@ -1,7 +1,10 @@
-"""The benchmarks' files are checked before anything is measured."""
+"""The benchmarks' files are checked before anything is measured, and one that cannot be written says what to do."""
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -23,3 +26,16 @@ def test_a_file_that_cannot_be_made_is_refused_at_once(
     assert main(["stream", "--model", "tiny", "--device", "cpu", flag, str(tmp_path / name), *output]) == 2
     error = capsys.readouterr().err
     assert said in error and flag in error and "Traceback" not in error and error.count("\n") == 1
+
+
+def test_a_full_disk_names_the_flag_of_this_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What to do is said in flags that the command has; no part of the video stays."""
+    monkeypatch.setattr("utils.video._Encoder.add", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    video = tmp_path / "v" / "long.mp4"
+    flags = ["--model", "tiny", "--resolution", "16x16", "--device", "cpu", "--measure", "wan_vae", "--latencies", "1"]
+    assert main(["stream", *flags, "--video", str(video), "--output", str(tmp_path / "r.json")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"error: {video}: could not write") and "No space left" in said and "MiB free there" in said
+    assert "name a --video on another" in said and "--output_folder" not in said and not list(video.parent.iterdir())
