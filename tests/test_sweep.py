@@ -233,6 +233,17 @@ def test_a_damaged_table_of_a_video_is_made_again(write, tmp_path, damage):
     assert run(path, folder) == 0 and load(folder).rows == before
 
 
+@pytest.mark.parametrize("name", ["sweep.json", "results.csv", "records/rolling.safetensors"])
+def test_what_the_report_reads_is_made_again(write, tmp_path, name):
+    """Cut short, each file comes back from the same command, and equal."""
+    path, folder = write(record={"methods": ["rolling"], "seconds": 0.5}), tmp_path / "out"
+    assert run(path, folder) == 0
+    before, whole = load(folder), (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[:-30])
+    assert run(path, folder) == 0
+    assert load(folder) == before and (folder / name).read_bytes() == whole
+
+
 def test_only_what_a_table_needs(write, tmp_path, capsys):
     """One table's methods are made now, the others later, and then all are in the results."""
     methods = {name: {"config": "configs/self_forcing.yaml"} for name in ("a", "b")}

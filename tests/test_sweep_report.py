@@ -326,6 +326,33 @@ def test_a_folder_without_a_sweep_is_refused(tmp_path, capsys):
     assert "no sweep was finished there" in capsys.readouterr().err
 
 
+def in_the_way(path: Path) -> None:
+    """A file where a folder should be."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.touch()
+
+
+@pytest.mark.parametrize("name, damage, said", [
+    ("sweep.json", lambda path: path.write_text("[]"), "sweep.json or results.csv is damaged .* Run the same sweep"),
+    ("sweep.json", lambda path: path.write_text(path.read_text().replace("shown", "show")), "the sweep's shown are"),
+    ("results.csv", lambda path: path.unlink(), "has no results.csv: no sweep was finished there. Name a folder"),
+    ("results.csv", lambda path: path.write_bytes(path.read_bytes()[:-30]), "results.csv is damaged"),
+    ("records/forcing.safetensors", lambda path: path.write_bytes(path.read_bytes()[:99]), "forcing.safetensors is da"),
+    ("tables", in_the_way, "report's folder .*tables cannot be written to: .*tables is a file. Choose another"),
+    ("figures", in_the_way, "report's folder .*figures cannot be written to"),
+])
+def test_a_damaged_folder_is_one_line(done, tmp_path, capsys, name, damage, said):
+    """What is wrong and what to do, in place of a traceback or of a report of half the numbers."""
+    if name.startswith("records"):
+        pytest.importorskip("matplotlib")
+    folder = tmp_path / "copy"
+    shutil.copytree(done, folder)
+    damage(folder / name)
+    assert main(["report", str(folder)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and re.search(said, error) and "Errno" not in error
+
+
 @pytest.mark.parametrize("lost", [False, True])
 def test_the_page_in_a_browser(done, tmp_path, lost):
     """Chromium, from the folder: players start, keep step, seek together and go; one whose file is lost says so."""

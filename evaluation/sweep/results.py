@@ -7,11 +7,12 @@ a fixed order, so the same sweep gives the same file however many workers made i
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from evaluation.sweep.settings import Sweep, variants_of
 from utils.config import REPOSITORY, ConfigError
 from utils.files import lock_file, write_atomically
 from utils.hashing import fingerprint, sha256_file
+
+logger = logging.getLogger(__name__)
 
 IMPORTED = "imported"  # tables that other tools wrote of the same videos, such as the official VBench suite
 RECORD, TABLE, PARQUET = "sweep.json", "results.csv", "results.parquet"
@@ -73,12 +76,7 @@ def _collect(
 ) -> list[Row]:
     place = {variant.name: index for index, variant in enumerate(variants_of(sweep))}
     others = place.keys() - {task.variant.name for task in tasks}
-    videos, variants, kept = [], {}, []
-    if (folder / RECORD).exists():
-        before = json.loads((folder / RECORD).read_bytes())
-        videos = [video for video in before["videos"] if video["method"] in others]
-        variants = {name: made for name, made in before["variants"].items() if name in others}
-        kept = [row for row in read_table(folder / TABLE) if row.method in others]
+    videos, variants, kept = _collected(folder, others)
     rows = [row for task in tasks for job in task.jobs for row in read_rows(folder, task, job, metrics)]
     every = sorted(kept + rows, key=lambda row: place[row.method])
     write_csv(every, folder / TABLE)
@@ -105,23 +103,46 @@ def _collect(
     return rows
 
 
+def _collected(folder: Path, names: Collection[str]) -> tuple[list[dict], dict[str, Any], list[Row]]:
+    """Videos, variants and rows of these variants, as an earlier run collected them; nothing of damaged files."""
+    try:
+        before = json.loads((folder / RECORD).read_bytes())
+        return (
+            [video for video in before["videos"] if video["method"] in names],
+            {name: made for name, made in before["variants"].items() if name in names},
+            [row for row in read_table(folder / TABLE) if row.method in names],
+        )
+    except FileNotFoundError:
+        return [], {}, []
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning(
+            "%s: %s or %s was damaged (%s), both are collected anew. Run the sweep without --only to have every "
+            "variant in them.", folder, RECORD, TABLE, error,
+        )
+        return [], {}, []
+
+
 def load(folder: Path) -> Saved:
     """Read a folder.
 
     Raises: ConfigError if no sweep was made there, or its files are damaged.
     """
-    if not (folder / RECORD).exists():
-        raise ConfigError(
-            f"{folder} has no {RECORD}: no sweep was finished there. "
-            "Name a folder that `python -m evaluation sweep` has written."
-        )
+    for name in (RECORD, TABLE):
+        if not (folder / name).exists():
+            raise ConfigError(
+                f"{folder} has no {name}: no sweep was finished there. "
+                "Name a folder that `python -m evaluation sweep` has written."
+            )
     try:
         record = json.loads((folder / RECORD).read_bytes())
+        missing = [field.name for field in fields(Sweep) if field.name not in record["sweep"]]
+        if missing:
+            raise ValueError(f"the sweep's {', '.join(missing)} are not in it")
         rows = read_table(folder / TABLE)
         for other in sorted((folder / IMPORTED).glob("*.csv")):
             rows += read_table(other)
         return Saved(folder, record["sweep"], record["variants"], record["videos"], record["provenance"], rows)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{folder}: {RECORD} or {TABLE} is damaged ({error}). "
             "Run the same sweep command again: what is made stays, both files are collected anew."
