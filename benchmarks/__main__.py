@@ -127,7 +127,6 @@ def run_sweep(options: argparse.Namespace, base: Setting, device: torch.device) 
         panels.append(Panel("with a window of this size", "latent frames", "ms a chunk", lines))
     plot = options.plot or options.output.with_suffix(".png")
     try:
-        plot.parent.mkdir(parents=True, exist_ok=True)
         draw(panels, plot)
         logger.info("wrote %s", plot)
     except ConfigError as error:

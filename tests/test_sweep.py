@@ -279,7 +279,7 @@ class Picky:
     """A metric that says 1, and refuses prompts that begin so."""
 
     refused = "There is a blue square"
-    name, reports, granularities, needs, protocol = "picky", ("one",), ("whole",), (), "by hand"
+    name, reports, granularities, protocol = "picky", ("one",), ("whole",), "by hand"
 
     def start(self, video):
         if video.prompt.startswith(self.refused):
@@ -315,10 +315,10 @@ def test_a_file_shows_what_its_frames_do(tmp_path):
         info = VideoInfo("clip", stream.fps, stream.height, stream.width, clip.caption, ChunkLayout())
         rows = measure(stream.frames, info, [WorldMetric()]).values["world"]
     whole = {row.metric: row.value for row in rows if row.granularity == "whole"}
-    direct = analyse(frames, clip.said, 16.0, ChunkLayout()).to_json()["video"]
-    assert whole["world_rate_colour"] == pytest.approx(direct["rate"]["colour"], abs=0.05)
+    direct = analyse(frames, clip.said, 16.0, ChunkLayout()).video
+    assert whole["world_rate_colour"] == pytest.approx(direct.rate["colour"], abs=0.05)
     assert whole["world_holds_shape"] == 1
-    assert whole["world_background_drift"] == pytest.approx(direct["background_drift"], abs=0.01)
+    assert whole["world_background_drift"] == pytest.approx(direct.background_drift, abs=0.01)
     assert len([row for row in rows if (row.metric, row.granularity) == ("world_speed", "second")]) == 5
 
 

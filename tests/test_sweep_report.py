@@ -21,12 +21,12 @@ from evaluation.metrics.table import Row, write_csv
 from evaluation.sweep.figures import draw_ablation, moments_of
 from evaluation.sweep.numbers import MetricName, Numbers
 from evaluation.sweep.page import PAGE, write_page
-from evaluation.sweep.quoted import quoted_names, read_quoted
+from evaluation.sweep.quoted import QUOTED, Quoted, read_quoted
 from evaluation.sweep.record import Watcher, read_recorded, records_path
 from evaluation.sweep.recorded import by_age, frequency, jaccard_distances
 from evaluation.sweep.results import Saved, load
 from evaluation.sweep.tables import latex, make_grid, markdown, to_html
-from utils.config import REPOSITORY, ConfigError
+from utils.config import REPOSITORY, ConfigError, load_structured
 from utils.video import read_video
 
 PAGE_PARTS = REPOSITORY / "evaluation" / "sweep"
@@ -122,8 +122,9 @@ def test_names_are_escaped(tmp_path, numbers):
 def test_quoted_tables_are_whole():
     """As many numbers as columns; PackForcing's overall CLIP scores are the means of their windows, but for one row
     whose note says so."""
-    assert len(quoted_names()) == 5
-    for name in quoted_names():
+    names = load_structured(QUOTED, Quoted).tables
+    assert len(names) == 5
+    for name in names:
         source, rows = read_quoted(name)
         assert "arXiv" in source and all(rows.values())
     for method, values in read_quoted("packforcing_table2")[1].items():

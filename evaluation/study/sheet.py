@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from evaluation.study.results import Key, Saved, key_of
+from evaluation.study.settings import CaptionSet
 from training.sheets import contact_sheet
 from training.world import Clip
 from utils.config import ConfigError
@@ -67,8 +68,7 @@ def draw_sheet(saved: Saved, path: Path, methods: Sequence[str] | None = None) -
 def _captions(study: Mapping[str, Any], rows: Collection[Key]) -> list[Key]:
     """The captions whose moments should be there: the first ones of the study that any method has met."""
     every = (
-        (part["split"], seed)
-        for part in study["captions"] for seed in range(part["first"], part["first"] + part["count"])
+        (part["split"], seed) for part in study["captions"] for seed in CaptionSet(**part).seeds
     )
     return [key for key in every if key in rows][:study["sheet_captions"]]
 

@@ -11,9 +11,8 @@ import logging
 import platform
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from evaluation.sweep.settings import Sweep, variants_of
 from utils.config import REPOSITORY, ConfigError
 from utils.files import lock_file, write_atomically
 from utils.hashing import fingerprint, sha256_file
+from utils.versions import installed_versions
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,11 @@ class Saved:
     videos: list[dict[str, Any]]      # video, method, prompt, seed of every finished one, as the rows have them
     provenance: dict[str, Any]
     rows: list[Row]                   # the tidy table
+
+    @property
+    def shown_prompts(self) -> list[str]:
+        """Those on the page and in the grids."""
+        return list(dict.fromkeys(video["prompt"] for video in self.videos))[:self.sweep["shown"]]
 
     def path_of(self, video: str) -> Path:
         """The file of a row's video."""
@@ -156,12 +161,9 @@ def _provenance(sweep: Sweep, tasks: Sequence[Task], device: torch.device) -> di
         name: sha256_file(REPOSITORY / path)
         for name, path in (("file", sweep.prompts.file), ("extended", sweep.prompts.extended)) if path is not None
     }
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):  # one that lies on the path without being installed
-            versions[name] = metadata.version(name)
     return {
         "prompts_sha256": fingerprint(prompts), "prompt_files_sha256": files, "seeds": sweep.seeds,
-        "model": tasks[0].plan.spec.name, "weights_sha256": tasks[0].plan.weights, "versions": versions,
+        "model": tasks[0].plan.spec.name, "weights_sha256": tasks[0].plan.weights,
+        "versions": installed_versions(PACKAGES),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
     }
