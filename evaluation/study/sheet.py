@@ -54,8 +54,9 @@ def draw_sheet(saved: Saved, path: Path, methods: Sequence[str] | None = None) -
             videos.append(strip)
             first = name == next(iter(shown))
             texts.append(f"{name}: {rows[key]['caption']}  (at {times} s)" if first else name)
-        for name in strips.keys() - shown.keys() if key in asked else ():
-            missing.setdefault(name, []).append(f"{key[0]}-{key[1]}")
+        if key in asked:
+            for name in strips.keys() - shown.keys():
+                missing.setdefault(name, []).append(f"{key[0]}-{key[1]}")
     if not videos:
         raise ConfigError(
             f"{saved.folder} holds no kept frames. Ask for them with sheet_captions and sheet_seconds of the study, "
@@ -67,9 +68,7 @@ def draw_sheet(saved: Saved, path: Path, methods: Sequence[str] | None = None) -
 
 def _captions(study: Mapping[str, Any], rows: Collection[Key]) -> list[Key]:
     """The captions whose moments should be there: the first ones of the study that any method has met."""
-    every = (
-        (part["split"], seed) for part in study["captions"] for seed in CaptionSet(**part).seeds
-    )
+    every = ((part["split"], seed) for part in study["captions"] for seed in CaptionSet(**part).seeds)
     return [key for key in every if key in rows][:study["sheet_captions"]]
 
 
