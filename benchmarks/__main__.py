@@ -50,7 +50,7 @@ from benchmarks.sweep import sweep_lengths, sweep_windows
 from pipeline.build import RunPlan
 from utils.config import ConfigError
 from utils.devices import choose_device
-from utils.outputs import check_writable
+from utils.outputs import check_writable, reason
 
 logger = logging.getLogger("benchmarks")
 
@@ -127,7 +127,6 @@ def run_sweep(options: argparse.Namespace, base: Setting, device: torch.device) 
         panels.append(Panel("with a window of this size", "latent frames", "ms a chunk", lines))
     plot = options.plot or options.output.with_suffix(".png")
     try:
-        plot.parent.mkdir(parents=True, exist_ok=True)
         draw(panels, plot)
         logger.info("wrote %s", plot)
     except ConfigError as error:
@@ -224,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
         about = {"what": options.task, "command": command, "environment": where}
         write_json(options.output, about | result | {"wall_s": time.perf_counter() - begin})
     except (ValueError, OSError, torch.OutOfMemoryError) as error:  # every error class of this project is a ValueError
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {reason(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)

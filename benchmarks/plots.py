@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.config import ConfigError
+from utils.figures import saved_figure
 
 Line = tuple[Sequence[float], Sequence[float]]  # x and y of each point
 
@@ -26,23 +26,16 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
 
     Raises: ConfigError if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            "the plot needs matplotlib, which is not installed. Get it with: pip install 'deep-forcing[evaluation]'"
-        ) from error
-    figure = Figure(figsize=(6.5 * len(panels), 4.5), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
-        for name, (x, y) in panel.lines.items():
-            axes.plot(x, y, "o-", label=name, linewidth=1.5, markersize=4)
-        if panel.logarithmic_x:
-            axes.set_xscale("log")
-            ticks = sorted({value for x, _ in panel.lines.values() for value in x})
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axes.minorticks_off()
-        axes.set_ylim(bottom=0)
-        axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    with saved_figure(path, (6.5 * len(panels), 4.5)) as figure:
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+            for name, (x, y) in panel.lines.items():
+                axes.plot(x, y, "o-", label=name, linewidth=1.5, markersize=4)
+            if panel.logarithmic_x:
+                axes.set_xscale("log")
+                ticks = sorted({value for x, _ in panel.lines.values() for value in x})
+                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+                axes.minorticks_off()
+            axes.set_ylim(bottom=0)
+            axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")

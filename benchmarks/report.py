@@ -6,7 +6,6 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from benchmarks.summary import Speed, Spread
 from benchmarks.sweep import LengthPoint, WindowSweep
 from utils.config import REPOSITORY
 from utils.files import write_atomically
+from utils.versions import installed_versions
 
 PACKAGES = ("diffusers", "triton", "flash-attn", "fa3-fwd", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "numpy")
 
@@ -35,14 +35,10 @@ class Environment:
 
 def environment(device: torch.device, revision: str | None) -> Environment:
     """Args: revision: what to say where git cannot tell."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"torch": torch.__version__}
     if device.type == "cuda":
         versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    versions |= installed_versions(PACKAGES)
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()
     return Environment(name, versions, torch.get_num_threads(), git_revision() or revision)

@@ -23,6 +23,7 @@ from pipeline.overlap import FrameChunk
 from utils.video import VideoWriter
 
 PROMPT = "a prompt"  # weights are random, its embedding too
+REMEDY = "Make room on its disk, name a --video on another one, or do without --video"
 
 
 def measure_stream(
@@ -53,7 +54,7 @@ def measure_stream(
         first.append((1000 * (time.perf_counter() - begin), frames))
         chunks.close()
     with ExitStack() as stack:
-        writer = stack.enter_context(VideoWriter(kept, fps=g.fps)) if kept else None
+        writer = stack.enter_context(VideoWriter(kept, fps=g.fps, remedy=REMEDY)) if kept else None
         stages, allocated, begin = [], [], time.perf_counter()
         for chunk in islice(video(len(schedule.windows) + 1), len(schedule.windows)):  # the last has none beside it
             if writer is not None:

@@ -21,6 +21,7 @@ import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.build import plan_run
 from pipeline.loops import Loop
 from utils.config import REPOSITORY, ConfigError, load_config
+from utils.figures import saved_figure
 from utils.files import write_atomically
 from wan.kv_cache.layer import LayerCache
 from wan.kv_cache.policy import build_policy, policy_fields
@@ -118,41 +119,35 @@ def draw(seen: dict[str, list[Sight]], path: Path) -> None:
 
     Raises: ConfigError if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            "the picture needs matplotlib, which is not installed. Get it with: pip install 'deep-forcing[evaluation]'"
-        ) from error
     columns = math.ceil(len(seen) / 2)
-    figure = Figure(figsize=(4.2 * columns, 9), layout="constrained")
-    panels = figure.subplots(2, columns, sharex=True, sharey=True).flat
-    for axes, (name, row) in zip(panels, seen.items(), strict=False):
-        for kind, colour in KINDS.items():
-            points = [(at, sight.second) for sight in row for at in sight.distance[kind]]
-            if points:
-                size = 5 if kind == "chosen" else 3
-                axes.scatter(*zip(*points, strict=True), s=size, color=colour, label=kind, linewidths=0)
-        true = [(sight.true_sink, sight.second) for sight in row if sight.true_sink is not None]
-        if true:
-            axes.plot(*zip(*true, strict=True), ":", color="tab:red", linewidth=0.8, label="where the sink was born")
-        axes.set_title(name)
-        axes.set_xscale("symlog", linthresh=30, linscale=2)
-        axes.set_xlim(-260, 18)
-        axes.set_xticks([-200, -50, -21, -10, 0, 15], ["-200", "-50", "-21", "-10", "0", "15"])
-        axes.set_ylim(SECONDS, 0)
-        axes.axvline(-18, color="0.8", linewidth=0.8, zorder=0)
-        axes.grid(alpha=0.2)
-    for axes in figure.axes[len(seen):]:
-        axes.set_axis_off()
-    figure.supxlabel("window time in latent frames; 0: first frame in the making (linear to 30, then logarithmic)")
-    figure.supylabel("seconds of the video")
-    labels = {
-        label: handle for axes in figure.axes
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(labels.values(), labels, loc="outside upper center", ncols=5, markerscale=4)
-    figure.savefig(path, dpi=80)
+    with saved_figure(path, (4.2 * columns, 9), dpi=80) as figure:
+        panels = figure.subplots(2, columns, sharex=True, sharey=True).flat
+        for axes, (name, row) in zip(panels, seen.items(), strict=False):
+            for kind, colour in KINDS.items():
+                points = [(at, sight.second) for sight in row for at in sight.distance[kind]]
+                if points:
+                    size = 5 if kind == "chosen" else 3
+                    axes.scatter(*zip(*points, strict=True), s=size, color=colour, label=kind, linewidths=0)
+            true = [(sight.true_sink, sight.second) for sight in row if sight.true_sink is not None]
+            if true:
+                born = "where the sink was born"
+                axes.plot(*zip(*true, strict=True), ":", color="tab:red", linewidth=0.8, label=born)
+            axes.set_title(name)
+            axes.set_xscale("symlog", linthresh=30, linscale=2)
+            axes.set_xlim(-260, 18)
+            axes.set_xticks([-200, -50, -21, -10, 0, 15], ["-200", "-50", "-21", "-10", "0", "15"])
+            axes.set_ylim(SECONDS, 0)
+            axes.axvline(-18, color="0.8", linewidth=0.8, zorder=0)
+            axes.grid(alpha=0.2)
+        for axes in figure.axes[len(seen):]:
+            axes.set_axis_off()
+        figure.supxlabel("window time in latent frames; 0: first frame in the making (linear to 30, then logarithmic)")
+        figure.supylabel("seconds of the video")
+        labels = {
+            label: handle for axes in figure.axes
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(labels.values(), labels, loc="outside upper center", ncols=5, markerscale=4)
 
 
 def with_table(page: str, text: str) -> str:

@@ -23,10 +23,6 @@ VERSION = "VBench commit 98b19513"
 INDEX = "vbench_export.json"      # what each exported name is
 PROMPTS = "vbench_prompts.json"   # for `--mode custom_input --prompt_file`, which takes whole prompts
 NAME_BYTES = 230                  # of the 255 that file systems allow; clips get a suffix
-DIMENSIONS = (
-    "subject_consistency", "background_consistency", "motion_smoothness", "dynamic_degree", "overall_consistency",
-    "imaging_quality", "aesthetic_quality",
-)
 PERCENT = ("imaging_quality",)    # whose single results are 0..100 where the mean is 0..1
 
 

@@ -22,7 +22,8 @@ from evaluation.analysers.selfcheck import (
     shuffled,
     with_backdrop_gain,
 )
-from training.world import ObjectTruth, Truth, World, sample, to_frames
+from evaluation.study.scores import row_of
+from training.world import Clip, ObjectTruth, Truth, World, sample, to_frames
 from training.world.render import render
 from training.world.scene import WaveBatch
 
@@ -168,9 +169,9 @@ def test_nothing_there_is_nothing_right():
         "motion": None,
     }
     assert analysis.video.survival == 0
-    written = json.loads(json.dumps(analysis.to_json()))
-    assert written["video"]["speed"] is None and written["truth"]["pattern"] is None
-    assert len(written["frames"]["colour"]) == 40
+    row = row_of(Clip(0, "test", "", truth, truth, None), analysis)
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+    assert row["video"]["speed"] is None and row["said"]["pattern"] is None and row["pixel_frames"] == 40
 
 
 def test_a_bright_background_is_no_subject():

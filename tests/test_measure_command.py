@@ -138,12 +138,14 @@ def test_what_is_known_of_a_video(tmp_path):
 
 
 def test_folders_that_cannot_be_measured(tmp_path):
-    """Missing, empty, and two folders of one name are told apart."""
+    """Missing, a file, empty, and two folders of one name are told apart."""
     for folder in ("a/x", "b/x", "empty"):
         (tmp_path / folder).mkdir(parents=True)
     for folder in ("a/x", "b/x"):
         (tmp_path / folder / "v.mp4").touch()
     for folders, message in (([tmp_path / "no"], "no such folder"), ([tmp_path / "empty"], "no videos"),
+                             ([tmp_path / "a/x/v.mp4"], f"v.mp4 is a file.* METHOD=FOLDER: {tmp_path / 'a/x'} has"),
+                             ([f"m={tmp_path / 'a/x/v.mp4'}"], f"^{tmp_path / 'a/x/v.mp4'} is a file"),
                              ([tmp_path / "a/x", tmp_path / "b/x"], "Tell them apart")):
         with pytest.raises(ConfigError, match=message):
             find_videos([str(folder) for folder in folders])
@@ -256,7 +258,7 @@ def test_a_missing_package_costs_its_metric_alone(monkeypatch, caplog):
 class Failing:
     """A metric that breaks in one of three places."""
 
-    reports, granularities, needs, protocol = ("failing",), ("whole",), (), "none"
+    reports, granularities, protocol = ("failing",), ("whole",), "none"
 
     def __init__(self, where: str):
         self.name, self.where = where, where

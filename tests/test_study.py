@@ -358,6 +358,33 @@ def test_sheet_shows_the_moments(write, tmp_path):
     assert main(["sheet", str(tmp_path / "out"), "--methods", "x"]) == 2
 
 
+@pytest.mark.parametrize("lose", [
+    lambda strip: strip.unlink(),
+    lambda strip: strip.write_bytes(strip.read_bytes()[:-40]),
+    lambda strip: strip.write_bytes(b"no picture"),
+    lambda strip: Image.open(strip).crop((0, 0, 160 * 2 - 1, 96)).save(strip),   # fewer moments than are asked for
+], ids=["missing", "torn", "no picture", "cut"])
+def test_a_sheet_names_what_it_lacks(write, tmp_path, caplog, lose):
+    """What is there is drawn; lost moments, and a method that was not run, are one line and exit status 1."""
+    caplog.set_level("INFO")
+    methods = {name: {"config": "configs/self_forcing.yaml"} for name in ("rolling", "unmade")}
+    path = write(methods=methods, references=["rendered"], sheet_captions=2, sheet_seconds=[0, 0.5])
+    assert run(path, tmp_path / "out", "--methods", "rolling", "rendered") == 0
+    assert main(["sheet", str(tmp_path / "out"), "--methods", "rolling", "rendered"]) == 0
+    lose(tmp_path / "out" / "frames" / "rolling" / "test-1.png")
+    assert main(["sheet", str(tmp_path / "out")]) == 1
+    assert caplog.messages[-1] == "without kept frames, not run or lost: rolling (test-1); unmade (test-0, test-1)"
+    assert np.asarray(Image.open(tmp_path / "out" / "sheet.png")).shape == (3 * (96 + 12), 2 * 160, 3)
+
+
+def test_a_sheet_of_a_part_lacks_nothing(write, tmp_path):
+    """Captions that no method has met yet are not missed."""
+    path = write(methods={}, references=["rendered"], sheet_captions=2, sheet_seconds=[0, 0.5])
+    assert run(path, tmp_path / "out", "--count", "1") == 0 and main(["sheet", str(tmp_path / "out")]) == 0
+    assert run(path, tmp_path / "out") == 0 and main(["sheet", str(tmp_path / "out")]) == 0
+    assert np.asarray(Image.open(tmp_path / "out" / "sheet.png")).shape == (2 * (96 + 12), 2 * 160, 3)
+
+
 def test_no_sheet_without_kept_frames(write, tmp_path, capsys):
     assert run(write(methods={}, references=["rendered"]), tmp_path / "out") == 0
     assert main(["sheet", str(tmp_path / "out")]) == 2

@@ -233,6 +233,17 @@ def test_a_damaged_table_of_a_video_is_made_again(write, tmp_path, damage):
     assert run(path, folder) == 0 and load(folder).rows == before
 
 
+@pytest.mark.parametrize("name", ["sweep.json", "results.csv", "records/rolling.safetensors"])
+def test_what_the_report_reads_is_made_again(write, tmp_path, name):
+    """Cut short, each file comes back from the same command, and equal."""
+    path, folder = write(record={"methods": ["rolling"], "seconds": 0.5}), tmp_path / "out"
+    assert run(path, folder) == 0
+    before, whole = load(folder), (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[:-30])
+    assert run(path, folder) == 0
+    assert load(folder) == before and (folder / name).read_bytes() == whole
+
+
 def test_only_what_a_table_needs(write, tmp_path, capsys):
     """One table's methods are made now, the others later, and then all are in the results."""
     methods = {name: {"config": "configs/self_forcing.yaml"} for name in ("a", "b")}
@@ -268,7 +279,7 @@ class Picky:
     """A metric that says 1, and refuses prompts that begin so."""
 
     refused = "There is a blue square"
-    name, reports, granularities, needs, protocol = "picky", ("one",), ("whole",), (), "by hand"
+    name, reports, granularities, protocol = "picky", ("one",), ("whole",), "by hand"
 
     def start(self, video):
         if video.prompt.startswith(self.refused):
@@ -304,10 +315,10 @@ def test_a_file_shows_what_its_frames_do(tmp_path):
         info = VideoInfo("clip", stream.fps, stream.height, stream.width, clip.caption, ChunkLayout())
         rows = measure(stream.frames, info, [WorldMetric()]).values["world"]
     whole = {row.metric: row.value for row in rows if row.granularity == "whole"}
-    direct = analyse(frames, clip.said, 16.0, ChunkLayout()).to_json()["video"]
-    assert whole["world_rate_colour"] == pytest.approx(direct["rate"]["colour"], abs=0.05)
+    direct = analyse(frames, clip.said, 16.0, ChunkLayout()).video
+    assert whole["world_rate_colour"] == pytest.approx(direct.rate["colour"], abs=0.05)
     assert whole["world_holds_shape"] == 1
-    assert whole["world_background_drift"] == pytest.approx(direct["background_drift"], abs=0.01)
+    assert whole["world_background_drift"] == pytest.approx(direct.background_drift, abs=0.01)
     assert len([row for row in rows if (row.metric, row.granularity) == ("world_speed", "second")]) == 5
 
 

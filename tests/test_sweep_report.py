@@ -21,12 +21,12 @@ from evaluation.metrics.table import Row, write_csv
 from evaluation.sweep.figures import draw_ablation, moments_of
 from evaluation.sweep.numbers import MetricName, Numbers
 from evaluation.sweep.page import PAGE, write_page
-from evaluation.sweep.quoted import quoted_names, read_quoted
+from evaluation.sweep.quoted import QUOTED, Quoted, read_quoted
 from evaluation.sweep.record import Watcher, read_recorded, records_path
 from evaluation.sweep.recorded import by_age, frequency, jaccard_distances
 from evaluation.sweep.results import Saved, load
 from evaluation.sweep.tables import latex, make_grid, markdown, to_html
-from utils.config import REPOSITORY, ConfigError
+from utils.config import REPOSITORY, ConfigError, load_structured
 from utils.video import read_video
 
 PAGE_PARTS = REPOSITORY / "evaluation" / "sweep"
@@ -122,8 +122,9 @@ def test_names_are_escaped(tmp_path, numbers):
 def test_quoted_tables_are_whole():
     """As many numbers as columns; PackForcing's overall CLIP scores are the means of their windows, but for one row
     whose note says so."""
-    assert len(quoted_names()) == 5
-    for name in quoted_names():
+    names = load_structured(QUOTED, Quoted).tables
+    assert len(names) == 5
+    for name in names:
         source, rows = read_quoted(name)
         assert "arXiv" in source and all(rows.values())
     for method, values in read_quoted("packforcing_table2")[1].items():
@@ -324,6 +325,33 @@ def test_other_tools_numbers_join_ours(done, tmp_path):
 def test_a_folder_without_a_sweep_is_refused(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "no sweep was finished there" in capsys.readouterr().err
+
+
+def in_the_way(path: Path) -> None:
+    """A file where a folder should be."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.touch()
+
+
+@pytest.mark.parametrize("name, damage, said", [
+    ("sweep.json", lambda path: path.write_text("[]"), "sweep.json or results.csv is damaged .* Run the same sweep"),
+    ("sweep.json", lambda path: path.write_text(path.read_text().replace("shown", "show")), "the sweep's shown are"),
+    ("results.csv", lambda path: path.unlink(), "has no results.csv: no sweep was finished there. Name a folder"),
+    ("results.csv", lambda path: path.write_bytes(path.read_bytes()[:-30]), "results.csv is damaged"),
+    ("records/forcing.safetensors", lambda path: path.write_bytes(path.read_bytes()[:99]), "forcing.safetensors is da"),
+    ("tables", in_the_way, "report's folder .*tables cannot be written to: .*tables is a file. Choose another"),
+    ("figures", in_the_way, "report's folder .*figures cannot be written to"),
+])
+def test_a_damaged_folder_is_one_line(done, tmp_path, capsys, name, damage, said):
+    """What is wrong and what to do, in place of a traceback or of a report of half the numbers."""
+    if name.startswith("records"):
+        pytest.importorskip("matplotlib")
+    folder = tmp_path / "copy"
+    shutil.copytree(done, folder)
+    damage(folder / name)
+    assert main(["report", str(folder)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and re.search(said, error) and "Errno" not in error
 
 
 @pytest.mark.parametrize("lost", [False, True])

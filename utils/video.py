@@ -35,6 +35,10 @@ QUEUE_CHUNKS = 6  # some 14 MB each at 832x480: room for moments when the encode
 ENCODER_THREADS = 4  # fixed: x264 gives the same bytes everywhere only for the same number of threads
 X264_PARAMS = "mbtree=0"  # with mbtree, equal frames now and then give other bytes (it reads memory nobody set)
 KEYFRAME_SECONDS = 4
+REMEDY = (
+    "Videos finished before it are safe; make room or choose another --output_folder, then run the same command again: "
+    "only this one is redone"
+)
 
 
 class VideoWriter:
@@ -44,13 +48,14 @@ class VideoWriter:
     exception removes what was written, unless `keep_partial` was called. Encoding runs in a thread of its
     own, at most QUEUE_CHUNKS behind, so that the maker of the frames does not wait for it.
 
-    Arguments: path, ending in .mp4, in an existing folder; fps in pixel frames per second.
-    Errors: OSError (disk full, no permission) names the video, the cause, and what is safe; ValueError for
+    Arguments: path, ending in .mp4, in an existing folder; fps in pixel frames per second; remedy, what a user
+        can do where the file cannot be written.
+    Errors: OSError (disk full, no permission) names the video, the cause, and the remedy; ValueError for
         frames of a wrong shape or size. Equal frames give equal files, byte for byte.
     """
 
-    def __init__(self, path: Path, *, fps: float, crf: int = 17, preset: str = "veryfast"):
-        self.path = Path(path)
+    def __init__(self, path: Path, *, fps: float, crf: int = 17, preset: str = "veryfast", remedy: str = REMEDY):
+        self.path, self.remedy = Path(path), remedy
         if self.path.suffix.lower() != ".mp4":
             raise ValueError(f"{path}: videos are written as .mp4, got {self.path.suffix or 'no suffix'!r}. Rename it")
         if not (fps > 0 and math.isfinite(fps)):
@@ -177,7 +182,7 @@ class VideoWriter:
         raise self._error
 
     def _described(self, error: OSError) -> OSError:
-        """The same failure, in a sentence that says which video, what, and what is safe."""
+        """The same failure, in a sentence that says which video, what, and what to do."""
         free = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             with contextlib.suppress(OSError):
@@ -185,8 +190,7 @@ class VideoWriter:
         return OSError(
             error.errno,
             f"{self.path}: could not write this video after {self._frames} frames: {error.strerror or error}{free}. "
-            "Videos finished before it are safe; make room or choose another --output_folder, then run the same "
-            "command again: only this one is redone",
+            f"{self.remedy}",
         )
 
     def _encode_all(self) -> None:

@@ -6,7 +6,7 @@ colours: those that have no name should stay what they were in the first seconds
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -75,19 +75,8 @@ class Analysis:
 
     fps: float
     num_frames: int
-    truth: Truth
     frames: PerFrame
     video: PerVideo
-
-    def to_json(self) -> dict:
-        """Plain numbers, strings, lists and None; NaN becomes None."""
-        per_frame = {
-            name: [None if np.isnan(v) else round(float(v), 5) for v in values] for name, values in _items(self.frames)
-        }
-        return {
-            "fps": self.fps, "num_frames": self.num_frames, "truth": self.truth.to_json(), "frames": per_frame,
-            "video": {name: _plain(value) for name, value in asdict(self.video).items()},
-        }
 
     def between(self, start_s: float, end_s: float) -> dict[str, float]:
         """The mean of every per-frame value over a window in seconds; NaN where nothing can be said.
@@ -111,7 +100,7 @@ def analyse(frames: np.ndarray, truth: Truth, fps: float = 16.0, chunks: ChunkLa
 def judge(seen: Observation, truth: Truth, chunks: ChunkLayout = ChunkLayout()) -> Analysis:
     """Hold what was seen against what should be: one observation may be judged by many truths."""
     frames = _per_frame(seen, truth)
-    return Analysis(seen.fps, seen.num_frames, truth, frames, _per_video(seen, truth, frames, chunks))
+    return Analysis(seen.fps, seen.num_frames, frames, _per_video(seen, truth, frames, chunks))
 
 
 def curves(analysis: Analysis) -> dict[str, np.ndarray]:
@@ -271,11 +260,3 @@ def _ratio(a: float, b: float) -> float:
 
 def _items(frames: PerFrame) -> list[tuple[str, np.ndarray]]:
     return [(field.name, getattr(frames, field.name)) for field in fields(frames)]
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, float) and np.isnan(value):
-        return None
-    return value

@@ -30,7 +30,6 @@ class Observation:
     motion: MotionWindows
     count: np.ndarray        # [T] shapes
     step: np.ndarray         # [T] mean absolute difference from the frame before, background only; NaN first
-    change: np.ndarray       # [T] the same over the whole frame
     edge_speed: np.ndarray   # [T] pixels a second that the shapes' outlines move; NaN first
     sharpness: np.ndarray    # [T] slope of the shapes' edges / their contrast, 1 / pixels; NaN without shapes
     thumbnails: np.ndarray   # [T, P] float32, coarse pictures to compare frames far apart
@@ -57,12 +56,11 @@ def observe(frames: np.ndarray, fps: float = 16.0) -> Observation:
     outline = inner_edge(owned)
     tracks = follow(shapes, len(frames), height)
     behind = look_behind(frames, free)
-    step, change = _steps(frames, free)
     return Observation(
         fps=float(fps), height=height, width=width, tracks=tracks, behind=behind,
         motion=name_motions(tracks, fps, height),
         count=np.bincount(shapes.frame, minlength=len(frames)),
-        step=step, change=change, edge_speed=_edge_speed(owned, outline, fps),
+        step=_steps(frames, free), edge_speed=_edge_speed(owned, outline, fps),
         sharpness=_sharpness(frames, outline, tracks, behind), thumbnails=_thumbnails(frames),
     )
 
@@ -85,17 +83,17 @@ def _sparse(mask: np.ndarray) -> np.ndarray:
     return (mask.mean((1, 2)) < 0.5)[:, None, None]
 
 
-def _steps(frames: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    step, change = np.full(len(frames), np.nan), np.full(len(frames), np.nan)
+def _steps(frames: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """Mean absolute difference from the frame before, of the background; of the whole frame where there is none. [T]"""
+    step = np.full(len(frames), np.nan)
     for block in blocks(len(frames) - 1):
         before, now = frames[:-1][block], frames[1:][block]
         away = (np.maximum(before, now) - np.minimum(before, now)).reshape(len(now), -1, 3).astype(np.float32)
         both = (free[:-1][block] & free[1:][block]).reshape(len(now), 1, -1)
-        change[1:][block] = away.mean((1, 2)) / 255
         seen = (both.astype(np.float32) @ away).mean((1, 2)) / 255
         count = both.sum((1, 2))
-        step[1:][block] = np.where(count > 0, seen / np.maximum(count, 1), change[1:][block])
-    return step, change
+        step[1:][block] = np.where(count > 0, seen / np.maximum(count, 1), away.mean((1, 2)) / 255)
+    return step
 
 
 def _edge_speed(owned: np.ndarray, outline: np.ndarray, fps: float) -> np.ndarray:

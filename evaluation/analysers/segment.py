@@ -47,10 +47,10 @@ def subject_mask(names: np.ndarray) -> np.ndarray:
     return mask
 
 
-def components(frames: np.ndarray, names: np.ndarray, mask: np.ndarray) -> Pixels:
+def components(names: np.ndarray, mask: np.ndarray) -> Pixels:
     """Connected shapes of all frames: neither specks nor half the picture.
 
-    Shapes: frames uint8 [T, H, W, 3]; names, mask [T, H, W]. Touching shapes of two colours are taken apart.
+    Shapes: names, mask [T, H, W]. Touching shapes of two colours are taken apart.
     """
     found = _connected(mask)
     mixed = _two_coloured(found, names)
@@ -188,4 +188,4 @@ def name_and_segment(frames: np.ndarray) -> tuple[np.ndarray, Pixels]:
     """Mask of subject colours [T, H, W] and the accepted components of uint8 frames [T, H, W, 3]."""
     names = name_pixels(frames)
     mask = subject_mask(names)
-    return mask, components(frames, names, mask)
+    return mask, components(names, mask)

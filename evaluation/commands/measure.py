@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     from evaluation.metrics.videos import find_videos
     from utils.config import ConfigError
     from utils.devices import choose_device
+    from utils.outputs import check_writable
 
     if min([options.workers, *(options.chunk_frames or ())]) < 1:
         raise ConfigError("--workers and --chunk_frames count from 1 on. Ask for 1 or more of each.")
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
     if table.is_dir() or table.suffix != ".csv":
         why, folder = ("is a folder", table) if table.is_dir() else ("is no .csv", table.parent)
         raise ConfigError(f"--output {table} {why}. Name the table itself, such as {folder / 'metrics.csv'}.")
+    check_writable(table.parent, "--output")
     chunks = None if options.chunk_frames is None else ChunkLayout(*options.chunk_frames)
     videos = find_videos(options.folders, prompts=options.prompts, chunks=chunks)
     choices = Choices(str(choose_device(options.device)), options.weights, options.vlm)

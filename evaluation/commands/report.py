@@ -26,9 +26,12 @@ def run(options: argparse.Namespace) -> int:
     from evaluation.sweep.recorded import draw_recorded
     from evaluation.sweep.results import load
     from evaluation.sweep.tables import markdown, write_tables
+    from utils.outputs import check_writable
 
     for folder in options.folders:
         saved = load(folder)
+        for part in ("tables",) if options.no_figures else ("tables", "figures"):
+            check_writable(folder / part, "the report's folder")
         numbers = Numbers(saved.rows)
         grids = write_tables(saved, numbers, folder / "tables")
         for grid in grids.values():

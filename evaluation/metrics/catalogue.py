@@ -5,7 +5,7 @@ import importlib
 import logging
 from collections.abc import Sequence
 
-from evaluation.metrics.protocol import Choices, Metric
+from evaluation.metrics.protocol import NO_CHUNKS, NO_PROMPT, Choices, Metric
 from utils.config import ConfigError
 from utils.config_schema import nearest
 
@@ -35,8 +35,8 @@ BASIC = ("picture", "drift", "flicker", "borders", "frozen", "returns")  # no do
 FREE = (*BASIC, "flow", "brisque", "shots")                              # no download
 PAPERS = tuple(name for name in MODELS if name != "visual_stability")    # the papers' own, with downloaded weights
 ASKS = {  # what must be known of a video (a field of videos.Video), and how it is told
-    "borders": ("chunks", "the chunk layout is not known. Give --chunk_frames, or keep the JSON beside the video"),
-    "clip_score": ("prompt", "no prompt is known. Give --prompts FILE, or keep the JSON beside the video"),
+    "borders": ("chunks", NO_CHUNKS),
+    "clip_score": ("prompt", NO_PROMPT),
 }
 
 

@@ -23,21 +23,20 @@ class Consistency:
 
     granularities = ("clip2s", "whole")
 
-    def __init__(self, name: str, network, needs: str, protocol: str):
-        self.name, self.reports, self.needs, self.protocol = name, (name,), (needs,), protocol
-        self.network = network
+    def __init__(self, name: str, network, protocol: str):
+        self.name, self.reports, self.protocol, self.network = name, (name,), protocol, network
 
     def start(self, video: VideoInfo) -> ConsistencyReader:
         return ConsistencyReader(self.name, self.network, video)
 
 
 def subject(choices: Choices) -> Consistency:
-    return Consistency("subject_consistency", dino(choices), "dino", "VBench's rule, DINO ViT-B/16 in transformers")
+    return Consistency("subject_consistency", dino(choices), "VBench's rule, DINO ViT-B/16 in transformers")
 
 
 def background(choices: Choices) -> Consistency:
     protocol = "VBench's rule, CLIP ViT-B/32 in transformers"
-    return Consistency("background_consistency", clip_b32(choices), "clip", protocol)
+    return Consistency("background_consistency", clip_b32(choices), protocol)
 
 
 class ConsistencyReader:

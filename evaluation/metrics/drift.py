@@ -37,7 +37,6 @@ class Drift:
     name = "drift"
     reports = ("drift", "drift_colour", "drift_detail")
     granularities = ("second", "whole")
-    needs = ()
     protocol = "sliced Wasserstein distance of colours in Delta E + 10 |log2 gradient ratio|, against the first 5 s"
 
     def start(self, video: VideoInfo) -> DriftReader:

@@ -27,7 +27,6 @@ class Flow:
     name = "flow"
     reports = ("flow", "dynamic_degree")
     granularities = ("second", "clip2s", "whole")
-    needs = ()
     protocol = "VBench's rule with OpenCV DIS flow (not RAFT) at a shorter side of 256, 8 samples a second"
 
     def __init__(self):

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 
 from evaluation.metrics.networks import AestheticHead, Batches, ClipImagesAndText, aesthetic, clip_b32
-from evaluation.metrics.protocol import CannotMeasureError, Choices, Frame, Value, VideoInfo
+from evaluation.metrics.protocol import NO_PROMPT, CannotMeasureError, Choices, Frame, Value, VideoInfo
 from evaluation.metrics.series import WINDOW_S, clips, means, of_frames
 
 WINDOW_FRAMES = 8  # looked at in each window, each in the middle of its eighth
@@ -19,7 +19,6 @@ class ClipScore:
     name = "clip_score"
     reports = ("clip_score",)
     granularities = ("window10s", "whole")
-    needs = ("clip",)
     protocol = "100 x cosine, CLIP ViT-B/32 in transformers, 8 middle frames a 10 s window, prompt cut at 77 tokens"
 
     def __init__(self, network: ClipImagesAndText):
@@ -27,9 +26,7 @@ class ClipScore:
 
     def start(self, video: VideoInfo) -> ClipScoreReader:
         if not video.prompt:
-            raise CannotMeasureError(
-                "no prompt is known for this video. Give --prompts FILE, or keep the JSON beside the video"
-            )
+            raise CannotMeasureError(NO_PROMPT)
         return ClipScoreReader(self.network, video)
 
 
@@ -68,7 +65,6 @@ class Aesthetic:
     name = "aesthetic_quality"
     reports = ("aesthetic_quality", "aesthetic_quality_drift")
     granularities = ("second", "clip2s", "whole", "first_last_5s", "first_last_15pct")
-    needs = ("aesthetic",)
     protocol = "CLIP ViT-L/14 in transformers + LAION linear head / 10; drift: |first - last|"
 
     def __init__(self, network: AestheticHead):

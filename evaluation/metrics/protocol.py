@@ -19,6 +19,9 @@ from evaluation.analysers.stability import ChunkLayout
 Granularity = Literal["second", "clip2s", "window10s", "whole", "first_last_5s", "first_last_15pct"]
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 THUMBNAIL = 48
+NO_PROMPT = "no prompt is known. Give --prompts FILE, or keep the JSON beside the video"
+NO_CHUNKS = "the chunk layout is not known. Give --chunk_frames FIRST LATER (Self Forcing: 9 12), or keep the JSON " \
+            "beside the video"
 
 
 class CannotMeasureError(ValueError):
@@ -89,7 +92,6 @@ class Metric(Protocol):
     name: str                              # by which it is chosen, as in --metrics
     reports: tuple[str, ...]               # names of its values, such as `brightness` and `brightness_drift`
     granularities: tuple[Granularity, ...]
-    needs: tuple[str, ...]                 # groups of utils.download whose files it reads; () for none
     protocol: str                          # how its numbers were made, in a line; stands in every row
 
     def start(self, video: VideoInfo) -> Reader:

@@ -29,7 +29,6 @@ class Returns:
     name = "returns"
     reports = ("repetition", "rollbacks")
     granularities = ("second", "whole")
-    needs = ()
     protocol = "cell means; again: nearer to one 2 s or more before than 0.4 of a quarter second's motion"
 
     def start(self, video: VideoInfo) -> ReturnsReader:

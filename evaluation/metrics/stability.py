@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from evaluation.metrics.protocol import CannotMeasureError, Choices, Frame, Value, VideoInfo
+from evaluation.metrics.protocol import NO_PROMPT, CannotMeasureError, Choices, Frame, Value, VideoInfo
 from utils.config import ConfigError
 
 MOST_FRAMES = 32
@@ -41,7 +41,6 @@ class VisualStability:
     name = "visual_stability"
     reports = ("visual_stability",)
     granularities = ("whole",)
-    needs = ()
 
     def __init__(self, judge: Judge, who: str):
         self.judge = judge
@@ -49,9 +48,7 @@ class VisualStability:
 
     def start(self, video: VideoInfo) -> VisualStabilityReader:
         if not video.prompt:
-            raise CannotMeasureError(
-                "no prompt is known for this video. Give --prompts FILE, or keep the JSON beside the video"
-            )
+            raise CannotMeasureError(NO_PROMPT)
         return VisualStabilityReader(self.judge, video.prompt)
 
 

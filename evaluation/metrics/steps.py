@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 
 from evaluation.analysers.stability import border_steps
-from evaluation.metrics.protocol import CannotMeasureError, Frame, Value, VideoInfo
+from evaluation.metrics.protocol import NO_CHUNKS, CannotMeasureError, Frame, Value, VideoInfo
 from evaluation.metrics.series import of_frames
 
 CELL = 4             # thumbnail pixels a side of a cell; smaller motion averages out in it
@@ -18,7 +18,6 @@ class Flicker:
     name = "flicker"
     reports = ("temporal_flickering",)
     granularities = ("second", "whole")
-    needs = ()
     protocol = "1 - mean |difference of luma of consecutive frames| / 255, all videos (VBench: static ones, RGB)"
 
     def start(self, video: VideoInfo) -> FlickerReader:
@@ -46,15 +45,11 @@ class Borders:
     name = "borders"
     reports = ("border_flicker",)
     granularities = ("whole",)
-    needs = ()
     protocol = "mean step of cell means at chunk borders - mean step within chunks, levels of 255"
 
     def start(self, video: VideoInfo) -> BordersReader:
         if video.chunks is None:
-            raise CannotMeasureError(
-                "the chunk layout is not known. Give --chunk_frames FIRST LATER (Self Forcing: 9 12), "
-                "or keep the JSON beside the video"
-            )
+            raise CannotMeasureError(NO_CHUNKS)
         return BordersReader(video)
 
 
@@ -82,7 +77,6 @@ class Frozen:
     name = "frozen"
     reports = ("frozen",)
     granularities = ("second", "whole")
-    needs = ()
     protocol = "share of frames in rests of 0.5 s or longer, in which no cell changes by more than 1 level of 255"
 
     def start(self, video: VideoInfo) -> FrozenReader:

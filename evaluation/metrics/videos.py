@@ -46,12 +46,17 @@ def find_videos(
             the videos whose names begin with the number n, as `--save_with_index` writes them.
         chunks: layout of videos that have no JSON beside them.
     Raises:
-        ConfigError: a folder that is missing, empty, or of the same method as another; a bad prompts file.
+        ConfigError: a folder that is missing, a file, empty, or of the same method as another; a bad prompts file.
     """
     known, by_method, videos = _read_prompts(prompts), {}, []
     for text in folders:
         method, equals, folder = text.partition("=")
         path = Path(folder if equals else text)
+        if path.is_file():
+            raise ConfigError(
+                f"{path} is a file, and videos are found by their folder. Give FOLDER or METHOD=FOLDER: {path.parent} "
+                "has this one and all beside it; to have it alone, move it to a folder of its own."
+            )
         if not path.is_dir():
             raise ConfigError(f"{text}: no such folder. Give FOLDER or METHOD=FOLDER.")
         method = method if equals else path.resolve().name

@@ -10,7 +10,7 @@ from dataclasses import fields
 import numpy as np
 
 from evaluation.analysers import PerFrame, PerVideo, analyse
-from evaluation.metrics.protocol import CannotMeasureError, Frame, Value, VideoInfo
+from evaluation.metrics.protocol import NO_CHUNKS, CannotMeasureError, Frame, Value, VideoInfo
 from evaluation.study.scores import pace_name, paces, row_of
 from training.world import CaptionError, Clip, Truth, parse_caption
 
@@ -28,12 +28,11 @@ class WorldMetric:
     name = "world"
     reports = ("world_background_drift", "world_survival", "world_jumps")
     granularities = ("second", "whole")
-    needs = ()
     protocol = "evaluation.analysers on every frame of the decoded file, against the caption"
 
     def start(self, video: VideoInfo) -> WorldReader:
         if video.chunks is None:
-            raise CannotMeasureError(f"{video.name}: the chunk layout is not known. Keep the JSON beside the video")
+            raise CannotMeasureError(NO_CHUNKS)
         try:
             return WorldReader(video, parse_caption(video.prompt or ""))
         except CaptionError as error:

@@ -4,7 +4,8 @@
     python -m evaluation.study report outputs/drift_60s outputs/drift_300s
     python -m evaluation.study sheet outputs/drift_60s --methods rolling deep_sink_10
 
-Exit status: 0 done, 2 bad input, 130 interrupted; finished batches are kept, and the same command goes on.
+Exit status: 0 done, 1 a sheet lacks frames (listed), 2 bad input, 130 interrupted; finished batches are kept, and the
+same command goes on.
 """
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> int:
     study = load_study(options.study, options.set)
     for name in options.methods or ():
         if name not in study.names:
@@ -75,9 +76,10 @@ def run(options: argparse.Namespace) -> None:
         random_weights=options.random_weights, methods=options.methods, count=options.count,
     )
     logger.info("all rows are in %s", folder)
+    return 0
 
 
-def report(options: argparse.Namespace) -> None:
+def report(options: argparse.Namespace) -> int:
     for folder in options.folders:
         saved = load(folder)
         text = write_report(saved)
@@ -89,12 +91,17 @@ def report(options: argparse.Namespace) -> None:
             draw_curves(saved, folder / "curves.png")
         except ConfigError as error:
             logger.warning("%s; or ask for --no_curves", error)
+    return 0
 
 
-def sheet(options: argparse.Namespace) -> None:
+def sheet(options: argparse.Namespace) -> int:
     path = options.folder / "sheet.png"
-    draw_sheet(load(options.folder), path, options.methods)
+    missing = draw_sheet(load(options.folder), path, options.methods)
     logger.info("wrote %s", path)
+    if missing:
+        said = "; ".join(f"{name} ({', '.join(captions)})" for name, captions in missing.items())
+        logger.error("without kept frames, not run or lost: %s", said)
+    return 1 if missing else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        {"run": run, "report": report, "sheet": sheet}[options.task](options)
+        return {"run": run, "report": report, "sheet": sheet}[options.task](options)
     except BrokenProcessPool as error:
         print(f"error: {error} If memory ran out, lower --workers or --set batch_size=...", file=sys.stderr)
         return 2
@@ -112,7 +119,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; finished batches are kept, and the same command goes on from there", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ import platform
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from evaluation.study.settings import Study, clips_of
 from evaluation.study.sheet import keep_moments
 from evaluation.study.sources import Made, Source, chunk_layout, make_sources, world_of
 from training.world import Clip
+from utils.versions import installed_versions
 
 logger = logging.getLogger(__name__)
 
@@ -124,13 +123,9 @@ class _Run:
 
 
 def _note(device: torch.device, batch_size: int, workers: int) -> dict[str, Any]:
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):  # one that lies on the path without being installed
-            versions[name] = metadata.version(name)
     on_gpu = device.type == "cuda"
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
-        "versions": versions, "batch_size": batch_size, "workers": workers,
+        "versions": installed_versions(PACKAGES), "batch_size": batch_size, "workers": workers,
     }

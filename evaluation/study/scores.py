@@ -5,6 +5,7 @@ A video is held against what its caption *says*: what was left unsaid cannot be 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def row_of(clip: Clip, analysis: Analysis) -> dict:
     return _rounded({
         "split": clip.split, "seed": clip.seed, "caption": clip.caption, "said": clip.said.to_json(),
         "pixel_frames": analysis.num_frames, "fps": analysis.fps,
-        "video": analysis.to_json()["video"],
+        "video": asdict(analysis.video),
         "windows": {"first": analysis.between(0, reach), "last": analysis.between(seconds - reach, seconds)},
         "curves": {name: values.tolist() for name, values in curves(analysis).items()},
     })

@@ -29,6 +29,21 @@ class CaptionSet:
     count: int
     first: int = 0                                      # seed
 
+    @property
+    def seeds(self) -> range:
+        """Of its captions."""
+        return range(self.first, self.first + self.count)
+
+    def fault(self) -> str | None:
+        """What is wrong, and what to do; None if nothing is."""
+        if self.split not in SPLITS:
+            return f"split={self.split!r} is unknown. Use one of: {', '.join(SPLITS)}."
+        if self.count < 1 or self.first < 0:
+            return (
+                f"count={self.count} from first={self.first} names no caption. Ask for at least one, from seed 0 on."
+            )
+        return None
+
 
 @dataclass
 class Study:
@@ -70,7 +85,7 @@ def clips_of(study: Study, world: World, count: int | None = None) -> list[Clip]
     return [
         sample(seed, part.split, world)
         for part in study.captions
-        for seed in range(part.first, part.first + min(part.count, part.count if count is None else count))
+        for seed in part.seeds[:count]
     ]
 
 
@@ -93,14 +108,10 @@ def _first_fault(study: Study) -> str | None:
 def _caption_fault(study: Study) -> str | None:
     taken: set[tuple[str, int]] = set()
     for part in study.captions:
-        if part.split not in SPLITS:
-            return f"captions: split={part.split!r} is unknown. Use one of: {', '.join(SPLITS)}."
-        if part.count < 1 or part.first < 0:
-            return (
-                f"captions: count={part.count} from first={part.first} names no caption. "
-                "Ask for at least one, from seed 0 on."
-            )
-        seeds = {(part.split, seed) for seed in range(part.first, part.first + part.count)}
+        wrong = part.fault()
+        if wrong is not None:
+            return f"captions: {wrong}"
+        seeds = {(part.split, seed) for seed in part.seeds}
         if seeds & taken:
             return f"captions: two sets share captions of {part.split}. Let the later one start after the earlier one."
         taken |= seeds

@@ -2,47 +2,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from evaluation.study.plots import draw_band
 from evaluation.sweep.numbers import MetricName, Numbers
 from evaluation.sweep.results import Saved
 from training.sheets import contact_sheet
 from utils.config import ConfigError
+from utils.figures import saved_figure
 from utils.video import open_video
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
 MOMENTS = 7        # of a grid, evenly spaced, the first and last frame included
 OVER_TIME = ("second", "window10s")
-DPI = 110
 WINDOW_S = {"second": 1.0, "window10s": 10.0}
-
-
-@contextmanager
-def saved_figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """A matplotlib figure that is written to `path` at the end.
-
-    Raises: ConfigError if matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            "the figures need matplotlib, which is not installed. Get it with: pip install 'deep-forcing[evaluation]'"
-        ) from error
-    figure = Figure(figsize=size, layout="constrained")
-    yield figure
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
 
 
 def draw_figures(saved: Saved, numbers: Numbers, folder: Path) -> dict[str, Path]:
@@ -67,9 +45,7 @@ def draw_over_time(saved: Saved, numbers: Numbers, metric: str, granularity: str
             if curve is None:
                 continue
             moments = np.array(curve.start_s) + WINDOW_S[granularity] / 2
-            style = ("-", "--", ":")[index // 10 % 3]
-            axes.plot(moments, curve.mean, style, label=method, color=f"C{index % 10}", linewidth=1.5)
-            axes.fill_between(moments, curve.low, curve.high, color=f"C{index % 10}", alpha=0.12, linewidth=0)
+            draw_band(axes, index, method, moments, (curve.mean, curve.low, curve.high))
         axes.set(title=f"{metric} ({granularity})", xlabel="seconds")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small", ncols=2)
@@ -99,9 +75,8 @@ def draw_ablation(
 
 def draw_grids(saved: Saved, folder: Path) -> dict[str, Path]:
     """For each shown prompt one picture: a row a method, moments from left to right."""
-    prompts = list(dict.fromkeys(video["prompt"] for video in saved.videos))[:saved.sweep["shown"]]
     drawn = {}
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate(saved.shown_prompts):
         first = {}
         for video in saved.videos:
             file = saved.path_of(video["video"])

@@ -46,8 +46,7 @@ def write_page(saved: Saved, numbers: Numbers, grids: Mapping[str, Grid], figure
 
 def _data(saved: Saved, numbers: Numbers) -> dict[str, Any]:
     """What the page's script needs: only what is shown."""
-    shown = list(dict.fromkeys(video["prompt"] for video in saved.videos))[:saved.sweep["shown"]]
-    metrics = numbers.metrics_over_time("second")
+    shown, metrics = saved.shown_prompts, numbers.metrics_over_time("second")
     videos: dict[str, dict[int, Any]] = {}
     for video in saved.videos:
         mine = videos.setdefault(video["method"], {})

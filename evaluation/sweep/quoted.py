@@ -25,11 +25,6 @@ class Quoted:
     tables: dict[str, PaperTable]
 
 
-def quoted_names() -> list[str]:
-    """The tables that there are."""
-    return list(load_structured(QUOTED, Quoted).tables)
-
-
 def read_quoted(name: str) -> tuple[str, dict[str, dict[str, float]]]:
     """A paper's table: its source, and its rows, method -> column -> number as printed.
 

@@ -12,6 +12,7 @@ One video is watched, the first prompt's, alone in its batch.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -33,6 +34,8 @@ from pipeline.loops import ChunkwiseLoop
 from utils.config import ConfigError
 from utils.files import write_atomically
 from wan.backends import AttentionBackend
+
+logger = logging.getLogger(__name__)
 
 RECORDS = "records"
 
@@ -180,19 +183,29 @@ def records_path(folder: Path, variant: str) -> Path:
 
 
 def read_recorded(path: Path) -> Recorded:
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["about"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    return Recorded(
-        tensors["attention"], about.pop("layers"), tensors.get("chosen"), tensors["event_chunks"].tolist(), about,
-    )
+    """Raises: ConfigError for a damaged file."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["about"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return Recorded(
+            tensors["attention"], about.pop("layers"), tensors.get("chosen"), tensors["event_chunks"].tolist(), about,
+        )
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}). Run the same sweep command again: what it holds is recorded anew."
+        ) from error
 
 
 def _is_recorded(folder: Path, task: Task, recording: Recording) -> bool:
     path = records_path(folder, task.variant.name)
     if not path.exists():
         return False
-    about = read_recorded(path).about
+    try:
+        about = read_recorded(path).about
+    except ConfigError as error:
+        logger.warning("%s", error)
+        return False
     return (about["fingerprint"], about["seconds"]) == (task.jobs[0].fingerprint, recording.seconds)
 
 

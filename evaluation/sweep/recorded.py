@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.sweep.figures import saved_figure
 from evaluation.sweep.record import Recorded, read_recorded, records_path
 from evaluation.sweep.results import Saved
+from utils.figures import saved_figure
 from utils.video import read_video
 
 SHOWN_FRAMES = 6

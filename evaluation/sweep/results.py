@@ -7,12 +7,12 @@ a fixed order, so the same sweep gives the same file however many workers made i
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from evaluation.sweep.settings import Sweep, variants_of
 from utils.config import REPOSITORY, ConfigError
 from utils.files import lock_file, write_atomically
 from utils.hashing import fingerprint, sha256_file
+from utils.versions import installed_versions
+
+logger = logging.getLogger(__name__)
 
 IMPORTED = "imported"  # tables that other tools wrote of the same videos, such as the official VBench suite
 RECORD, TABLE, PARQUET = "sweep.json", "results.csv", "results.parquet"
@@ -43,6 +46,11 @@ class Saved:
     videos: list[dict[str, Any]]      # video, method, prompt, seed of every finished one, as the rows have them
     provenance: dict[str, Any]
     rows: list[Row]                   # the tidy table
+
+    @property
+    def shown_prompts(self) -> list[str]:
+        """Those on the page and in the grids."""
+        return list(dict.fromkeys(video["prompt"] for video in self.videos))[:self.sweep["shown"]]
 
     def path_of(self, video: str) -> Path:
         """The file of a row's video."""
@@ -73,12 +81,7 @@ def _collect(
 ) -> list[Row]:
     place = {variant.name: index for index, variant in enumerate(variants_of(sweep))}
     others = place.keys() - {task.variant.name for task in tasks}
-    videos, variants, kept = [], {}, []
-    if (folder / RECORD).exists():
-        before = json.loads((folder / RECORD).read_bytes())
-        videos = [video for video in before["videos"] if video["method"] in others]
-        variants = {name: made for name, made in before["variants"].items() if name in others}
-        kept = [row for row in read_table(folder / TABLE) if row.method in others]
+    videos, variants, kept = _collected(folder, others)
     rows = [row for task in tasks for job in task.jobs for row in read_rows(folder, task, job, metrics)]
     every = sorted(kept + rows, key=lambda row: place[row.method])
     write_csv(every, folder / TABLE)
@@ -105,23 +108,46 @@ def _collect(
     return rows
 
 
+def _collected(folder: Path, names: Collection[str]) -> tuple[list[dict], dict[str, Any], list[Row]]:
+    """Videos, variants and rows of these variants, as an earlier run collected them; nothing of damaged files."""
+    try:
+        before = json.loads((folder / RECORD).read_bytes())
+        return (
+            [video for video in before["videos"] if video["method"] in names],
+            {name: made for name, made in before["variants"].items() if name in names},
+            [row for row in read_table(folder / TABLE) if row.method in names],
+        )
+    except FileNotFoundError:
+        return [], {}, []
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning(
+            "%s: %s or %s was damaged (%s), both are collected anew. Run the sweep without --only to have every "
+            "variant in them.", folder, RECORD, TABLE, error,
+        )
+        return [], {}, []
+
+
 def load(folder: Path) -> Saved:
     """Read a folder.
 
     Raises: ConfigError if no sweep was made there, or its files are damaged.
     """
-    if not (folder / RECORD).exists():
-        raise ConfigError(
-            f"{folder} has no {RECORD}: no sweep was finished there. "
-            "Name a folder that `python -m evaluation sweep` has written."
-        )
+    for name in (RECORD, TABLE):
+        if not (folder / name).exists():
+            raise ConfigError(
+                f"{folder} has no {name}: no sweep was finished there. "
+                "Name a folder that `python -m evaluation sweep` has written."
+            )
     try:
         record = json.loads((folder / RECORD).read_bytes())
+        missing = [field.name for field in fields(Sweep) if field.name not in record["sweep"]]
+        if missing:
+            raise ValueError(f"the sweep's {', '.join(missing)} are not in it")
         rows = read_table(folder / TABLE)
         for other in sorted((folder / IMPORTED).glob("*.csv")):
             rows += read_table(other)
         return Saved(folder, record["sweep"], record["variants"], record["videos"], record["provenance"], rows)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{folder}: {RECORD} or {TABLE} is damaged ({error}). "
             "Run the same sweep command again: what is made stays, both files are collected anew."
@@ -135,12 +161,9 @@ def _provenance(sweep: Sweep, tasks: Sequence[Task], device: torch.device) -> di
         name: sha256_file(REPOSITORY / path)
         for name, path in (("file", sweep.prompts.file), ("extended", sweep.prompts.extended)) if path is not None
     }
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):  # one that lies on the path without being installed
-            versions[name] = metadata.version(name)
     return {
         "prompts_sha256": fingerprint(prompts), "prompt_files_sha256": files, "seeds": sweep.seeds,
-        "model": tasks[0].plan.spec.name, "weights_sha256": tasks[0].plan.weights, "versions": versions,
+        "model": tasks[0].plan.spec.name, "weights_sha256": tasks[0].plan.weights,
+        "versions": installed_versions(PACKAGES),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evaluation.study.settings import NAME, CaptionSet, Method
 from evaluation.sweep.quoted import read_quoted
-from training.world import SPLITS, Clip, World, sample
+from training.world import Clip, World, sample
 from utils.config import REPOSITORY, ConfigError, load_structured
 from utils.prompts import PromptItem, load_prompts
 
@@ -169,7 +169,7 @@ def clips_of(sweep: Sweep) -> list[Clip]:
     """The clips that the captions describe, in the size of the embedded model; empty for prompts of a file."""
     found = {}
     for part in sweep.prompts.captions:
-        for seed in range(part.first, part.first + part.count):
+        for seed in part.seeds:
             clip = sample(seed, part.split, World())
             found.setdefault(clip.caption, clip)  # two scenes may share a caption, and make one video
     return list(found.values())
@@ -198,10 +198,9 @@ def _prompt_fault(prompts: Prompts) -> str | None:
     if prompts.first < 0 or (prompts.count is not None and prompts.count < 1):
         return f"prompts: first={prompts.first}, count={prompts.count} names no prompt. Ask for at least one from 0 on."
     for part in prompts.captions:
-        if part.split not in SPLITS:
-            return f"prompts: split={part.split!r} is unknown. Use one of: {', '.join(SPLITS)}."
-        if part.count < 1 or part.first < 0:
-            return f"prompts: count={part.count} from first={part.first} names no caption. Ask for one or more."
+        wrong = part.fault()
+        if wrong is not None:
+            return f"prompts.captions: {wrong}"
     return None
 
 
