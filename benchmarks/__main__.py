@@ -125,12 +125,7 @@ def run_sweep(options: argparse.Namespace, base: Setting, device: torch.device) 
         lines = {name: ([p.window_frames for p in sweep.points], [p.speed.cycle_ms.median for p in sweep.points])
                  for name, sweep in windows.items()}
         panels.append(Panel("with a window of this size", "latent frames", "ms a chunk", lines))
-    plot = options.plot or options.output.with_suffix(".png")
-    try:
-        draw(panels, plot)
-        logger.info("wrote %s", plot)
-    except ConfigError as error:
-        logger.warning("%s", error)
+    _draw(options, panels)
     return "\n\n".join(tables), result
 
 
@@ -158,6 +153,11 @@ def run_exactness(options: argparse.Namespace, base: Setting, device: torch.devi
     }
     ours, theirs = (pairs.get(f"{name} against {EXACT}") for name in (REFERENCE, "candidate"))
     table = difference_table(pairs)
+    chunk_s = plan.geometry.pixel_frames(plan.geometry.chunk_frames, first=False) / plan.geometry.fps
+    lines = {name: ([chunk_s * c.chunk for c in pair.chunks], [100 * c.relative_error for c in pair.chunks])
+             for name, pair in pairs.items()}
+    title = "each from its own memory" if options.free_running else "each chunk from one memory"
+    _draw(options, [Panel(title, "seconds of video", "error of the latents, %", lines)])
     if ours and theirs:
         result["candidate_error_over_reference_error"] = theirs.relative_error_median / ours.relative_error_median
         table += f"\nthe candidate's median error is {result['candidate_error_over_reference_error']:.3f} times " \
@@ -198,6 +198,17 @@ def _refuse_other_videos(
         raise ConfigError("--compare: latents can be compared for one model, size, chunk and batch only.")
     if plan.policy != other.policy and not free_running:
         raise ConfigError("--compare: two cache policies cannot start from one memory. Add --free_running.")
+
+
+def _draw(options: argparse.Namespace, panels: list[Panel]) -> None:
+    """Panels beside the JSON, or where --plot says; without matplotlib a line that says so."""
+    plot = options.plot or options.output.with_suffix(".png")
+    try:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        draw(panels, plot)
+        logger.info("wrote %s", plot)
+    except ConfigError as error:
+        logger.warning("%s", error)
 
 
 def _check_file(flag: str, path: Path) -> None:

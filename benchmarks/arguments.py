@@ -35,12 +35,13 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
     sweep.add_argument("--lengths", type=float, nargs="+", default=LENGTHS, metavar="SECONDS")
     sweep.add_argument("--windows", type=int, nargs="+", default=WINDOWS, metavar="FRAMES")
     sweep.add_argument("--cycles", type=int, default=LEAST_CYCLES, help="for each window (default %(default)s)")
-    sweep.add_argument("--plot", type=Path, help="PNG (default: beside --output)")
+    _add_plot(sweep)
 
     exactness = _task(tasks, "exactness", "error of the latents from a common state, against a float32 twin")
     exactness.add_argument("--seconds", type=float, default=60.0, help="length of the video (default %(default)s)")
     exactness.add_argument("--every", type=int, default=10, help="compare 2 of so many chunks; 1: all (default 10)")
     exactness.add_argument("--free_running", action="store_true", help="each setting remembers what it made itself")
+    _add_plot(exactness)
     _add_compare(exactness, "a reference, and what must compute the same")
 
     endurance = _task(tasks, "endurance", "ten minutes of the transformer: speed and memory at the end, host waits")
@@ -100,6 +101,10 @@ def _add_length(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--cycles", type=int, help=f"prune cycles to measure, at least {LEAST_CYCLES} (the default)")
     length.add_argument("--seconds", type=float, help="length of the video whose whole cycles are measured")
     parser.add_argument("--latencies", type=int, default=5, help="times to time first frames (default %(default)s)")
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plot", type=Path, help="PNG (default: beside --output)")
 
 
 def _add_compare(parser: argparse.ArgumentParser, words: str) -> None:

@@ -323,14 +323,17 @@ def test_stream_json(tmp_path, model: str) -> None:
         assert len(read_video(tmp_path / "new/long.mp4")) == 9 + 12 * (len(speed["every_chunk_ms"]) - 1)
 
 
-def test_exactness_and_endurance_json(tmp_path, model: str) -> None:
-    """The other two tasks, as short as they may be."""
+def test_exactness_and_endurance_json(tmp_path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other two tasks, as short as they may be; errors are drawn in % over the seconds of the video."""
+    monkeypatch.setattr("benchmarks.__main__.draw", drawn := Mock())
     result = run(
-        tmp_path, "exactness", "--model", model, "--dtype", "bfloat16", "--seconds", "3",
+        tmp_path, "exactness", "--model", model, "--dtype", "bfloat16", "--seconds", "3", "--every", "5",
         "--compare", "attention=sdpa", "dtype=float32",
     )
     assert result["common_state"] and result["candidate_error_over_reference_error"] == 0
     assert [s["dtype"] for s in result["settings"].values()] == ["bfloat16", "float32", "float32"]
+    chunks, line = (x["reference against exact"] for x in (result["differences"], drawn.call_args.args[0][0].lines))
+    assert line == ([0, 0.75 * 4], [approx(100 * c["relative_error"]) for c in chunks["chunks"]])
     result = run(tmp_path, "endurance", "--model", model, "--policy", "self_forcing", "--seconds", "20")["endurance"]
     assert result["all_finite"] and result["host_syncs_in_passes"] is None
     assert result["last_over_first"] == approx(result["last_minute_ms"] / result["first_minute_ms"])
@@ -343,12 +346,9 @@ def test_exactness_and_endurance_json(tmp_path, model: str) -> None:
     ("speed --policy participative", "--set kv_cache.policy=participative"),
     ("speed --policy rolling_forcing", "Choose a config whose pipeline is chunkwise"),
     ("speed --attention flush", "attention=flush is unknown. Known: auto, fa3"),
-    ("speed --resolution 480", "HEIGHTxWIDTH"),
-    ("speed --resolution 15x16", "height=15"),
-    ("speed --cycles 11", "at least 12"),
-    ("speed --seconds 10", "Ask for 2"),
-    ("speed --latencies 0", "--latencies 0"),
-    ("speed --batch 0", "batch=0"),
+    ("speed --resolution 480", "HEIGHTxWIDTH"), ("speed --resolution 15x16", "height=15"),
+    ("speed --cycles 11", "at least 12"), ("speed --seconds 10", "Ask for 2"),
+    ("speed --latencies 0", "--latencies 0"), ("speed --batch 0", "batch=0"),
     ("speed --window 12", "budget_frames"),
     ("speed --set kv_cache.windo=3", "kv_cache.windo"),
     ("speed --compare attention=sdpa attention", "'attention' is no setting"),
