@@ -90,7 +90,7 @@ class Subject:
         with guard():
             latents = self.pipeline.denoise(span, self.text, self.noise)
             marks.append(clock.mark())
-            self.pipeline.remember(span, latents, self.text)
+            self.pipeline.remember(latents, self.text)
             marks.append(clock.mark())
         if self._decode is not None:
             frames = self._decode(latents)

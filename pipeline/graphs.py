@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,10 +63,11 @@ class GraphedPipeline(ChunkwisePipeline):
         return result.clone()
 
     @torch.inference_mode()
-    def remember(self, span: ChunkSpan, latents: Tensor, text: TextContext) -> None:
+    def remember(self, latents: Tensor, text: TextContext) -> None:
         given, text, clean = latents, self._settled_text(text), self._place("clean", latents).copy_(latents)
         if self.packer is None:
-            self._run(("remember", *self.cache.shapes()), lambda: self._remember(clean, text), committed=True)
+            whole = partial(ChunkwisePipeline.remember, self, clean, text)
+            self._run(("remember", *self.cache.shapes()), whole, committed=True)
             return
         self._run(("see clean", *self.cache.shapes()), lambda: self._see_clean(clean, text), committed=False)
         tokens = self.packer.compress(given)  # decodes and encodes: what it remembers is not the cache's

@@ -41,7 +41,7 @@ class RollingForcingPipeline(ChunkwisePipeline):
             if passes[0] == levels - 1:
                 span, latents = inside[0], clean[0]
                 self.cache.begin(span)
-                self.remember(span, latents, text)
+                self.remember(latents, text)
                 track.note(span, latents)
                 yield Chunk(span, latents)
             noisy = [

@@ -51,13 +51,14 @@ class PromptTrack:
         self._left = deque(switches)
         self._newest: Tensor | None = None  # [B, F, C, h, w], what the memory was made of
         self._stop = 0                      # one past its last latent frame
+        self._begins = 0                    # frame of the video that chunks are counted from
         self._packed: dict[int, Tensor] = {}  # first frame of a chunk -> what its packet was made of, without a prompt
         self.text = self._embed(embeddings)
 
     def text_at(self, frame: int) -> TextContext:
         """The prompt of the chunk that begins at latent frame `frame`; a switch that is due happens now."""
         due = None
-        while self._left and self._left[0].frame <= frame:
+        while self._left and self._left[0].frame <= self._begins + frame:
             due = self._left.popleft()
         if due is not None:
             self.text = self._embed(due.embeddings)
@@ -73,9 +74,9 @@ class PromptTrack:
             if self._packer is not None and self._packer.newest is not None:
                 self._packed[span.start] = self._packer.newest
 
-    def restart(self) -> None:
-        """The memory was emptied, and frames are counted from 0 again."""
-        self._newest, self._packed = None, {}
+    def restart(self, begins: int) -> None:
+        """The memory was emptied, and the video's frame `begins` is counted as 0."""
+        self._newest, self._packed, self._begins = None, {}, begins
 
     @torch.inference_mode()
     def _embed(self, embeddings: Tensor) -> TextContext:
