@@ -79,7 +79,7 @@ class Clips:
         index = 0
         for number, frames in enumerate(self.lengths(latent_frames)):
             overlap = self.overlap_frames if number else 0
-            parts = list(self.geometry.prefill_chunks(overlap)), list(self.geometry.chunks(frames, prefilled=overlap))
+            parts = self.geometry.prefill_chunks(overlap), self.geometry.chunks(frames, prefilled=overlap)
             yield tuple([ChunkSpan(index + s.index, s.start, s.frames) for s in part] for part in parts)
             index += sum(map(len, parts))
 

@@ -4,7 +4,7 @@ Source: Self Forcing, arXiv:2506.08009, Algorithm 2; Deep Forcing changes the ca
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,7 @@ class Chunk:
     span: ChunkSpan
     latents: Tensor      # [B, F, C, h, w] clean, in the dtype of the noise
     given: bool = False  # an image or a clip to continue, not generated
-    splice: Splice | None = None
+    splice: Splice = Splice()
 
 
 class ChunkwisePipeline:
@@ -68,7 +68,7 @@ class ChunkwisePipeline:
             ValueError: lengths or shapes that do not fit the geometry or the model.
         """
         given_frames = 0 if initial_latent is None else initial_latent.shape[1]
-        spans = list(self.geometry.chunks(num_frames, prefilled=given_frames))
+        spans = self.geometry.chunks(num_frames, prefilled=given_frames)
         self.cache.reset(seeds)
         if self.packer is not None:
             self.packer.start(decode)
@@ -86,7 +86,7 @@ class ChunkwisePipeline:
             self.remember(latents, text)
             track.note(span, latents)
 
-    def given(self, spans: Iterable[ChunkSpan], initial_latent: Tensor | None, track: PromptTrack) -> Iterator[Chunk]:
+    def given(self, spans: Sequence[ChunkSpan], initial_latent: Tensor | None, track: PromptTrack) -> Iterator[Chunk]:
         """The chunks `spans` of latents [B, F0, C, h, w], known beforehand; they enter memory by context passes."""
         for span in spans:
             latents = initial_latent[:, span.start:span.stop].to(self.model.device)
