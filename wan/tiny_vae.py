@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from wan.checkpoint import CheckpointError, check_fit, load_strictly, read_tensors
 from wan.stacking import Sum, load_kernels
-from wan.stream import VideoDecoder
+from wan.stream import VideoDecoder, load_random
 from wan.vae_passes import Past
 
 TinyKind = Literal["taehv", "lighttae"]
@@ -91,15 +91,9 @@ class TinyVAE(VideoDecoder):
 
     @classmethod
     def random(cls, latent_channels: int, *, device: torch.device | str, dtype: torch.dtype, seed: int) -> TinyVAE:
-        """Seeded random weights, for benchmarks and tests; never a fallback for missing ones."""
-        generator = torch.Generator().manual_seed(seed)
+        """Seeded random weights, as `load_random` makes them."""
         decoder = _network(latent_channels)["decoder"]
-        tensors = {
-            name: torch.randn(value.shape, generator=generator) * value[0].numel() ** -0.5 if value.ndim > 1
-            else torch.zeros(value.shape)
-            for name, value in decoder.named_parameters()
-        }
-        load_strictly(decoder, tensors, source=Path("random weights"), device=device, dtype=dtype)
+        load_random(decoder, seed, device=device, dtype=dtype)
         return cls(decoder)
 
     @classmethod

@@ -22,7 +22,7 @@ from wan.checkpoint import CheckpointError, NetworkFiles, check_fit, load_strict
 from wan.names import strip_wrappers
 from wan.recorder import Recorder
 from wan.stacking import load_kernels
-from wan.stream import VideoDecoder
+from wan.stream import VideoDecoder, load_random
 from wan.vae_decoder import FastDecoder, StreamPast
 from wan.vae_passes import Past, VaePasses
 
@@ -70,18 +70,12 @@ class WanVAE(VideoDecoder):
 
     @classmethod
     def random(cls, path: Path, *, device: torch.device | str, dtype: torch.dtype, seed: int) -> WanVAE:
-        """A VAE of seeded random weights, for benchmarks and tests; never a fallback for missing ones.
+        """A VAE of seeded random weights, as `load_random` makes them.
 
         Its architecture is that of `path` (a config.json is enough), or Wan 2.1's if nothing is there.
         """
-        model, tensors, generator = _skeleton_of(Path(path)), {}, torch.Generator().manual_seed(seed)
-        for name, parameter in model.named_parameters():
-            if name.endswith("weight"):
-                scale = parameter.shape[1:].numel() ** -0.5
-                tensors[name] = torch.randn(parameter.shape, generator=generator) * scale
-            else:
-                tensors[name] = torch.full(parameter.shape, float(name.endswith("gamma")))
-        load_strictly(model, tensors, source=Path(path), device=device, dtype=dtype)
+        model = _skeleton_of(Path(path))
+        load_random(model, seed, device=device, dtype=dtype)
         return cls(model)
 
     @classmethod
