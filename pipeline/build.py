@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.acceleration import Acceleration
 from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.decoder import TinyDecoder, choose_decoder
@@ -28,7 +27,7 @@ from utils.devices import choose_dtype, dtype_name
 from utils.hashing import content_hash
 from wan.backends import AttentionBackend, load_backend
 from wan.checkpoint import CheckpointError, check_transformer
-from wan.compressor import HighResolutionBranch
+from wan.compressor import HighResolutionBranch, check_branch
 from wan.fp8 import FP8
 from wan.geometry import VideoGeometry
 from wan.kv_cache.policy import KVPolicy, build_policy
@@ -268,7 +267,7 @@ def check_files(plan: RunPlan, *, named: bool) -> bool:
     if plan.tiny_decoder is not None:
         plan.tiny_decoder.check(a.out_dim)
     if plan.branch is not None:
-        plan.branch.check()
+        check_branch(plan.branch.path, plan.branch.sizes)
     return chosen
 
 

@@ -117,10 +117,6 @@ class Archive:
         self._count -= packets
         self.known -= packets
 
-    def drop(self) -> None:
-        """What is staged belongs to a chunk that is made again."""
-        self.is_staged = False
-
     def commit(self, start: Tensor) -> None:
         """Turn what is staged into memory. `start` []: the chunk's first latent frame."""
         place = (self._count % self.places).view(1)

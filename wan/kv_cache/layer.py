@@ -126,7 +126,7 @@ class LayerCache:
         """Start a chunk, or start it again."""
         self._moment, self.plan = moment, None
         if self.archive is not None:
-            self.archive.drop()
+            self.archive.is_staged = False  # what is, belongs to a chunk that is made again
 
     def extend(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
         """Show attention the remembered tokens and, behind them, this pass's own.
