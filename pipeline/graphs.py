@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -25,12 +25,6 @@ from wan.model import CausalWanModel, TextContext
 from wan.recorder import Recorder, Replay
 
 
-@dataclass(frozen=True)
-class _Recorded:
-    replay: Replay
-    states: list[LayerState]  # of the cache, afterwards
-
-
 class GraphedPipeline(ChunkwisePipeline):
     """A ChunkwisePipeline that records and replays."""
 
@@ -41,7 +35,7 @@ class GraphedPipeline(ChunkwisePipeline):
         super().__init__(model, sampler, geometry, cache, on_switch=on_switch)
         self._record = recorder
         self._met: set[Hashable] = set()
-        self._recorded: dict[Hashable, _Recorded] = {}
+        self._recorded: dict[Hashable, tuple[Replay, list[LayerState]]] = {}  # and states of the cache, afterwards
         self._places: dict[Hashable, Tensor] = {}     # inputs and results, by name and shape
         self._text: TextContext | None = None         # at fixed addresses
         self._text_is: TextContext | None = None      # whose copy that is
@@ -87,12 +81,13 @@ class GraphedPipeline(ChunkwisePipeline):
             passes()
         elif key not in self._recorded:
             self._noise.wait()
-            recorded = _Recorded(self._record(passes), self.cache.states)
-            self._recorded[key] = recorded
-            recorded.replay()  # on the host, recording has done it
+            replay = self._record(passes)
+            self._recorded[key] = replay, self.cache.states
+            replay()  # on the host, recording has done it
         else:
-            self._recorded[key].replay()
-            self.cache.replayed(self._recorded[key].states, committed=committed)
+            replay, states = self._recorded[key]
+            replay()
+            self.cache.replayed(states, committed=committed)
 
     def _place(self, name: Hashable, like: Tensor) -> Tensor:
         """A tensor like this one, at an address that graphs know."""

@@ -137,8 +137,7 @@ def test_schedule_is_what_the_model_sees(setting: Setting) -> None:
     remember = subject.pipeline.remember
 
     def note(latents, text) -> None:
-        attended = subject.pipeline.cache.layer(0).plan.attend.shape[1]
-        seen.append(attended // plan.geometry.frame_tokens + latents.shape[1])
+        seen.append(subject.pipeline.cache.layer(0).past_tokens // plan.geometry.frame_tokens + latents.shape[1])
         remember(latents, text)
 
     subject.pipeline.remember = note
