@@ -98,7 +98,7 @@ class ChunkwisePipeline:
     def prompt_track(self, embeddings: Tensor, switches: Sequence[PromptSwitch]) -> PromptTrack:
         """The prompts of one rollout, the first of them embedded."""
         return PromptTrack(
-            self.model, self.cache, self.sampler.context_time, embeddings, switches, self.on_switch, self.packer,
+            self.model, self.cache, self._see_clean, embeddings, switches, self.on_switch, self.packer,
         )
 
     @torch.inference_mode()

@@ -15,7 +15,7 @@ B batch, F latent frames, C latent channels, T text tokens.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,10 +43,11 @@ class PromptTrack:
     """The prompt of the moment during one rollout, and the newest latents for as long as a switch may need them."""
 
     def __init__(
-        self, model: CausalWanModel, cache: KVCache, context_time: float, embeddings: Tensor,
-        switches: Sequence[PromptSwitch], on_switch: OnSwitch, packer: Packer | None = None,
+        self, model: CausalWanModel, cache: KVCache, see_clean: Callable[[Tensor, TextContext], None],
+        embeddings: Tensor, switches: Sequence[PromptSwitch], on_switch: OnSwitch, packer: Packer | None,
     ):
-        self._model, self._cache, self._time, self._on_switch = model, cache, context_time, on_switch
+        """Args: `see_clean` is the context pass of a chunk that has begun, short of its commit."""
+        self._model, self._cache, self._see_clean, self._on_switch = model, cache, see_clean, on_switch
         self._packer = packer
         self._left = deque(switches)
         self._newest: Tensor | None = None  # [B, F, C, h, w], what the memory was made of
@@ -96,7 +97,7 @@ class PromptTrack:
         spans = self._cache.spans_again(self._stop - frames, frames)
         for span, x in zip(spans, self._newest[:, -frames:].split([s.frames for s in spans], dim=1), strict=True):
             self._cache.begin(span)
-            self._model(x, torch.full(x.shape[:2], self._time, device=x.device), self.text, self._cache)
+            self._see_clean(x, self.text)
             if self._packer is not None and self._cache.archives:
                 self._packer.write(self._packed[span.start], self.text)
             self._cache.commit()
