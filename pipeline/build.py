@@ -30,6 +30,7 @@ from wan.checkpoint import CheckpointError, check_transformer
 from wan.compressor import HighResolutionBranch, check_branch
 from wan.fp8 import FP8
 from wan.geometry import VideoGeometry
+from wan.kv_cache.cache import KVCache
 from wan.kv_cache.policy import KVPolicy, build_policy
 from wan.kv_cache.store import CacheShape
 from wan.lora import check_lora
@@ -110,8 +111,10 @@ class RunPlan:
             load_vae: for loops and compressors that read or make pixels; called when one does.
             branch: of a trained compressor, where the policy needs one.
         """
-        cache = self.acceleration.cache(
-            self.cache_shape(batch), self.geometry, self.policy, shared_window=self.memory.shared_window,
+        shape = self.cache_shape(batch)
+        cache = KVCache(
+            shape, self.geometry, self.policy, compiler=self.acceleration.cache_compiler(shape),
+            shared_window=self.memory.shared_window,
         )
         pipeline = self.loop.pipeline(
             model, cache, encode=lambda pixels: load_vae().encode(pixels),
@@ -196,8 +199,6 @@ def plan_run(
             config.pipeline, geometry=geometry, policy=policy, sampler=sampler, on_switch=config.on_switch,
             overlap_frames=config.overlap_frames,
         )
-    except ConfigError:
-        raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
     dtype = choose_dtype(config.dtype, device)
