@@ -80,8 +80,8 @@ class Acceleration:
         return inductor
 
     def recorder(self, device: torch.device) -> Recorder | None:
-        """Who records the passes as graphs; None where they run as they are."""
-        return CudaRecorder(device) if self.graphs else None
+        """Who records the passes of a device as graphs; None where they run as they are."""
+        return CudaRecorder(device) if self.graphs and device.type == "cuda" else None
 
     def cache_compiler(self, shape: CacheShape) -> Compiler:
         """The same for the cache, whose memories may be in 8-bit floats."""
@@ -99,8 +99,7 @@ class Acceleration:
         if self.decoder and isinstance(decoder, TinyVAE):
             decoder.part_frames = latents  # its kernels are few and large then: nothing to record
         elif self.decoder:
-            on_gpu = decoder.device.type == "cuda"
-            decoder.accelerate(CudaRecorder(decoder.device) if self.graphs and on_gpu else None, part_frames=latents)
+            decoder.accelerate(self.recorder(decoder.device), part_frames=latents)
         return decoder
 
 
