@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -98,9 +99,9 @@ class GraphedPipeline(ChunkwisePipeline):
 
     def _settled_text(self, text: TextContext) -> TextContext:
         if self._text is None:
-            self._text = TextContext(*(tuple(x.clone() for x in part) for part in (text.keys, text.values)))
+            self._text = tuple((keys.clone(), values.clone()) for keys, values in text)
         elif text is not self._text_is:
-            torch._foreach_copy_(self._text.keys + self._text.values, text.keys + text.values)
+            torch._foreach_copy_(list(chain(*self._text)), list(chain(*text)))
         self._text_is = text
         return self._text
 
