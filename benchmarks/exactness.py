@@ -81,7 +81,7 @@ def compare_latents(
                     span.index, latents[a], latents[b], top_c_overlap(subjects[a].pipeline, subjects[b].pipeline),
                 ))
         for name in subjects if free_running else [REFERENCE]:
-            subjects[name].pipeline.remember(span, latents[name], subjects[name].text)
+            subjects[name].pipeline.remember(latents[name], subjects[name].text)
     return {f"{a} against {b}": Differences.of(chunks) for (a, b), chunks in rows.items()}
 
 

@@ -81,7 +81,7 @@ class Subject:
         self._decode = self._open() if self._open else None
         if self.pipeline.packer is not None:
             self.pipeline.packer.start(None)
-        self._spans = self.plan.geometry.chunks(latent_frames)
+        self._spans = iter(self.plan.geometry.chunks(latent_frames))
 
     def advance(self, clock: Clock, guard: Callable[[], AbstractContextManager] = nullcontext) -> Made:
         """Make the next chunk; the passes run inside `guard`."""
@@ -90,7 +90,7 @@ class Subject:
         with guard():
             latents = self.pipeline.denoise(span, self.text, self.noise)
             marks.append(clock.mark())
-            self.pipeline.remember(span, latents, self.text)
+            self.pipeline.remember(latents, self.text)
             marks.append(clock.mark())
         if self._decode is not None:
             frames = self._decode(latents)

@@ -53,7 +53,7 @@ def sweep_lengths(
 ) -> list[LengthPoint]:
     """One warm run of the longest video: what is streamed does not depend on how much follows."""
     plan, lengths = subject.plan, sorted(lengths)
-    chunks = [sum(1 for _ in plan.geometry.chunks(latent_frames_of(plan, seconds))) for seconds in lengths]
+    chunks = [len(plan.geometry.chunks(latent_frames_of(plan, seconds))) for seconds in lengths]
     schedule = schedule_of_seconds(plan, lengths[-1])
     subject.count(counted)
     subject.warm_up(schedule, clock)

@@ -19,9 +19,6 @@ from utils.files import user_cache_dir
 from wan.backends import FP8_BACKENDS, load_backend
 from wan.compiler import Compiler, inductor, keep_compiled, plain
 from wan.fp8 import LEAST_CAPABILITY, quantise_layers
-from wan.geometry import VideoGeometry
-from wan.kv_cache.cache import KVCache
-from wan.kv_cache.policy import KVPolicy
 from wan.kv_cache.store import CacheShape
 from wan.model import CausalWanModel
 from wan.recorder import CudaRecorder, Recorder
@@ -83,16 +80,13 @@ class Acceleration:
         return inductor
 
     def recorder(self, device: torch.device) -> Recorder | None:
-        """Who records the passes as graphs; None where they run as they are."""
-        return CudaRecorder(device) if self.graphs else None
+        """Who records the passes of a device as graphs; None where they run as they are."""
+        return CudaRecorder(device) if self.graphs and device.type == "cuda" else None
 
-    def cache(
-        self, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, *, shared_window: bool = False,
-    ) -> KVCache:
-        compiler = self.compiler
-        if {shape.store_dtype, shape.window_dtype} != {None} and not _compiles_fp8(shape.device):
-            compiler = plain
-        return KVCache(shape, geometry, policy, compiler=compiler, shared_window=shared_window)
+    def cache_compiler(self, shape: CacheShape) -> Compiler:
+        """The same for the cache, whose memories may be in 8-bit floats."""
+        narrow = shape.store_dtype is not None or shape.window_dtype is not None
+        return plain if narrow and not _compiles_fp8(shape.device) else self.compiler
 
     def prepare(self, model: CausalWanModel) -> None:
         """Accelerate the model in place."""
@@ -105,8 +99,7 @@ class Acceleration:
         if self.decoder and isinstance(decoder, TinyVAE):
             decoder.part_frames = latents  # its kernels are few and large then: nothing to record
         elif self.decoder:
-            on_gpu = decoder.device.type == "cuda"
-            decoder.accelerate(CudaRecorder(decoder.device) if self.graphs and on_gpu else None, part_frames=latents)
+            decoder.accelerate(self.recorder(decoder.device), part_frames=latents)
         return decoder
 
 

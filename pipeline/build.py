@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.acceleration import Acceleration
 from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.decoder import TinyDecoder, choose_decoder
@@ -28,9 +27,10 @@ from utils.devices import choose_dtype, dtype_name
 from utils.hashing import content_hash
 from wan.backends import AttentionBackend, load_backend
 from wan.checkpoint import CheckpointError, check_transformer
-from wan.compressor import HighResolutionBranch
+from wan.compressor import HighResolutionBranch, check_branch
 from wan.fp8 import FP8
 from wan.geometry import VideoGeometry
+from wan.kv_cache.cache import KVCache
 from wan.kv_cache.policy import KVPolicy, build_policy
 from wan.kv_cache.store import CacheShape
 from wan.lora import check_lora
@@ -111,8 +111,10 @@ class RunPlan:
             load_vae: for loops and compressors that read or make pixels; called when one does.
             branch: of a trained compressor, where the policy needs one.
         """
-        cache = self.acceleration.cache(
-            self.cache_shape(batch), self.geometry, self.policy, shared_window=self.memory.shared_window,
+        shape = self.cache_shape(batch)
+        cache = KVCache(
+            shape, self.geometry, self.policy, compiler=self.acceleration.cache_compiler(shape),
+            shared_window=self.memory.shared_window,
         )
         pipeline = self.loop.pipeline(
             model, cache, encode=lambda pixels: load_vae().encode(pixels),
@@ -197,8 +199,6 @@ def plan_run(
             config.pipeline, geometry=geometry, policy=policy, sampler=sampler, on_switch=config.on_switch,
             overlap_frames=config.overlap_frames,
         )
-    except ConfigError:
-        raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
     dtype = choose_dtype(config.dtype, device)
@@ -268,7 +268,7 @@ def check_files(plan: RunPlan, *, named: bool) -> bool:
     if plan.tiny_decoder is not None:
         plan.tiny_decoder.check(a.out_dim)
     if plan.branch is not None:
-        plan.branch.check()
+        check_branch(plan.branch.path, plan.branch.sizes)
     return chosen
 
 

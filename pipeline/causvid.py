@@ -9,7 +9,8 @@ Source: CausVid, arXiv:2412.07772, and the authors' long-video inference.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from math import ceil
 
 import torch
@@ -78,7 +79,7 @@ class Clips:
         index = 0
         for number, frames in enumerate(self.lengths(latent_frames)):
             overlap = self.overlap_frames if number else 0
-            parts = list(self.geometry.prefill_chunks(overlap)), list(self.geometry.chunks(frames, prefilled=overlap))
+            parts = self.geometry.prefill_chunks(overlap), self.geometry.chunks(frames, prefilled=overlap)
             yield tuple([ChunkSpan(index + s.index, s.start, s.frames) for s in part] for part in parts)
             index += sum(map(len, parts))
 
@@ -115,35 +116,22 @@ class CausVidOverlapPipeline(ChunkwisePipeline):
             begins = number * self.clips.step_frames
             overlap = self._overlap(newest, pixels) if number else None
             self.cache.reset(seeds)
-            track.restart()
+            track.restart(begins)
             newest, pixels = [], []
-            for span in given:
-                latents = overlap[:, span.start:span.stop]
-                self.cache.begin(span)
-                self.remember(span, latents, track.text)
-                track.note(span, latents)
-                newest.append(latents)
-                yield self._chunk(span, begins, latents, pixels, given=True)
-            for span in generated:
-                text = track.text_at(begins + span.start)
-                latents = self.denoise(span, text, noise)
-                self.remember(span, latents, text)
-                track.note(span, latents)
-                newest.append(latents)
-                yield self._chunk(span, begins, latents, pixels, given=False)
+            for chunk in chain(self.given(given, overlap, track), self.generate(generated, track, noise)):
+                newest.append(chunk.latents)
+                yield self._in_video(chunk, begins, pixels)
 
-    def _chunk(
-        self, span: ChunkSpan, begins: int, latents: Tensor, pixels: list[Tensor], *, given: bool,
-    ) -> Chunk:
-        """Where the chunk stands in the video, and which of its pixel frames are shown."""
-        g, before = self.geometry, self.geometry.pixel_frames(span.start)
+    def _in_video(self, chunk: Chunk, begins: int, pixels: list[Tensor]) -> Chunk:
+        """Where a clip's chunk stands in the video, and which of its pixel frames are shown."""
+        g, span, before = self.geometry, chunk.span, self.geometry.pixel_frames(chunk.span.start)
         left = self.clips.shown_pixel_frames - before
         takes = 0 <= left < g.pixel_frames(span.stop) - before  # the pixel frame that the next clip begins with
         splice = Splice(
             restarts=span.start == 0, shown_frames=max(0, left),
             watch=(lambda decoded: pixels.append(decoded[:, left:left + 1])) if takes else None,
         )
-        return Chunk(ChunkSpan(span.index, begins + span.start, span.frames), latents, given=given, splice=splice)
+        return replace(chunk, span=replace(span, start=begins + span.start), splice=splice)
 
     @torch.inference_mode()
     def _overlap(self, newest: Sequence[Tensor], pixels: Sequence[Tensor]) -> Tensor:

@@ -35,7 +35,7 @@ class Chunk:
     span: ChunkSpan
     latents: Tensor      # [B, F, C, h, w] clean, in the dtype of the noise
     given: bool = False  # an image or a clip to continue, not generated
-    splice: Splice | None = None
+    splice: Splice = Splice()
 
 
 class ChunkwisePipeline:
@@ -68,13 +68,13 @@ class ChunkwisePipeline:
             ValueError: lengths or shapes that do not fit the geometry or the model.
         """
         given_frames = 0 if initial_latent is None else initial_latent.shape[1]
-        spans = list(self.geometry.chunks(num_frames, prefilled=given_frames))
+        spans = self.geometry.chunks(num_frames, prefilled=given_frames)
         self.cache.reset(seeds)
         if self.packer is not None:
             self.packer.start(decode)
         track = self.prompt_track(embeddings, switches)
         if initial_latent is not None:
-            yield from self.given(initial_latent, track)
+            yield from self.given(self.geometry.prefill_chunks(given_frames), initial_latent, track)
         yield from self.generate(spans, track, noise)
 
     def generate(self, spans: Sequence[ChunkSpan], track: PromptTrack, noise: NoiseSource) -> Iterator[Chunk]:
@@ -83,22 +83,22 @@ class ChunkwisePipeline:
             text = track.text_at(span.start)
             latents = self.denoise(span, text, noise)
             yield Chunk(span, latents)  # before the context pass, which whoever shows them need not wait for
-            self.remember(span, latents, text)
+            self.remember(latents, text)
             track.note(span, latents)
 
-    def given(self, initial_latent: Tensor, track: PromptTrack) -> Iterator[Chunk]:
-        """The chunks of latents [B, F0, C, h, w] that a video begins with; they enter memory by context passes."""
-        for span in self.geometry.prefill_chunks(initial_latent.shape[1]):
+    def given(self, spans: Sequence[ChunkSpan], initial_latent: Tensor | None, track: PromptTrack) -> Iterator[Chunk]:
+        """The chunks `spans` of latents [B, F0, C, h, w], known beforehand; they enter memory by context passes."""
+        for span in spans:
             latents = initial_latent[:, span.start:span.stop].to(self.model.device)
             self.cache.begin(span)
-            self.remember(span, latents, track.text)
+            self.remember(latents, track.text)
             track.note(span, latents)
             yield Chunk(span, latents, given=True)
 
     def prompt_track(self, embeddings: Tensor, switches: Sequence[PromptSwitch]) -> PromptTrack:
         """The prompts of one rollout, the first of them embedded."""
         return PromptTrack(
-            self.model, self.cache, self.sampler.context_time, embeddings, switches, self.on_switch, self.packer,
+            self.model, self.cache, self._see_clean, embeddings, switches, self.on_switch, self.packer,
         )
 
     @torch.inference_mode()
@@ -108,13 +108,11 @@ class ChunkwisePipeline:
         return self._denoise(lambda index: noise.draw(span, index), text)
 
     @torch.inference_mode()
-    def remember(self, span: ChunkSpan, latents: Tensor, text: TextContext) -> None:
+    def remember(self, latents: Tensor, text: TextContext) -> None:
         """The context pass: clean keys and values of the chunk that has begun become memory."""
-        if self.packer is None:
-            self._remember(latents, text)
-            return
         self._see_clean(latents, text)
-        self.packer.remember(latents, text)
+        if self.packer is not None:
+            self.packer.remember(latents, text)
         self.cache.commit()
 
     def _denoise(self, noise: Callable[[int], Tensor], text: TextContext) -> Tensor:
@@ -125,10 +123,6 @@ class ChunkwisePipeline:
             if index + 1 < self.sampler.num_passes:
                 x = self.sampler.renoise(x0, noise(index + 1), index + 1)
         return x0
-
-    def _remember(self, latents: Tensor, text: TextContext) -> None:
-        self._see_clean(latents, text)
-        self.cache.commit()
 
     def _see_clean(self, latents: Tensor, text: TextContext) -> None:
         self.model.remember(latents, self._times(latents, self.sampler.context_time), text, self.cache)

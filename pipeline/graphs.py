@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -24,12 +26,6 @@ from wan.model import CausalWanModel, TextContext
 from wan.recorder import Recorder, Replay
 
 
-@dataclass(frozen=True)
-class _Recorded:
-    replay: Replay
-    states: list[LayerState]  # of the cache, afterwards
-
-
 class GraphedPipeline(ChunkwisePipeline):
     """A ChunkwisePipeline that records and replays."""
 
@@ -40,7 +36,7 @@ class GraphedPipeline(ChunkwisePipeline):
         super().__init__(model, sampler, geometry, cache, on_switch=on_switch)
         self._record = recorder
         self._met: set[Hashable] = set()
-        self._recorded: dict[Hashable, _Recorded] = {}
+        self._recorded: dict[Hashable, tuple[Replay, list[LayerState]]] = {}  # and states of the cache, afterwards
         self._places: dict[Hashable, Tensor] = {}     # inputs and results, by name and shape
         self._text: TextContext | None = None         # at fixed addresses
         self._text_is: TextContext | None = None      # whose copy that is
@@ -62,10 +58,11 @@ class GraphedPipeline(ChunkwisePipeline):
         return result.clone()
 
     @torch.inference_mode()
-    def remember(self, span: ChunkSpan, latents: Tensor, text: TextContext) -> None:
+    def remember(self, latents: Tensor, text: TextContext) -> None:
         given, text, clean = latents, self._settled_text(text), self._place("clean", latents).copy_(latents)
         if self.packer is None:
-            self._run(("remember", *self.cache.shapes()), lambda: self._remember(clean, text), committed=True)
+            whole = partial(ChunkwisePipeline.remember, self, clean, text)
+            self._run(("remember", *self.cache.shapes()), whole, committed=True)
             return
         self._run(("see clean", *self.cache.shapes()), lambda: self._see_clean(clean, text), committed=False)
         tokens = self.packer.compress(given)  # decodes and encodes: what it remembers is not the cache's
@@ -85,12 +82,13 @@ class GraphedPipeline(ChunkwisePipeline):
             passes()
         elif key not in self._recorded:
             self._noise.wait()
-            recorded = _Recorded(self._record(passes), self.cache.states)
-            self._recorded[key] = recorded
-            recorded.replay()  # on the host, recording has done it
+            replay = self._record(passes)
+            self._recorded[key] = replay, self.cache.states
+            replay()  # on the host, recording has done it
         else:
-            self._recorded[key].replay()
-            self.cache.replayed(self._recorded[key].states, committed=committed)
+            replay, states = self._recorded[key]
+            replay()
+            self.cache.replayed(states, committed=committed)
 
     def _place(self, name: Hashable, like: Tensor) -> Tensor:
         """A tensor like this one, at an address that graphs know."""
@@ -101,9 +99,9 @@ class GraphedPipeline(ChunkwisePipeline):
 
     def _settled_text(self, text: TextContext) -> TextContext:
         if self._text is None:
-            self._text = TextContext(*(tuple(x.clone() for x in part) for part in (text.keys, text.values)))
+            self._text = tuple((keys.clone(), values.clone()) for keys, values in text)
         elif text is not self._text_is:
-            torch._foreach_copy_(self._text.keys + self._text.values, text.keys + text.values)
+            torch._foreach_copy_(list(chain(*self._text)), list(chain(*text)))
         self._text_is = text
         return self._text
 

@@ -183,7 +183,7 @@ class RollingForcingLoop(Loop):
         return self.sampler.num_passes
 
     def looks(self, latent_frames: int, given_frames: int = 0) -> Iterator[Look]:
-        spans, levels = list(self.geometry.chunks(latent_frames, prefilled=given_frames)), self.sampler.num_passes
+        spans, levels = self.geometry.chunks(latent_frames, prefilled=given_frames), self.sampler.num_passes
         for window in range(len(spans) + levels - 1):
             inside = spans[max(0, window - levels + 1):window + 1]
             joint = ChunkSpan(inside[0].index, inside[0].start, sum(span.frames for span in inside))

@@ -128,7 +128,8 @@ def _transformer_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
     """Work space of a pass: one layer, chunk by chunk until the window has been full and pruned."""
     a, g = dataclasses.replace(plan.architecture, num_layers=1), plan.geometry
     shape = dataclasses.replace(plan.cache_shape(batch), layers=1, device=META)
-    chunks = plan.policy.sizes(g).window_tokens // (g.frame_tokens * g.chunk_frames) + 3
+    chunks, limit = plan.policy.sizes(g).window_tokens // (g.frame_tokens * g.chunk_frames) + 3, plan.policy.max_frames
+    frames = g.whole_chunks(chunks * g.chunk_frames)
     with META, torch.inference_mode(), FastKernels(), LiveBytes() as live:
         model = CausalWanModel(a).to(plan.dtype)
         if plan.acceleration.fp8:
@@ -137,7 +138,7 @@ def _transformer_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
         text = model.embed_text(torch.empty(batch, a.text_len, a.text_dim, dtype=plan.dtype))
         live.restart()
         begin = live.now
-        for span in g.chunks(_chunk_frames(plan, chunks)):
+        for span in g.chunks(frames if limit is None else min(frames, limit)):
             cache.begin(span)
             noise = torch.empty(batch, span.frames, a.in_dim, g.latent_height, g.latent_width)
             times = torch.empty(batch, span.frames)
@@ -145,13 +146,6 @@ def _transformer_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
             model.remember(latents, times, text, cache)
             cache.commit()
     return {"transformer_work": live.peak - begin}
-
-
-def _chunk_frames(plan: RunPlan, chunks: int) -> int:
-    """Latent frames of so many chunks, as far as the policy can go."""
-    g, limit = plan.geometry, plan.policy.max_frames
-    frames = g.whole_chunks(chunks * g.chunk_frames)
-    return frames if limit is None else min(frames, limit)
 
 
 def decoder_bytes(plan: RunPlan, batch: int) -> dict[str, int]:

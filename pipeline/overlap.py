@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.chunkwise import Chunk, Splice
+from pipeline.chunkwise import Chunk
 from pipeline.decoder import OnceDecoder
 from utils.profiling import StageClock
 from wan.geometry import ChunkSpan
@@ -82,7 +82,7 @@ class DecoderLane:
     def begin(self, chunk: Chunk, decoder: OnceDecoder, clock: StageClock) -> Decoding:
         """Queue all work from latents to frames on the host, after what is queued for the transformer now."""
         with self._entered(chunk.latents), clock.stage("vae"):
-            splice, pixels = chunk.splice or Splice(), decoder.decode(chunk.latents)
+            splice, pixels = chunk.splice, decoder.decode(chunk.latents)
             if splice.watch is not None:
                 splice.watch(pixels)
             good_latents = chunk.latents.isfinite().all().to(pixels.device, non_blocking=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,6 @@ from utils.config import REPOSITORY, ConfigError, ModelSpec
 from wan.compressor import (
     BranchSizes,
     HighResolutionBranch,
-    check_branch,
     encode_small,
     load_branch,
     pool_latents,
@@ -25,7 +25,6 @@ from wan.compressor import (
 )
 from wan.geometry import PacketGrid, VideoGeometry
 from wan.kv_cache.policy import Compression, KVPolicy
-from wan.kv_cache.window import Window
 from wan.model import CausalWanModel, TextContext, WanConfig
 from wan.vae import WanVAE
 
@@ -47,16 +46,8 @@ class _PacketMemory:
 
     cache: PacketCache
 
-    def layer(self, index: int) -> _PacketLayer:
-        return _PacketLayer(self.cache.layer(index))
-
-
-@dataclass(frozen=True)
-class _PacketLayer:
-    cache: Any
-
-    def extend(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
-        return self.cache.extend_packet(query, keys, values)
+    def layer(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(extend=self.cache.layer(index).extend_packet)
 
 
 Decode = Callable[[Tensor], Tensor]  # latents [B, F, C, h, w] -> pixels [B, T, 3, H, W] in [-1, 1], as a stream
@@ -117,10 +108,6 @@ class TrainedBranch:
 
     path: Path
     sizes: BranchSizes
-
-    def check(self) -> None:
-        """Raise CheckpointError unless the file is there and fits; by its header alone."""
-        check_branch(self.path, self.sizes)
 
     def load(self, *, random: bool, device: torch.device, dtype: torch.dtype) -> HighResolutionBranch:
         """The branch; `random`: of seeded weights in the paper's widths, for benchmarks."""

@@ -41,7 +41,7 @@ class RollingForcingPipeline(ChunkwisePipeline):
             if passes[0] == levels - 1:
                 span, latents = inside[0], clean[0]
                 self.cache.begin(span)
-                self.remember(span, latents, text)
+                self.remember(latents, text)
                 track.note(span, latents)
                 yield Chunk(span, latents)
             noisy = [
@@ -62,10 +62,7 @@ class RollingForcingPipeline(ChunkwisePipeline):
         frames = [span.frames for span in inside]
         joint = ChunkSpan(index=inside[0].index, start=inside[0].start, frames=sum(frames))
         self.cache.begin(joint, lookahead=True)
-        times = [
-            torch.full(x.shape[:2], self.sampler.times[index], device=x.device)
-            for index, x in zip(passes, noisy, strict=True)
-        ]
+        times = [self._times(x, self.sampler.times[index]) for index, x in zip(passes, noisy, strict=True)]
         flow = self.model(torch.cat(list(noisy), dim=1), torch.cat(times, dim=1), text, self.cache)
         return [
             self.sampler.clean(x, part, index)

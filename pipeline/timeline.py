@@ -15,7 +15,7 @@ B batch, F latent frames, C latent channels, T text tokens.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,21 +43,23 @@ class PromptTrack:
     """The prompt of the moment during one rollout, and the newest latents for as long as a switch may need them."""
 
     def __init__(
-        self, model: CausalWanModel, cache: KVCache, context_time: float, embeddings: Tensor,
-        switches: Sequence[PromptSwitch], on_switch: OnSwitch, packer: Packer | None = None,
+        self, model: CausalWanModel, cache: KVCache, see_clean: Callable[[Tensor, TextContext], None],
+        embeddings: Tensor, switches: Sequence[PromptSwitch], on_switch: OnSwitch, packer: Packer | None,
     ):
-        self._model, self._cache, self._time, self._on_switch = model, cache, context_time, on_switch
+        """Args: `see_clean` is the context pass of a chunk that has begun, short of its commit."""
+        self._model, self._cache, self._see_clean, self._on_switch = model, cache, see_clean, on_switch
         self._packer = packer
         self._left = deque(switches)
         self._newest: Tensor | None = None  # [B, F, C, h, w], what the memory was made of
         self._stop = 0                      # one past its last latent frame
+        self._begins = 0                    # frame of the video that chunks are counted from
         self._packed: dict[int, Tensor] = {}  # first frame of a chunk -> what its packet was made of, without a prompt
         self.text = self._embed(embeddings)
 
     def text_at(self, frame: int) -> TextContext:
         """The prompt of the chunk that begins at latent frame `frame`; a switch that is due happens now."""
         due = None
-        while self._left and self._left[0].frame <= frame:
+        while self._left and self._left[0].frame <= self._begins + frame:
             due = self._left.popleft()
         if due is not None:
             self.text = self._embed(due.embeddings)
@@ -73,9 +75,9 @@ class PromptTrack:
             if self._packer is not None and self._packer.newest is not None:
                 self._packed[span.start] = self._packer.newest
 
-    def restart(self) -> None:
-        """The memory was emptied, and frames are counted from 0 again."""
-        self._newest, self._packed = None, {}
+    def restart(self, begins: int) -> None:
+        """The memory was emptied, and the video's frame `begins` is counted as 0."""
+        self._newest, self._packed, self._begins = None, {}, begins
 
     @torch.inference_mode()
     def _embed(self, embeddings: Tensor) -> TextContext:
@@ -95,7 +97,7 @@ class PromptTrack:
         spans = self._cache.spans_again(self._stop - frames, frames)
         for span, x in zip(spans, self._newest[:, -frames:].split([s.frames for s in spans], dim=1), strict=True):
             self._cache.begin(span)
-            self._model(x, torch.full(x.shape[:2], self._time, device=x.device), self.text, self._cache)
+            self._see_clean(x, self.text)
             if self._packer is not None and self._cache.archives:
                 self._packer.write(self._packed[span.start], self.text)
             self._cache.commit()

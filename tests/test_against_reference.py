@@ -75,7 +75,7 @@ def assert_agreement(
     text = torch.randn(batch, SMALL.text_len, SMALL.text_dim, generator=generator, dtype=torch.float64)
     noise = torch.randn(batch, frames - given, *shape, generator=generator, dtype=torch.float64)
     initial = torch.randn(batch, given, *shape, generator=generator, dtype=torch.float64) if given else None
-    spans = list(geometry.chunks(frames, prefilled=given))
+    spans = geometry.chunks(frames, prefilled=given)
     source = Given(noise, spans[0].index, given)
     reference = reference_rollout(
         ReferenceModel(tiny.model.state_dict(), dataclasses.asdict(SMALL)), prompt_embeds=text, noise=noise,

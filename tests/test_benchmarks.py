@@ -136,9 +136,9 @@ def test_schedule_is_what_the_model_sees(setting: Setting) -> None:
     subject.start(schedule.latent_frames)
     remember = subject.pipeline.remember
 
-    def note(span, latents, text) -> None:
-        seen.append(subject.pipeline.cache.layer(0).plan.attend.shape[1] // plan.geometry.frame_tokens + span.frames)
-        remember(span, latents, text)
+    def note(latents, text) -> None:
+        seen.append(subject.pipeline.cache.layer(0).past_tokens // plan.geometry.frame_tokens + latents.shape[1])
+        remember(latents, text)
 
     subject.pipeline.remember = note
     for _ in schedule.windows:

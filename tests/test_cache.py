@@ -15,7 +15,7 @@ from wan.geometry import ChunkSpan
 from wan.kv_cache.cache import KVCache
 from wan.kv_cache.policy import build_policy
 from wan.kv_cache.store import CacheShape, KVStore, take
-from wan.rope import rotate_time, time_phase
+from wan.rope import time_turn, turn
 
 
 def test_store_keeps_exactly_what_it_is_told() -> None:
@@ -109,7 +109,9 @@ def test_window_keys_are_rotated_from_the_stored_master() -> None:
         born = layer.store.keys[:, :view.frame_tokens * 3].clone() if born is None else born
     sinks = born.shape[1]
     assert view.start == 1197 and torch.equal(layer.store.keys[:, :sinks], born)
-    turned = rotate_time(born, time_phase(plan.position[:, :sinks], born.shape[-1], born.dtype))
+    by = time_turn(plan.position[:, :sinks], born.shape[-1], born.dtype)
+    time = by.cos.shape[-1]
+    turned = torch.cat([turn(born[..., :time], by), born[..., time:]], dim=-1)
     assert plan.position[0, 0] == 3 and torch.equal(window.keys[:, :sinks], turned)
 
 

@@ -120,7 +120,7 @@ def test_replays_come_and_go_from_common_states(policy: KVPolicy) -> None:
                 assert torch.equal(mine.retain, its.retain) and torch.equal(mine.attend, its.attend)
                 assert (mine.chosen is None) == (its.chosen is None)
                 assert mine.chosen is None or torch.equal(mine.chosen, its.chosen)
-            eager.remember(span, latents, text)
+            eager.remember(latents, text)
     assert fast._record.replayed > 10
 
 

@@ -65,7 +65,7 @@ def test_a_new_prompt_takes_packets_with_their_chunks(settings: dict, on_switch:
     for span in tiny.geometry.chunks(3 * chunks):
         for pipeline, track in zip((ours, other), tracks, strict=True):
             latents = pipeline.denoise(span, texts[0], noise)
-            pipeline.remember(span, latents, texts[0])
+            pipeline.remember(latents, texts[0])
             track.note(span, latents)
         made.append(latents)
     before, remembered = archived(ours), ours.cache.layer(0).store.length // tiny.geometry.frame_tokens
@@ -100,4 +100,4 @@ def test_a_new_prompt_takes_packets_with_their_chunks(settings: dict, on_switch:
         assert torch.equal(a, b)
         assert_seen_once(ours, policy)
         for pipeline in (ours, other):
-            pipeline.remember(span, a, texts[1])
+            pipeline.remember(a, texts[1])

@@ -151,7 +151,7 @@ def test_an_aborted_chunk_leaves_no_trace(policy: KVPolicy, tiny: Tiny) -> None:
         rejected = pipeline.denoise(span, wrong, other)
         pipeline.model.remember(rejected, torch.zeros(1, 3), wrong, pipeline.cache)  # not committed
         parts.append(pipeline.denoise(span, text, noise))
-        pipeline.remember(span, parts[-1], text)
+        pipeline.remember(parts[-1], text)
     assert torch.equal(torch.cat(parts, dim=1), straight)
 
 

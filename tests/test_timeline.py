@@ -77,7 +77,7 @@ def test_keep_equals_a_loop_that_changes_the_text(tiny: Tiny) -> None:
     for span in tiny.geometry.chunks(FRAMES):
         text = pipeline.model.embed_text(tiny.text(5 if span.start >= 12 else 0))
         parts.append(pipeline.denoise(span, text, noise))
-        pipeline.remember(span, parts[-1], text)
+        pipeline.remember(parts[-1], text)
     assert torch.equal(torch.cat(parts, dim=1), roll(tiny, policy, "keep", at=(12,)))
 
 
@@ -105,7 +105,7 @@ def memory_around(tiny: Tiny, policy: KVPolicy, on_switch: str, chunks: int) -> 
     for index in range(chunks):
         span = ChunkSpan(index, 3 * index, 3)
         latents = pipeline.denoise(span, track.text_at(span.start), noise)
-        pipeline.remember(span, latents, track.text)
+        pipeline.remember(latents, track.text)
         track.note(span, latents)
 
     def look() -> list:

@@ -50,7 +50,7 @@ def test_teacher_forcing_equals_inference(chunk_frames: int) -> None:
         pipeline.cache.begin(span)
         part = slice(span.start, span.stop)
         flows.append(pipeline.model(noisy[:, part], 1000 * sigma[:, part], text, pipeline.cache))
-        pipeline.remember(span, clean[:, part], text)
+        pipeline.remember(clean[:, part], text)
     at_once = TeacherForcedFlow(tiny.geometry, SMALL, FRAMES, CPU)
     model = at_once.attach(make_tiny(chunk_frames).model)
     ours = at_once(model, clean, noisy, sigma, embeddings)
@@ -84,7 +84,7 @@ def test_rollout_memory_equals_the_cache() -> None:
         memory.begin(span)
         flow = pipeline.model(noise[:, part], t, text, pipeline.cache)
         assert_close(pipeline.model(noise[:, part], t, text, memory), flow, rtol=0, atol=2e-5)
-        pipeline.remember(span, clean[:, part], text)
+        pipeline.remember(clean[:, part], text)
         pipeline.model(clean[:, part], 0 * t, text, memory)
         memory.commit()
 

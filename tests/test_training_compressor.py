@@ -67,7 +67,7 @@ def test_a_rollout_remembers_as_the_cache_does(vae: Path, stream: str) -> None:
         memory.begin(span)
         flow = small.model(noise[:, part], t, text, pipeline.cache)
         assert_close(small.model(noise[:, part], t, text, memory), flow, rtol=0, atol=5e-5)
-        pipeline.remember(span, clean[:, part], text)
+        pipeline.remember(clean[:, part], text)
         small.model(clean[:, part], 0 * t, text, memory)
         packer.remember(clean[:, part], text)
         memory.commit()

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from wan.geometry import ChunkSpan, PacketGrid, VideoGeometry
 from wan.kv_cache.window import Window
-from wan.rope import Phase, rotate_space, rotate_time, space_phase, time_phase
+from wan.rope import Turn, both_turns, space_turn, time_turn, turn
 
 
 def dense(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -25,16 +25,11 @@ class Rotation:
 
     def __init__(self, geometry: VideoGeometry, head_dim: int, device: torch.device):
         self._geometry, self._head_dim = geometry, head_dim
-        self._space = space_phase(geometry.rows, geometry.columns, head_dim, torch.float32, device)
+        self._space = space_turn(geometry.rows, geometry.columns, head_dim, torch.float32, device)
 
-    def time(self, frames: Tensor) -> Phase:
-        """Phase of every token of `frames` [F]."""
-        return time_phase(frames.repeat_interleave(self._geometry.frame_tokens), self._head_dim, torch.float32)
-
-    def __call__(self, x: Tensor, time: Phase) -> Tensor:
-        """[B, L, H, D] -> rotated."""
-        in_frames = x.unflatten(1, (-1, self._geometry.frame_tokens))
-        return rotate_time(rotate_space(in_frames, self._space).flatten(1, 2), time)
+    def of(self, frames: Tensor) -> Turn:
+        """Rotation of every token of `frames` [F]."""
+        return _in_frames(frames, self._geometry.frame_tokens, self._head_dim, self._space)
 
 
 class WholeClip:
@@ -45,13 +40,13 @@ class WholeClip:
     """
 
     def __init__(self, rotation: Rotation, positions: Tensor):
-        self._rotation, self._time = rotation, rotation.time(positions)
+        self._by = rotation.of(positions)
 
     def layer(self, index: int) -> WholeClip:
         return self
 
     def extend(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
-        return Window(self._rotation(query, self._time), self._rotation(keys, self._time), values)
+        return Window(turn(query, self._by), turn(keys, self._by), values)
 
 
 class ChunkCausalAttention:
@@ -90,12 +85,12 @@ class RolloutMemory:
 
     def __init__(self, rotation: Rotation, layers: int, device: torch.device):
         self._rotation, self._device = rotation, device
-        self._layers = [RolloutLayer(rotation) for _ in range(layers)]
+        self._layers = [RolloutLayer() for _ in range(layers)]
 
     def begin(self, chunk: ChunkSpan) -> None:
-        time = self._rotation.time(torch.arange(chunk.start, chunk.stop, device=self._device))
+        by = self._rotation.of(torch.arange(chunk.start, chunk.stop, device=self._device))
         for layer in self._layers:
-            layer.time = time
+            layer.by = by
 
     def layer(self, index: int) -> RolloutLayer:
         return self._layers[index]
@@ -109,18 +104,17 @@ class RolloutMemory:
 class RolloutLayer:
     """One layer of a rollout's memory."""
 
-    def __init__(self, rotation: Rotation):
-        self._rotation = rotation
+    def __init__(self) -> None:
         self._past: tuple[Tensor, ...] = ()
         self._staged: tuple[Tensor, ...] = ()
-        self.time: Phase | None = None
+        self.by: Turn | None = None
 
     def extend(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
-        keys = self._rotation(keys, self.time)
+        keys = turn(keys, self.by)
         self._staged = (keys.detach(), values.detach())
         if self._past:
             keys, values = (torch.cat([past, new], dim=1) for past, new in zip(self._past, (keys, values), strict=True))
-        return Window(self._rotation(query, self.time), keys, values)
+        return Window(turn(query, self.by), keys, values)
 
     def commit(self) -> None:
         if self._past:
@@ -142,13 +136,14 @@ class PackedRollout:
         recent_chunks: int,
     ):
         self._rotation, self._packet, self._device, self._sink = rotation, packet, device, sink_chunks
-        self._layers = [PackedLayer(rotation, packet, sink_chunks, recent_chunks) for _ in range(layers)]
+        self._layers = [PackedLayer(sink_chunks, recent_chunks) for _ in range(layers)]
         self._made = 0
 
     def begin(self, chunk: ChunkSpan) -> None:
-        time = self._rotation.time(torch.arange(chunk.start, chunk.stop, device=self._device))
+        by = self._rotation.of(torch.arange(chunk.start, chunk.stop, device=self._device))
+        packet_by = self._packet.of(chunk.start)
         for layer in self._layers:
-            layer.time, layer.packet_time = time, self._packet.time(chunk.start)
+            layer.by, layer.packet_by = by, packet_by
 
     def layer(self, index: int) -> PackedLayer:
         return self._layers[index]
@@ -170,30 +165,24 @@ class PacketRotation:
 
     def __init__(self, grid: PacketGrid, head_dim: int, device: torch.device):
         self._grid, self._head_dim = grid, head_dim
-        self._space = space_phase(grid.rows, grid.columns, head_dim, torch.float32, device, covers=grid.space)
+        self._space = space_turn(grid.rows, grid.columns, head_dim, torch.float32, device, covers=grid.space)
         self._centres = torch.tensor(grid.centres, device=device, dtype=torch.float64)
 
-    def time(self, start: int) -> Phase:
-        """Phase of every token of the packet of a chunk that begins with latent frame `start`."""
-        frames = (start + self._centres).repeat_interleave(self._grid.rows * self._grid.columns)
-        return time_phase(frames, self._head_dim, torch.float32)
-
-    def __call__(self, x: Tensor, time: Phase) -> Tensor:
-        """[B, P, H, D] -> rotated."""
-        in_frames = x.unflatten(1, (self._grid.frames, -1))
-        return rotate_time(rotate_space(in_frames, self._space).flatten(1, 2), time)
+    def of(self, start: int) -> Turn:
+        """Rotation of every token of the packet of a chunk that begins with latent frame `start`."""
+        return _in_frames(start + self._centres, self._grid.rows * self._grid.columns, self._head_dim, self._space)
 
 
 class PackedLayer:
     """One layer of it."""
 
-    def __init__(self, rotation: Rotation, packet: PacketRotation, sink: int, recent: int):
-        self._rotation, self._packet, self._sink, self._recent = rotation, packet, sink, recent
+    def __init__(self, sink: int, recent: int):
+        self._sink, self._recent = sink, recent
         self._full: list[tuple[Tensor, Tensor]] = []
         self._packets: list[tuple[Tensor, Tensor]] = []  # of the chunks from the sink's end on
         self._staged: tuple[Tensor, Tensor] | None = None
-        self.time: Phase | None = None
-        self.packet_time: Phase | None = None
+        self.by: Turn | None = None
+        self.packet_by: Turn | None = None
 
     def _past(self) -> list[tuple[Tensor, Tensor]]:
         made = len(self._full)
@@ -201,21 +190,27 @@ class PackedLayer:
         return [*self._full[:self._sink], *self._packets[:recent - self._sink], *self._full[recent:]]
 
     def extend(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
-        keys = self._rotation(keys, self.time)
+        keys = turn(keys, self.by)
         self._staged = (keys.detach(), values.detach())
-        return Window(self._rotation(query, self.time), *map(_joined, zip(*self._past(), (keys, values), strict=True)))
+        return Window(turn(query, self.by), *map(_joined, zip(*self._past(), (keys, values), strict=True)))
 
     def extend_packet(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
-        keys = self._packet(keys, self.packet_time)
+        keys = turn(keys, self.packet_by)
         past = [(k.detach(), v.detach()) for k, v in self._past()]
         self._packets.append((keys, values))
-        return Window(self._packet(query, self.packet_time), *map(_joined, zip(*past, (keys, values), strict=True)))
+        return Window(turn(query, self.packet_by), *map(_joined, zip(*past, (keys, values), strict=True)))
 
     def stage_packet(self, keys: Tensor, values: Tensor) -> None:
-        self._packets.append((self._packet(keys, self.packet_time), values))
+        self._packets.append((turn(keys, self.packet_by), values))
 
     def commit(self) -> None:
         self._full.append(self._staged)
+
+
+def _in_frames(times: Tensor, frame_tokens: int, head_dim: int, space: Turn) -> Turn:
+    """Rotation of whole frames at `times` [F], each frame's tokens turned by `space` in height and width."""
+    time = time_turn(times.repeat_interleave(frame_tokens), head_dim, torch.float32)
+    return both_turns(time, Turn(*(x.repeat(len(times), 1, 1) for x in (space.cos, space.sin))))
 
 
 def _joined(parts: tuple[Tensor, ...]) -> Tensor:

@@ -59,10 +59,6 @@ class SelfAttention(_Attention):
                 getattr(linear, name).data = own
         self.joint = _Joint(**joint)
 
-    def part(self) -> None:
-        """Drop q, k and v, for what took the place of their joint product."""
-        del self.q, self.k, self.v
-
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, L, C] -> query, keys and values [B, L, H, D], the first two normalised."""
         if self.joint is None:

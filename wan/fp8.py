@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.model import Block, CausalWanModel
+from wan.model import CausalWanModel
 
 FP8 = torch.float8_e4m3fn
 MOST = torch.finfo(FP8).max
@@ -95,16 +95,13 @@ def _(product: Tensor, rows: Tensor, columns: Tensor, bias: Tensor) -> tuple[Ten
 def quantise_layers(model: CausalWanModel) -> None:
     """Put 8-bit layers in the place of LAYERS in every block; done once, for finished weights in their place."""
     for block in model.blocks:
-        _quantise(block)
-
-
-def _quantise(block: Block) -> None:
-    if isinstance(block.self_attn.joint, Fp8Linear):
-        return
-    block.self_attn.join()
-    for name in LAYERS:
-        parent, _, own = name.rpartition(".")
-        linear = block.get_submodule(name)
-        setattr(block.get_submodule(parent), own, Fp8Linear(linear.weight, linear.bias))
-    block.ffn = Fp8MLP(*block.ffn)
-    block.self_attn.part()
+        attention = block.self_attn
+        if isinstance(attention.joint, Fp8Linear):
+            continue
+        attention.join()
+        for name in LAYERS:
+            parent, _, own = name.rpartition(".")
+            linear = block.get_submodule(name)
+            setattr(block.get_submodule(parent), own, Fp8Linear(linear.weight, linear.bias))
+        block.ffn = Fp8MLP(*block.ffn)
+        del attention.q, attention.k, attention.v  # their joint layer is in their place

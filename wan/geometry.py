@@ -5,8 +5,8 @@ holds one pixel frame, every later one `temporal_stride`. A latent frame is `row
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from math import ceil
 
 
@@ -143,15 +143,11 @@ class VideoGeometry:
         rest = max(0, latent_frames - head)
         return head + ceil(rest / self.chunk_frames) * self.chunk_frames
 
-    def prefill_chunks(self, latent_frames: int) -> Iterator[ChunkSpan]:
+    def prefill_chunks(self, latent_frames: int) -> list[ChunkSpan]:
         """How given frames (an image, a clip to continue) enter the memory: any odd rest comes first."""
-        sizes = [1] if self.independent_first_frame and latent_frames else []
-        left = latent_frames - sum(sizes)
-        sizes += [left % self.chunk_frames] if left % self.chunk_frames else []
-        sizes += [self.chunk_frames] * (left // self.chunk_frames)
-        yield from _spans(sizes, index=0, start=0)
+        return self._spans(latent_frames, index=0, start=0)
 
-    def chunks(self, latent_frames: int, *, prefilled: int = 0) -> Iterator[ChunkSpan]:
+    def chunks(self, latent_frames: int, *, prefilled: int = 0) -> list[ChunkSpan]:
         """Chunks to generate after `prefilled` frames, for a video of `latent_frames` in all.
 
         Raises:
@@ -163,14 +159,12 @@ class VideoGeometry:
                 f"{latent_frames} latent frames after {prefilled} given ones are not whole chunks of "
                 f"{self.chunk_frames}; the next length that is: {longer}."
             )
-        sizes = [1] if self.independent_first_frame and not prefilled else []
-        left = latent_frames - prefilled - sum(sizes)
-        sizes += [self.chunk_frames] * (left // self.chunk_frames)
-        index = sum(1 for _ in self.prefill_chunks(prefilled))
-        yield from _spans(sizes, index=index, start=prefilled)
+        return self._spans(latent_frames - prefilled, index=len(self.prefill_chunks(prefilled)), start=prefilled)
 
-
-def _spans(sizes: list[int], *, index: int, start: int) -> Iterator[ChunkSpan]:
-    for frames in sizes:
-        yield ChunkSpan(index=index, start=start, frames=frames)
-        index, start = index + 1, start + frames
+    def _spans(self, latent_frames: int, *, index: int, start: int) -> list[ChunkSpan]:
+        """So many frames from `start` on: an independent first one, an odd rest, then whole chunks."""
+        alone = 1 if self.independent_first_frame and latent_frames and not start else 0
+        whole, rest = divmod(latent_frames - alone, self.chunk_frames)
+        sizes = [frames for frames in (alone, rest, *[self.chunk_frames] * whole) if frames]
+        starts = accumulate(sizes[:-1], initial=start)
+        return [ChunkSpan(index + i, *span) for i, span in enumerate(zip(starts, sizes, strict=False))]

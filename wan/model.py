@@ -58,18 +58,13 @@ class WanConfig:
         return self.dim // self.num_heads
 
 
+TextContext = tuple[tuple[Tensor, Tensor], ...]  # a prompt as each block reads it: keys and values [B, T, H, D]
+
+
 class LayeredMemory(Protocol):
     """The past of every layer: a KVCache, or anything of this shape."""
 
     def layer(self, index: int) -> Memory: ...
-
-
-@dataclass(frozen=True)
-class TextContext:
-    """A prompt as the blocks read it: cross-attention keys and values of each layer, [B, T, H, D]."""
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
 
 
 def timestep_embedding(t: Tensor, freq_dim: int, dtype: torch.dtype) -> Tensor:
@@ -223,8 +218,7 @@ class CausalWanModel(nn.Module):
                 f"the model needs [batch, {expected[0]}, {expected[1]}]."
             )
         context = self.text_embedding(embeddings.to(self.device, self.dtype))
-        keys, values = zip(*(block.cross_attn.project(context) for block in self.blocks), strict=True)
-        return TextContext(keys, values)
+        return tuple(block.cross_attn.project(context) for block in self.blocks)
 
     def accelerate(self, compiler: Compiler) -> None:
         """Let `compiler` run the blocks, and if that is not `plain`, make one kernel of q, k and v and one of a linear
@@ -267,7 +261,7 @@ class CausalWanModel(nn.Module):
         self, blocks: nn.ModuleList, hidden: Tensor, modulation: Tensor, text: TextContext, memory: LayeredMemory,
     ) -> Tensor:
         for index, block in enumerate(blocks):
-            hidden = block(hidden, modulation, (text.keys[index], text.values[index]), memory.layer(index))
+            hidden = block(hidden, modulation, text[index], memory.layer(index))
         return hidden
 
     def patchify(self, x: Tensor) -> Tensor:

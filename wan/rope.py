@@ -17,30 +17,10 @@ from torch import Tensor
 THETA = 10_000.0
 
 
-@dataclass(frozen=True)
-class AxisChannels:
-    """How a head's channels are shared out; each count is even."""
-
-    time: int
-    height: int
-    width: int
-
-    @classmethod
-    def of(cls, head_dim: int) -> AxisChannels:
-        """Shares of a head of `head_dim` channels: d - 4 (d // 6), 2 (d // 6), 2 (d // 6)."""
-        side = 2 * (head_dim // 6)
-        return cls(time=head_dim - 2 * side, height=side, width=side)
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Cosine and sine of one rotation, ready to be broadcast over heads.
-
-    `cos`, `sin`: [..., L, 1, channels / 2], float32 (float64 for float64 inputs).
-    """
-
-    cos: Tensor
-    sin: Tensor
+def axis_channels(head_dim: int) -> tuple[int, int, int]:
+    """How a head's channels are shared out to time, height and width: d - 4 (d // 6), 2 (d // 6), 2 (d // 6)."""
+    side = 2 * (head_dim // 6)
+    return head_dim - 2 * side, side, side
 
 
 def phase_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -48,53 +28,12 @@ def phase_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _angles(position: Tensor, channels: int) -> Tensor:
-    """[...] positions -> [..., channels / 2] angles, float64; each axis has frequencies of its own width."""
-    exponent = torch.arange(0, channels, 2, dtype=torch.float64, device=position.device) / max(channels, 1)
-    return position.to(torch.float64).unsqueeze(-1) * THETA**-exponent
-
-
-def _phase(angles: Tensor, dtype: torch.dtype) -> Phase:
-    angles = angles.unsqueeze(-2)
-    return Phase(cos=angles.cos().to(phase_dtype(dtype)), sin=angles.sin().to(phase_dtype(dtype)))
-
-
-def time_phase(position: Tensor, head_dim: int, dtype: torch.dtype) -> Phase:
-    """Rotation of the temporal channels to `position`.
-
-    Shapes: position [B, L] or [L], window time in latent frames; any sign, any size.
-    """
-    return _phase(_angles(position, AxisChannels.of(head_dim).time), dtype)
-
-
-def space_phase(
-    rows: int, columns: int, head_dim: int, dtype: torch.dtype, device: torch.device, covers: int = 1,
-) -> Phase:
-    """Rotation of the height and width channels of one frame's tokens, row by row: [rows * columns, 1, ...].
-
-    A token that stands for `covers` x `covers` others sits at their centre.
-    """
-    share, centre = AxisChannels.of(head_dim), (covers - 1) / 2
-    row = _angles(torch.arange(rows, device=device) * covers + centre, share.height)
-    column = _angles(torch.arange(columns, device=device) * covers + centre, share.width)
-    row = row[:, None].expand(-1, columns, -1)
-    column = column[None].expand(rows, -1, -1)
-    return _phase(torch.cat([row, column], dim=-1).flatten(0, 1), dtype)
-
-
-def _turn(x: Tensor, phase: Phase) -> Tensor:
-    """Rotate interleaved pairs (2i, 2i + 1) of the last dimension; returns the phase's dtype."""
-    real, imaginary = x.to(phase.cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack(
-        [real * phase.cos - imaginary * phase.sin, real * phase.sin + imaginary * phase.cos], dim=-1
-    ).flatten(-2)
-
-
 @dataclass(frozen=True)
 class Turn:
-    """A rotation of all channels of a head, in a form that compilers fuse: x * cos + (x, pairs swapped) * sin.
+    """A rotation of pairs of channels, in a form that compilers fuse: x * cos + (x, pairs swapped) * sin.
 
-    `cos`, `sin`: [..., L, 1, D] as in `Phase`; 1 and 0 for channels that stay.
+    `cos`, `sin`: [..., L, 1, channels], ready to be broadcast over heads, float32 (float64 for float64 inputs);
+    1 and 0 for channels that stay.
     """
 
     cos: Tensor
@@ -106,51 +45,63 @@ class Turn:
         return Turn(self.cos, -self.sin)
 
 
-def turn_of(phase: Phase, channels: int, first: int = 0) -> Turn:
-    """`phase` applied to the channels from `first` on, of `channels` in all; the others stay."""
-    behind = channels - first - 2 * phase.cos.shape[-1]
-    cos = torch.stack([phase.cos, phase.cos], dim=-1).flatten(-2)
-    sin = torch.stack([-phase.sin, phase.sin], dim=-1).flatten(-2)
-    return Turn(F.pad(cos, (first, behind), value=1.0), F.pad(sin, (first, behind)))
-
-
-def both_turns(time: Turn, space: Turn) -> Turn:
-    """Time and space at once: no channel is turned by both, so cosines multiply and sines add."""
-    return Turn(time.cos * space.cos, time.sin + space.sin)
-
-
 def turn(x: Tensor, by: Turn) -> Tensor:
-    """What `rotate_time` and `rotate_space` give, bit for bit: same shape and dtype as `x` [..., L, H, D]."""
+    """Rotate interleaved pairs (2i, 2i + 1) of the last dimension.
+
+    Shapes: x [..., L, H, D], of which `by` turns all channels.
+    Returns: same shape and dtype as `x`, rounded once.
+    Source: Wan2.1 3D RoPE; keys cached before rotation after StreamingLLM, arXiv:2309.17453.
+    """
     wide = x.to(by.cos.dtype)
     swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return (wide * by.cos + swapped * by.sin).to(x.dtype)
 
 
+def time_turn(position: Tensor, head_dim: int, dtype: torch.dtype) -> Turn:
+    """Rotation of a head's temporal channels, and of these alone, to `position`.
+
+    Shapes: position [B, L] or [L], window time in latent frames; any sign, any size.
+    """
+    return _turn_by(_angles(position, axis_channels(head_dim)[0]), dtype)
+
+
 def time_table(position: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the `Turn` of the temporal channels alone, to `position` [B, L] or [L]."""
-    phase = time_phase(position, head_dim, dtype)
-    table = turn_of(phase, 2 * phase.cos.shape[-1])
-    return table.cos, table.sin
+    """Cosines and sines of `time_turn`."""
+    by = time_turn(position, head_dim, dtype)
+    return by.cos, by.sin
 
 
-def rotate_time(x: Tensor, phase: Phase) -> Tensor:
-    """Rotate the temporal channels of `x`; leave the rest untouched.
+def space_turn(
+    rows: int, columns: int, head_dim: int, dtype: torch.dtype, device: torch.device, covers: int = 1,
+) -> Turn:
+    """Rotation of one frame's tokens in height and width, row by row: [rows * columns, 1, head_dim].
 
-    Shapes:
-        x: [..., L, H, D]; the first `AxisChannels.time` of D are temporal.
-    Returns: same shape and dtype as `x`, rounded once.
-    Source: Wan2.1 3D RoPE; keys cached before rotation after StreamingLLM, arXiv:2309.17453.
+    A token that stands for `covers` x `covers` others sits at their centre. Temporal channels stay.
     """
-    time = 2 * phase.cos.shape[-1]
-    return torch.cat([_turn(x[..., :time], phase).to(x.dtype), x[..., time:]], dim=-1)
+    (time, height, width), centre = axis_channels(head_dim), (covers - 1) / 2
+    row = _angles(torch.arange(rows, device=device) * covers + centre, height)
+    column = _angles(torch.arange(columns, device=device) * covers + centre, width)
+    row = row[:, None].expand(-1, columns, -1)
+    column = column[None].expand(rows, -1, -1)
+    by = _turn_by(torch.cat([row, column], dim=-1).flatten(0, 1), dtype)
+    return Turn(F.pad(by.cos, (time, 0), value=1.0), F.pad(by.sin, (time, 0)))
 
 
-def rotate_space(x: Tensor, phase: Phase) -> Tensor:
-    """Rotate the height and width channels of whole frames; leave the temporal ones untouched.
+def both_turns(time: Turn, space: Turn) -> Turn:
+    """All channels of a head: from `time` the temporal ones, from `space` the others."""
+    first = time.cos.shape[-1]
+    pairs = ((time.cos, space.cos), (time.sin, space.sin))
+    return Turn(*(torch.cat([temporal, spatial[..., first:]], dim=-1) for temporal, spatial in pairs))
 
-    Shapes:
-        x: [B, frames, frame_tokens, H, D]; phase from `space_phase`.
-    Returns: same shape and dtype as `x`, rounded once.
-    """
-    time = x.shape[-1] - 2 * phase.cos.shape[-1]
-    return torch.cat([x[..., :time], _turn(x[..., time:], phase).to(x.dtype)], dim=-1)
+
+def _angles(position: Tensor, channels: int) -> Tensor:
+    """[...] positions -> [..., channels / 2] angles, float64; each axis has frequencies of its own width."""
+    exponent = torch.arange(0, channels, 2, dtype=torch.float64, device=position.device) / max(channels, 1)
+    return position.to(torch.float64).unsqueeze(-1) * THETA**-exponent
+
+
+def _turn_by(angles: Tensor, dtype: torch.dtype) -> Turn:
+    """[..., L, pairs] angles -> rotation of as many pairs."""
+    angles = angles.unsqueeze(-2)
+    cos, sin = angles.cos().to(phase_dtype(dtype)), angles.sin().to(phase_dtype(dtype))
+    return Turn(torch.stack([cos, cos], dim=-1).flatten(-2), torch.stack([-sin, sin], dim=-1).flatten(-2))

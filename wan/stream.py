@@ -5,10 +5,13 @@ B batch, F latent frames, C latent channels, T pixel frames.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from wan.checkpoint import load_strictly
 
 
 class VideoDecoder(ABC):
@@ -84,6 +87,19 @@ class StreamDecoder:
         """Forget the video, though somebody may still hold the stream; it cannot go on."""
         self._past.clear()
         self._broken = True
+
+
+def load_random(module: nn.Module, seed: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Seeded random weights of a plausible scale, for benchmarks and tests; never a fallback for missing ones.
+
+    Scales of norms (`gamma`) are 1 and other vectors 0.
+    """
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for name, parameter in module.named_parameters():
+        tensors[name] = torch.full(parameter.shape, float(name.endswith("gamma")))
+        if parameter.ndim > 1 and not name.endswith("gamma"):
+            tensors[name] = torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5
+    load_strictly(module, tensors, source=Path("random weights"), device=device, dtype=dtype)
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

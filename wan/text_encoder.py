@@ -64,7 +64,13 @@ class TextEncoder:
             )
         path = Path(path)
         config, tensors = _read_encoder(path)
-        return cls(_build(config, tensors, source=path, device=device, dtype=dtype), words)
+        encoder = _skeleton(config, source=path)  # on meta: weights come one by one, and are never held twice
+        load_strictly(encoder, tensors, source=path, device=device, dtype=dtype)
+        if encoder.encoder.embed_tokens.weight is not encoder.shared.weight:
+            raise CheckpointError(
+                f"{path}: the encoder does not read the embedding that was loaded. Use another transformers release."
+            )
+        return cls(encoder, words)
 
     @property
     def text_dim(self) -> int:
@@ -110,23 +116,6 @@ class TextEncoder:
 
 
 # -- weights -----------------------------------------------------------------------------------
-
-
-def _build(
-    config: Mapping[str, Any], tensors: dict[str, Tensor], *, source: Path, device: torch.device | str,
-    dtype: torch.dtype,
-) -> UMT5EncoderModel:
-    """Make an encoder out of tensors under transformers' names; empties `tensors`.
-
-    The module is built on meta and takes its weights one by one, so they are never held twice.
-    """
-    encoder = _skeleton(config, source=source)
-    load_strictly(encoder, tensors, source=source, device=device, dtype=dtype)
-    if encoder.encoder.embed_tokens.weight is not encoder.shared.weight:
-        raise CheckpointError(
-            f"{source}: the encoder does not read the embedding that was loaded. Use another transformers release."
-        )
-    return encoder
 
 
 def _skeleton(config: Mapping[str, Any], *, source: Path) -> UMT5EncoderModel:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from wan.checkpoint import CheckpointError, check_fit, load_strictly, read_tensors
 from wan.stacking import Sum, load_kernels
-from wan.stream import VideoDecoder
+from wan.stream import VideoDecoder, load_random
 from wan.vae_passes import Past
 
 TinyKind = Literal["taehv", "lighttae"]
@@ -91,15 +91,9 @@ class TinyVAE(VideoDecoder):
 
     @classmethod
     def random(cls, latent_channels: int, *, device: torch.device | str, dtype: torch.dtype, seed: int) -> TinyVAE:
-        """Seeded random weights, for benchmarks and tests; never a fallback for missing ones."""
-        generator = torch.Generator().manual_seed(seed)
+        """Seeded random weights, as `load_random` makes them."""
         decoder = _network(latent_channels)["decoder"]
-        tensors = {
-            name: torch.randn(value.shape, generator=generator) * value[0].numel() ** -0.5 if value.ndim > 1
-            else torch.zeros(value.shape)
-            for name, value in decoder.named_parameters()
-        }
-        load_strictly(decoder, tensors, source=Path("random weights"), device=device, dtype=dtype)
+        load_random(decoder, seed, device=device, dtype=dtype)
         return cls(decoder)
 
     @classmethod
@@ -122,7 +116,7 @@ class TinyVAE(VideoDecoder):
         x = (torch.tanh(z / BOUND) * BOUND).to(self.dtype, memory_format=torch.channels_last)
         first = not past
         for layer in self._decoder:
-            x = _remembering(layer, x, len(latent), past) if isinstance(layer, _Block) else layer(x)
+            x = layer(x, len(latent), past) if isinstance(layer, _Block) else layer(x)
         pixels = rearrange(x, "(b t) c h w -> b c t h w", b=len(latent))
         pixels = pixels[:, :, self.temporal_stride - 1:] if first else pixels
         return pixels.to(self._wide).clamp(0, 1) * 2 - 1
@@ -156,7 +150,11 @@ class _Block(nn.Module):
             _conv(2 * width, width), nn.ReLU(), _conv(width, width), nn.ReLU(), _conv(width, width),
         )
 
-    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+    def forward(self, x: Tensor, clips: int, past: Past) -> Tensor:
+        video = x.unflatten(0, (clips, -1))
+        last = past[self] if self in past else torch.zeros_like(video[:, :1])
+        past[self] = video[:, -1:].clone()
+        before = torch.cat([last, video[:, :-1]], dim=1).flatten(0, 1)
         return F.relu(self.conv(torch.cat([x, before], dim=1)) + x)
 
 
@@ -174,14 +172,6 @@ class _Grow(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         images = self.conv(x).permute(0, 2, 3, 1).contiguous().unsqueeze(1)  # [N, 1, h, w, t c]
         return load_kernels(x.device).spread(Sum(images), self.frames).flatten(0, 1).permute(0, 3, 1, 2)
-
-
-def _remembering(block: _Block, x: Tensor, clips: int, past: Past) -> Tensor:
-    video = x.unflatten(0, (clips, -1))
-    last = past[block] if block in past else torch.zeros_like(video[:, :1])
-    past[block] = video[:, -1:].clone()
-    before = torch.cat([last, video[:, :-1]], dim=1).flatten(0, 1)
-    return block(x, before)
 
 
 def _conv(before: int, after: int, bias: bool = True) -> nn.Conv2d:

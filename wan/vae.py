@@ -22,8 +22,8 @@ from wan.checkpoint import CheckpointError, NetworkFiles, check_fit, load_strict
 from wan.names import strip_wrappers
 from wan.recorder import Recorder
 from wan.stacking import load_kernels
-from wan.stream import VideoDecoder
-from wan.vae_decoder import FastDecoder, StreamPast, can_decode
+from wan.stream import VideoDecoder, load_random
+from wan.vae_decoder import FastDecoder, StreamPast
 from wan.vae_passes import Past, VaePasses
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of latents, one value a channel
@@ -55,36 +55,33 @@ class WanVAE(VideoDecoder):
         Args:
             path: `Wan2.1_VAE.pth` or another file with original names, a folder that holds one, a diffusers
                 folder (config.json beside its weights), or a repository with `vae/`.
-            statistics: needed for original files other than Wan 2.1's 16 channels; diffusers folders bring their own.
+            statistics: in place of the files' own, or of Wan 2.1's where these bring none; needed for original files
+                other than Wan 2.1's 16 channels.
         Raises:
             CheckpointError: missing, damaged or unsafe file, weights that do not fit, or statistics of another length.
         """
         path = Path(path)
         config, tensors = _read_vae(path)
-        return cls(_build(config, tensors, source=path, device=device, dtype=dtype, statistics=statistics))
+        if statistics is not None:
+            config = {**config, **dict(zip(("latents_mean", "latents_std"), map(list, statistics), strict=True))}
+        model = _skeleton(config, source=path)
+        load_strictly(model, tensors, source=path, device=device, dtype=dtype)
+        return cls(model)
 
     @classmethod
     def random(cls, path: Path, *, device: torch.device | str, dtype: torch.dtype, seed: int) -> WanVAE:
-        """A VAE of seeded random weights, for benchmarks and tests; never a fallback for missing ones.
+        """A VAE of seeded random weights, as `load_random` makes them.
 
         Its architecture is that of `path` (a config.json is enough), or Wan 2.1's if nothing is there.
         """
-        path = Path(path)
-        config = _architecture(path)
-        shapes = {name: value.shape for name, value in _skeleton(config, source=path).named_parameters()}
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {}
-        for name, shape in shapes.items():
-            if name.endswith("weight"):
-                tensors[name] = torch.randn(shape, generator=generator) * shape[1:].numel() ** -0.5
-            else:
-                tensors[name] = torch.full(shape, float(name.endswith("gamma")))
-        return cls(_build(config, tensors, source=path, device=device, dtype=dtype))
+        model = _skeleton_of(Path(path))
+        load_random(model, seed, device=device, dtype=dtype)
+        return cls(model)
 
     @classmethod
     def skeleton(cls, path: Path, dtype: torch.dtype) -> WanVAE:
         """A VAE on the meta device, of the same architecture as `random`'s: shapes without data."""
-        return cls(torch.nn.Module.to(_skeleton(_architecture(Path(path)), source=Path(path)), dtype))
+        return cls(torch.nn.Module.to(_skeleton_of(Path(path)), dtype))
 
     @property
     def device(self) -> torch.device:
@@ -149,9 +146,10 @@ class WanVAE(VideoDecoder):
     def accelerate(self, recorder: Recorder | None, *, part_frames: int) -> None:
         """Decode `part_frames` latents a call, by fused kernels, and replay what `recorder` records.
 
-        Equal to the plain passes up to rounding. A decoder of another design than Wan 2.1's stays as it is.
+        Equal to the plain passes up to rounding. A decoder of another design than Wan 2.1's, whose last convolution
+        makes the pixels themselves, stays as it is.
         """
-        if can_decode(self._model):
+        if not self._model.config.patch_size:
             self._fast = FastDecoder(self._model, load_kernels(self.device), recorder)
             self.part_frames = part_frames
 
@@ -225,24 +223,6 @@ def _skeleton(config: Mapping[str, Any], *, source: Path) -> AutoencoderKLWan:
     return model
 
 
-def _build(
-    config: Mapping[str, Any], tensors: dict[str, Tensor], *, source: Path, device: torch.device | str,
-    dtype: torch.dtype, statistics: Statistics | None = None,
-) -> AutoencoderKLWan:
-    """Make a VAE out of tensors under diffusers' names; empties `tensors`.
-
-    Latent statistics: those given, else those of `config`, else Wan 2.1's (diffusers' default).
-    Raises:
-        CheckpointError: the tensors do not fit, or the statistics are none.
-    """
-    values = dict(config)
-    if statistics is not None:
-        values["latents_mean"], values["latents_std"] = map(list, statistics)
-    model = _skeleton(values, source=source)
-    load_strictly(model, tensors, source=source, device=device, dtype=dtype)
-    return model
-
-
 def _from_original(tensors: Mapping[str, Tensor], *, source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Original Wan names -> Wan 2.1's configuration in the widths that the shapes tell, and diffusers' names.
 
@@ -265,7 +245,7 @@ def _read_vae(path: Path, *, meta: bool = False) -> tuple[dict[str, Any], dict[s
     return _from_original(tensors, source=path) if config is None else (config, tensors)
 
 
-def _architecture(path: Path) -> dict[str, Any]:
-    """The configuration of the VAE at `path`; of Wan 2.1's if nothing is there."""
+def _skeleton_of(path: Path) -> AutoencoderKLWan:
+    """The VAE at `path`, on meta; Wan 2.1's if nothing is there."""
     found = FILES.find_config(path)
-    return found[1] if found else _read_vae(path, meta=True)[0] if path.exists() else {}
+    return _skeleton(found[1] if found else _read_vae(path, meta=True)[0] if path.exists() else {}, source=path)

@@ -23,11 +23,6 @@ from wan.stacking import PAST, StackingKernels, Sum
 PART_FRAMES = 1  # frames before the last doubling of the frame rate that go through the rest together
 
 
-def can_decode(model: AutoencoderKLWan) -> bool:
-    """Whether the decoder's pixels are its last convolution's: the design that is made fast, which is Wan 2.1's own."""
-    return not model.config.patch_size
-
-
 @dataclass(eq=False)
 class StreamPast:
     """Where one video stands; its frames are in the decoder's buffers while it is the one being decoded."""
@@ -50,7 +45,9 @@ class FastDecoder:
             for module in [model.post_quant_conv, *self._decoder.modules()] if isinstance(module, nn.Conv2d | nn.Conv3d)
         }
         self._quant, self._levels = model.post_quant_conv, list(self._decoder.up_blocks)
-        doubling = [i for i, block in enumerate(self._levels) if _doubles_time(block)]
+        doubling = [
+            i for i, block in enumerate(self._levels) if block.upsamplers and block.upsamplers[0].mode == "upsample3d"
+        ]
         self._last_doubling = doubling[-1] if doubling else 0  # parts begin behind this level's resnets
         self._past: dict[nn.Module, Tensor] = {}
         self._owner: weakref.ref[StreamPast] | None = None
@@ -87,7 +84,7 @@ class FastDecoder:
         """
         x = latents.permute(0, 2, 3, 4, 1).contiguous()
         x = self._conv(self._quant, x, bias=True)
-        x = Sum(*self._causal(self._decoder.conv_in, Sum(x)))
+        x, _ = self._causal(self._decoder.conv_in, Sum(x))
         middle = self._decoder.mid_block
         x = self._residual(middle.resnets[0], x)
         for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
@@ -129,13 +126,12 @@ class FastDecoder:
 
     def _residual(self, block: WanResidualBlock, x: Sum) -> Sum:
         """The shortcut and the last bias are added by whatever comes next."""
-        *h, settled = self._causal_of(block.conv1, x, block.norm1.gamma.flatten(), keep=True)
-        inner = Sum(*h)
-        del h  # `inner` is released once it is stacked
+        inner, settled = self._causal(block.conv1, x, block.norm1.gamma.flatten(), keep=True)
         if not isinstance(block.conv_shortcut, nn.Identity):
             settled = self._conv(block.conv_shortcut, settled, bias=True)
-        out, out_bias = self._causal(block.conv2, inner, block.norm2.gamma.flatten())
-        return Sum(out, out_bias, settled)
+        out, _ = self._causal(block.conv2, inner, block.norm2.gamma.flatten())
+        out.shortcut = settled
+        return out
 
     def _attend(self, attention: nn.Module, x: Tensor) -> Tensor:
         """Attention inside each frame, by diffusers' own module."""
@@ -156,7 +152,7 @@ class FastDecoder:
                 frames.append(self._spread(Sum(settled[:, :1].contiguous()), 1))
                 x = Sum(settled[:, 1:].contiguous())
             if x.x.shape[1]:
-                frames.append(self._spread(Sum(*self._causal(layer.time_conv, x)), 2))
+                frames.append(self._spread(self._causal(layer.time_conv, x)[0], 2))
         return Sum(self._conv(conv, frames[0] if len(frames) == 1 else torch.cat(frames, dim=1)), conv.bias)
 
     def _spread(self, x: Sum, times: int) -> Tensor:
@@ -169,17 +165,13 @@ class FastDecoder:
         x.release()
         return result
 
-    def _causal(self, conv: nn.Conv3d, x: Sum, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Result without its bias, and the bias."""
-        return self._causal_of(conv, x, gamma, keep=False)[:2]
-
-    def _causal_of(
-        self, conv: nn.Conv3d, x: Sum, gamma: Tensor | None, *, keep: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The same, and what x settled to if that is to be kept."""
+    def _causal(
+        self, conv: nn.Conv3d, x: Sum, gamma: Tensor | None = None, *, keep: bool = False,
+    ) -> tuple[Sum, Tensor | None]:
+        """Result and bias, still to be added up, and what x settled to if that is to be kept."""
         stacked, settled = self._kernels.stack(x, gamma, self._past_of(conv, x.x), keep)
         x.release()
-        return self._conv(conv, stacked), conv.bias, settled
+        return Sum(self._conv(conv, stacked), conv.bias), settled
 
     def _past_of(self, conv: nn.Conv3d, x: Tensor) -> Tensor:
         if conv not in self._past:
@@ -192,10 +184,6 @@ class FastDecoder:
         images = x.flatten(0, 1).permute(0, 3, 1, 2)  # channels-last in memory
         out = F.conv2d(images, weight, conv.bias if bias else None, padding=weight.shape[-1] // 2)
         return out.permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2])
-
-
-def _doubles_time(block: WanUpBlock) -> bool:
-    return bool(block.upsamplers) and block.upsamplers[0].mode == "upsample3d"
 
 
 def _stacked_weight(conv: nn.Conv2d | nn.Conv3d, *, thin: bool) -> Tensor:

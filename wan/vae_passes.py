@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanMidBlock, WanResample, WanResidualBlock, WanUpBlock
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanMidBlock, WanResample, WanResidualBlock
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -53,24 +53,23 @@ class VaePasses:
             x = run(layer, x, clips, past)
         x = self._activate(self._middle(encoder.mid_block, x, clips, past), encoder.norm_out.gamma)
         x = _conv(self._model.quant_conv, _conv(encoder.conv_out, x, clips, past), clips)
-        mean, log_variance = _video(x, clips).chunk(2, dim=1)
+        mean, log_variance = rearrange(x, "(b t) c h w -> b c t h w", b=clips).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
     def decode(self, latents: Tensor, past: Past | None = None) -> Tensor:
         """Pixels [B, 3, T, H, W], not clamped, of latents [B, C, F, h, w] in the model's dtype; T as in `encode`."""
         decoder, clips = self._model.decoder, len(latents)
-        x = _conv(self._model.post_quant_conv, _images(latents), clips)
+        x = rearrange(latents, "b c t h w -> (b t) c h w").contiguous(memory_format=torch.channels_last)
+        x = _conv(self._model.post_quant_conv, x, clips)
         x = _conv(decoder.conv_in, x, clips, past)
         x = self._middle(decoder.mid_block, x, clips, past)
         for block in decoder.up_blocks:
-            x = self._up(block, x, clips, past)
+            for resnet in block.resnets:
+                x = self._residual(resnet, x, clips, past)
+            if block.upsamplers:
+                x = _resample(block.upsamplers[0], x, clips, past)
         x = _conv(decoder.conv_out, self._activate(x, decoder.norm_out.gamma), clips, past)
         return rearrange(x, "(b t) (c r q) h w -> b c t (h q) (w r)", b=clips, q=self._patch, r=self._patch)
-
-    def _up(self, block: WanUpBlock, x: Tensor, clips: int, past: Past | None) -> Tensor:
-        for resnet in block.resnets:
-            x = self._residual(resnet, x, clips, past)
-        return _resample(block.upsamplers[0], x, clips, past) if block.upsamplers else x
 
     def _residual(self, block: WanResidualBlock, x: Tensor, clips: int, past: Past | None) -> Tensor:
         h = x if isinstance(block.conv_shortcut, nn.Identity) else _conv(block.conv_shortcut, x, clips)
@@ -82,14 +81,6 @@ class VaePasses:
         for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
             x = self._residual(resnet, attention(x.unsqueeze(2)).squeeze(2), clips, past)
         return x.contiguous(memory_format=torch.channels_last)
-
-
-def _video(images: Tensor, clips: int) -> Tensor:
-    return rearrange(images, "(b t) c h w -> b c t h w", b=clips)
-
-
-def _images(video: Tensor) -> Tensor:
-    return rearrange(video, "b c t h w -> (b t) c h w").contiguous(memory_format=torch.channels_last)
 
 
 def _conv(conv: nn.Conv3d, x: Tensor, clips: int, past: Past | None = None) -> Tensor:

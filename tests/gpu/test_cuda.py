@@ -29,7 +29,7 @@ def test_no_host_sync_in_the_passes(name: str) -> None:
         torch.cuda.set_sync_debug_mode("error")
         try:
             latents = pipeline.denoise(span, text, noise)
-            pipeline.remember(span, latents, text)
+            pipeline.remember(latents, text)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         seen.append(latents)

@@ -66,7 +66,7 @@ def test_replays_do_not_wait_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("error")
         try:
             latents = fast.denoise(span, text, noise)
-            fast.remember(span, latents, text)
+            fast.remember(latents, text)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert latents.isfinite().all()

@@ -15,7 +15,7 @@ from wan.geometry import ChunkSpan, PacketGrid
 from wan.kv_cache.policy import ArchiveSizes, PacketView, Plan
 from wan.kv_cache.store import CacheShape
 from wan.kv_cache.votes import QueryVotes
-from wan.rope import AxisChannels, Turn, both_turns, phase_dtype, space_phase, time_phase, turn, turn_of
+from wan.rope import Turn, both_turns, phase_dtype, space_turn, time_turn, turn
 
 EMPTY = torch.iinfo(torch.int64).max  # the start of a packet that is not there
 FIRST_PLACES = 64                     # of an archive without limit; doubled whenever they are taken
@@ -26,19 +26,16 @@ class PacketRotation:
 
     def __init__(self, shape: CacheShape, grid: PacketGrid):
         self.grid, self._head_dim, self._dtype = grid, shape.head_dim, shape.dtype
-        head_dim, device = shape.head_dim, shape.device
-        phase = space_phase(grid.rows, grid.columns, head_dim, shape.dtype, device, covers=grid.space)
-        frame = turn_of(phase, head_dim, first=AxisChannels.of(head_dim).time)
+        frame = space_turn(grid.rows, grid.columns, shape.head_dim, shape.dtype, shape.device, covers=grid.space)
         self.space = Turn(*(x.repeat(grid.frames, 1, 1) for x in (frame.cos, frame.sin)))
-        self.centres = torch.tensor(grid.centres, device=device, dtype=torch.float64)  # [T], see PacketView
+        self.centres = torch.tensor(grid.centres, device=shape.device, dtype=torch.float64)  # [T], see PacketView
         self._made: dict[int, Turn] = {}
 
     def window(self, position: int) -> Turn:
         """Height and width, and time, the chunk's first frame being at `position`."""
         if position not in self._made:
             moments = (position + self.centres).repeat_interleave(self.grid.rows * self.grid.columns)
-            phase = time_phase(moments, self._head_dim, self._dtype)
-            self._made[position] = both_turns(turn_of(phase, self._head_dim), self.space)
+            self._made[position] = both_turns(time_turn(moments, self._head_dim, self._dtype), self.space)
         return self._made[position]
 
     def pool(self, x: Tensor) -> Tensor:
@@ -119,10 +116,6 @@ class Archive:
         self.start[places] = EMPTY
         self._count -= packets
         self.known -= packets
-
-    def drop(self) -> None:
-        """What is staged belongs to a chunk that is made again."""
-        self.is_staged = False
 
     def commit(self, start: Tensor) -> None:
         """Turn what is staged into memory. `start` []: the chunk's first latent frame."""

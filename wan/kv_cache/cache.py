@@ -49,8 +49,7 @@ class KVCache:
         self._seeds = torch.zeros(shape.batch, device=shape.device, dtype=torch.int64)
         self._start = torch.zeros((), device=shape.device, dtype=torch.int64)
         self._chunk_index = torch.zeros_like(self._start)
-        self._chunk: ChunkSpan | None = None
-        self._lookahead = False
+        self._moment: Moment | None = None  # of the chunk in the making
         self._policy, self._frame_tokens = policy, geometry.frame_tokens
         room_tokens = sizes.capacity_tokens - geometry.chunk_frames * geometry.frame_tokens  # beside the next chunk
         self.most_frames = min(sizes.window_tokens, room_tokens) // geometry.frame_tokens  # that one pass may remember
@@ -73,7 +72,7 @@ class KVCache:
 
     def forget_all(self) -> None:
         """Forget everything but the seeds."""
-        self._chunk, self.seen_frames = None, 0
+        self._moment, self.seen_frames = None, 0
         for layer in self._layers:
             layer.reset()
 
@@ -86,7 +85,7 @@ class KVCache:
         frames = self._policy.tail_frames(remembered, self.seen_frames > remembered)
         for layer in self._layers:
             layer.forget_newest(frames * self._frame_tokens, frames // self._chunk_frames)
-        self._chunk, self.seen_frames = None, self.seen_frames - frames
+        self._moment, self.seen_frames = None, self.seen_frames - frames
         return frames
 
     def spans_again(self, start: int, frames: int) -> list[ChunkSpan]:
@@ -98,7 +97,7 @@ class KVCache:
     def copy_memory_of(self, other: KVCache) -> None:
         """Take over what `other` remembers, so that both go on from one state; shapes agree, dtypes need not."""
         self._seeds.copy_(other._seeds)
-        self._chunk, self.seen_frames = None, other.seen_frames
+        self._moment, self.seen_frames = None, other.seen_frames
         for mine, theirs in zip(self._layers, other._layers, strict=True):
             mine.copy_memory_of(theirs)
 
@@ -107,17 +106,16 @@ class KVCache:
 
         With `lookahead` the span may be longer than a chunk; it sees the memory and can never become part of it.
         """
-        self._chunk, self._lookahead = chunk, lookahead
         self._start.fill_(chunk.start)
         self._chunk_index.fill_(chunk.index)
-        moment = Moment(
+        self._moment = Moment(
             chunk=chunk, start=self._start, chunk_index=self._chunk_index, seen_frames=self.seen_frames,
             seeds=self._seeds, lookahead=lookahead,
         )
         for layer in self._layers:
             if layer.archive is not None:
                 layer.archive.make_room(self.seen_frames // self._chunk_frames + 1)
-            layer.begin(moment)
+            layer.begin(self._moment)
 
     def commit(self) -> None:
         """Remember the chunk as its last pass left it: all layers or none.
@@ -125,9 +123,9 @@ class KVCache:
         Raises:
             RuntimeError: no chunk was begun, a layer has not seen it, or it was a look ahead.
         """
-        if self._lookahead:
+        if self._moment is not None and self._moment.lookahead:
             raise RuntimeError("a look ahead cannot be remembered: begin(chunk) without lookahead, forward, commit().")
-        if self._chunk is None or any(layer.plan is None for layer in self._layers):
+        if self._moment is None or any(layer.plan is None for layer in self._layers):
             raise RuntimeError("commit needs a chunk that every layer has seen: begin(chunk), forward, commit().")
         for layer in self._layers:
             layer.commit()
@@ -135,7 +133,7 @@ class KVCache:
 
     def shapes(self) -> tuple[Any, ...]:
         """All host numbers that shapes and addresses of the chunk that has begun can depend on."""
-        return self._chunk.frames, *(
+        return self._moment.chunk.frames, *(
             (layer.bounded(self.seen_frames), state.length, state.known_frames, state.known_packets,
              layer.archive and layer.archive.places, state.plan is not None)
             for layer, state in zip(self._layers, self.states, strict=True)
@@ -154,7 +152,7 @@ class KVCache:
 
     def _end(self) -> None:
         """The host's part of a commit: the chunk is over."""
-        self.seen_frames += self._chunk.frames
-        self._chunk = None
+        self.seen_frames += self._moment.chunk.frames
+        self._moment = None
         for layer in self._layers:
             layer.end()

@@ -17,7 +17,7 @@ from wan.kv_cache.policy import CacheView, KVPolicy, Plan, Votes
 from wan.kv_cache.store import CacheShape, KVStore, narrowed, write
 from wan.kv_cache.votes import QueryVotes
 from wan.kv_cache.window import Window, WindowBuffer
-from wan.rope import AxisChannels, Turn, both_turns, space_phase, time_phase, turn, turn_of
+from wan.rope import Turn, both_turns, space_turn, time_turn, turn
 
 Tensors = tuple[Tensor, Tensor]  # keys and values of the same slots
 
@@ -27,8 +27,7 @@ class Turns:
 
     def __init__(self, geometry: VideoGeometry, shape: CacheShape):
         self._frame_tokens, self._shape = geometry.frame_tokens, shape
-        phase = space_phase(geometry.rows, geometry.columns, shape.head_dim, shape.dtype, shape.device)
-        self._frame = turn_of(phase, shape.head_dim, first=AxisChannels.of(shape.head_dim).time)
+        self._frame = space_turn(geometry.rows, geometry.columns, shape.head_dim, shape.dtype, shape.device)
         self._made: dict[tuple[int, int | None], Turn] = {}
 
     def space(self, frames: int) -> Turn:
@@ -42,8 +41,8 @@ class Turns:
         if (frames, position) not in self._made:
             shape = self._shape
             moments = torch.arange(position, position + frames, device=shape.device)
-            phase = time_phase(moments.repeat_interleave(self._frame_tokens), shape.head_dim, shape.dtype)
-            self._made[frames, position] = both_turns(turn_of(phase, shape.head_dim), self.space(frames))
+            time = time_turn(moments.repeat_interleave(self._frame_tokens), shape.head_dim, shape.dtype)
+            self._made[frames, position] = both_turns(time, self.space(frames))
         return self._made[frames, position]
 
 
@@ -127,7 +126,7 @@ class LayerCache:
         """Start a chunk, or start it again."""
         self._moment, self.plan = moment, None
         if self.archive is not None:
-            self.archive.drop()
+            self.archive.is_staged = False  # what is, belongs to a chunk that is made again
 
     def extend(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
         """Show attention the remembered tokens and, behind them, this pass's own.

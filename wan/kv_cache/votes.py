@@ -13,7 +13,7 @@ from torch import Tensor
 from wan.compiler import Compiler, plain
 from wan.kv_cache.policy import Votes
 from wan.kv_cache.store import CacheShape
-from wan.rope import Turn, phase_dtype, rotate_time, time_phase, time_table, turn
+from wan.rope import Turn, phase_dtype, time_table, time_turn, turn
 
 
 class QueryVotes:
@@ -72,7 +72,9 @@ class QueryVotes:
 
 def asked(sums: Tensor, frame: Tensor) -> Tensor:
     """The sums [B, F, H, D] of frames at times [F], turned and added up: one query [B, H, D] for all of them."""
-    return rotate_time(sums, time_phase(frame, sums.shape[-1], sums.dtype)).sum(dim=1)
+    by = time_turn(frame, sums.shape[-1], sums.dtype)
+    time = by.cos.shape[-1]
+    return torch.cat([turn(sums[..., :time], by), sums[..., time:]], dim=-1).sum(dim=1)
 
 
 def participation(keys: Tensor, by: Turn, query: Tensor) -> Tensor:

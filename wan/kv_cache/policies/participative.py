@@ -63,17 +63,16 @@ class ParticipativeCompression(KVPolicy):
             f"pruning must leave at least the {self.recent_frames} recent frames and at most the window",
         )
         kept = self.sink_frames + self.recent_frames
-        if self.sink_frames < 0:
-            check_range(
-                "sink_frames", self.sink_frames, 0, self.budget_frames - self.recent_frames,
-                f"sink and recent frames ({self.recent_frames}) share a budget of {self.budget_frames}",
-            )
         if kept > self.budget_frames:
             raise ValueError(
                 f"kv_cache.sink_frames={self.sink_frames} and recent_frames={self.recent_frames} need {kept} frames, "
                 f"which exceeds budget_frames={self.budget_frames}. "
                 f"Lower sink_frames to 0..{self.budget_frames - self.recent_frames}, or raise budget_frames."
             )
+        check_range(
+            "sink_frames", self.sink_frames, 0, self.budget_frames - self.recent_frames,
+            f"sink and recent frames ({self.recent_frames}) share a budget of {self.budget_frames}",
+        )
         check_range("topc_max_reuse", self.topc_max_reuse, 0, 1 << 30, "0 is no limit")
         return sizes
 
