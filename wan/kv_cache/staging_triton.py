@@ -97,9 +97,9 @@ def _gather_turned_kernel(
     target = clip * seen_clip + token * (ALL * DIM) + column
     row = clip * by_clip + token * TIME + channel
     cos, sin = tl.load(by_cos + row, mask=channel < TIME, other=1), tl.load(by_sin + row, mask=channel < TIME, other=0)
-    key = _turned(tl.load(keys + source, mask=inside, other=0).to(tl.float32), cos, sin)
+    key = _turned(tl.load(keys + source, mask=inside).to(tl.float32), cos, sin)
     tl.store(seen_keys + target, key.to(seen_keys.dtype.element_ty), mask=inside)
-    value = tl.load(values + source, mask=inside, other=0).to(tl.float32)
+    value = tl.load(values + source, mask=inside).to(tl.float32)
     tl.store(seen_values + target, value.to(seen_values.dtype.element_ty), mask=inside)
 
 
