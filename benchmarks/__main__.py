@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.arguments import parse_arguments, setting_of
 from benchmarks.clock import clock_of
-from benchmarks.cycles import LEAST_CYCLES, Schedule, schedule_of_cycles, schedule_of_seconds
+from benchmarks.cycles import LEAST_CYCLES, Schedule, chunk_seconds, schedule_of_cycles, schedule_of_seconds
 from benchmarks.endurance import endure
 from benchmarks.exactness import EXACT, REFERENCE, compare_latents
 from benchmarks.memory import measure_memory
@@ -46,6 +46,7 @@ from benchmarks.report import (
 from benchmarks.settings import Setting
 from benchmarks.speed import compare, measure
 from benchmarks.subject import Subject
+from benchmarks.summary import cycle_means
 from benchmarks.sweep import sweep_lengths, sweep_windows
 from pipeline.build import RunPlan
 from utils.config import ConfigError
@@ -99,6 +100,9 @@ def run_stream(options: argparse.Namespace, base: Setting, device: torch.device)
         f"{name}: first minute {line.first_minute_ms:.1f} ms, last {line.last_minute_ms:.1f} ms a chunk: "
         f"{line.last_over_first:.4f}" for name, line in lines.items()
     ]
+    ends = [chunk_seconds(plan) * cycle.stop for cycle in schedule.cycles]
+    curves = {name: (ends, cycle_means(schedule, line.speed.every_chunk_ms)) for name, line in lines.items()}
+    _draw(options, [Panel("as the engine streams them", "seconds of video", "ms a chunk", curves)])
     table = speed_table({name: line.speed for name, line in lines.items()})
     return "\n".join([table, *words]), {"setting": base.describe(plan), "streamed": lines}
 
@@ -153,8 +157,7 @@ def run_exactness(options: argparse.Namespace, base: Setting, device: torch.devi
     }
     ours, theirs = (pairs.get(f"{name} against {EXACT}") for name in (REFERENCE, "candidate"))
     table = difference_table(pairs)
-    chunk_s = plan.geometry.pixel_frames(plan.geometry.chunk_frames, first=False) / plan.geometry.fps
-    lines = {name: ([chunk_s * c.chunk for c in pair.chunks], [100 * c.relative_error for c in pair.chunks])
+    lines = {name: ([chunk_seconds(plan) * c.chunk for c in pair.chunks], [100 * c.relative_error for c in pair.chunks])
              for name, pair in pairs.items()}
     title = "each from its own memory" if options.free_running else "each chunk from one memory"
     _draw(options, [Panel(title, "seconds of video", "error of the latents, %", lines)])

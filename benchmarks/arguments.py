@@ -28,6 +28,7 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
     _add_measure(stream, without=("dit",))
     _add_length(stream)
     stream.add_argument("--video", type=Path, metavar="FILE", help="write the measured video to this .mp4 meanwhile")
+    _add_plot(stream)
 
     sweep = _task(tasks, "sweep", "speed over length and window size, with a plot")
     _add_measure(sweep)

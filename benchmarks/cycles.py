@@ -85,14 +85,18 @@ def schedule_of_seconds(plan: RunPlan, seconds: float, *, least_cycles: int = LE
     windows = list(plan.loop.windows(latent_frames_of(plan, seconds)))
     cycles = prune_cycles(windows)
     if len(cycles) < WARM_CYCLES + least_cycles:
-        g = plan.geometry
-        chunk_seconds = g.pixel_frames(g.chunk_frames, first=False) / g.fps
-        enough = chunk_seconds * (len(schedule_of_cycles(plan, max(least_cycles, LEAST_CYCLES)).windows) + 1)
+        enough = chunk_seconds(plan) * (len(schedule_of_cycles(plan, max(least_cycles, LEAST_CYCLES)).windows) + 1)
         raise ConfigError(
             f"{seconds:g} s hold {len(cycles)} prune cycles: {WARM_CYCLES} warm up, and at least {least_cycles} "
             f"are measured. Ask for {enough:.0f} s or more."
         )
     return _schedule(plan, windows, cycles)
+
+
+def chunk_seconds(plan: RunPlan) -> float:
+    """Seconds of video that a chunk after the first decodes to."""
+    g = plan.geometry
+    return g.pixel_frames(g.chunk_frames, first=False) / g.fps
 
 
 def latent_frames_of(plan: RunPlan, seconds: float) -> int:

@@ -29,13 +29,13 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
     with saved_figure(path, (6.5 * len(panels), 4.5)) as figure:
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
             for name, (x, y) in panel.lines.items():
-                axes.plot(x, y, "o-", label=name, linewidth=1.5, markersize=4)
+                axes.plot(x, y, "o-" if len(x) < 50 else "-", label=name, linewidth=1.5, markersize=4)
             if panel.logarithmic_x:
                 axes.set_xscale("log")
                 ticks = sorted({value for x, _ in panel.lines.values() for value in x})
                 axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
                 axes.minorticks_off()
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.2 * max(value for _, y in panel.lines.values() for value in y))
             axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
