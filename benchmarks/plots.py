@@ -35,7 +35,7 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
                 ticks = sorted({value for x, _ in panel.lines.values() for value in x})
                 axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
                 axes.minorticks_off()
-            axes.set_ylim(0, 1.2 * max(value for _, y in panel.lines.values() for value in y))
+            axes.set_ylim(0, 1.2 * max((value for _, y in panel.lines.values() for value in y), default=1))
             axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
