@@ -66,7 +66,9 @@ def divide(tokens: int, pairs: int, processors: int) -> tuple[int, int]:
 def _load_fa3() -> AttentionBackend:
     own = find_spec("fa3_fwd_interface") is not None
     import_module("fa3_fwd_interface" if own else "flash_attn_interface")  # registers the operator
-    kernel = (torch.ops.fa3_fwd if own else torch.ops.flash_attn_3).fwd
+    kernel = getattr(torch.ops.fa3_fwd if own else torch.ops.flash_attn_3, "fwd", None)
+    if kernel is None:
+        raise ValueError("attention=fa3: flash_attn_interface is too old. pip install fa3-fwd, or choose cudnn.")
 
     def fa3(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         clips, tokens, heads, dim = query.shape
