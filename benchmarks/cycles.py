@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from pipeline.build import RunPlan
 from pipeline.length import asked_pixel_frames, video_length
 from utils.config import ConfigError
 
 LEAST_CYCLES = 12   # fewer say little about spread
-WARM_CYCLES = 2     # the first ones of a video; the warm-up video runs through them too
+WARM_CHUNKS = 4     # of the first whole cycles, which are not measured: until then a pipeline meets what it has not met
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Schedule:
 
     latent_frames: int            # of the whole video
     windows: tuple[int, ...]      # latent frames that each chunk attends to, itself included
-    warm_up: int                  # chunks of the video that warms up: all window lengths, and WARM_CYCLES cycles
+    warm_up: int                  # chunks of the video that warms up: all window lengths, and the first cycles
     cycles: tuple[Cycle, ...]     # whole cycles after those
 
     @property
@@ -55,6 +55,12 @@ def prune_cycles(windows: Sequence[int]) -> list[Cycle]:
     return [Cycle(start, stop) for start, stop in pairwise(prunes)]
 
 
+def warm_cycles(cycles: Sequence[Cycle]) -> int:
+    """How many of the first ones hold WARM_CHUNKS chunks; more than there are if they do not."""
+    chunks = accumulate(cycle.chunks for cycle in cycles)
+    return next((count for count, known in enumerate(chunks, 1) if known >= WARM_CHUNKS), len(cycles) + 1)
+
+
 def schedule_of_cycles(plan: RunPlan, cycles: int) -> Schedule:
     """A video just long enough for so many measured cycles.
 
@@ -65,18 +71,18 @@ def schedule_of_cycles(plan: RunPlan, cycles: int) -> Schedule:
         raise ConfigError(f"--cycles {cycles} is too few to tell the spread. Ask for at least {LEAST_CYCLES}.")
     _refuse_endless(plan)
     g = plan.geometry
-    most = plan.policy.sizes(g).window_tokens // g.frame_tokens * (WARM_CYCLES + cycles + 2)  # a window grows or ends
+    most = plan.policy.sizes(g).window_tokens // g.frame_tokens * (WARM_CHUNKS + cycles + 2)  # a window grows or ends
     windows: list[int] = []
     for frames in plan.loop.windows(g.whole_chunks(most * g.chunk_frames)):
         windows.append(frames)
         found = prune_cycles(windows)
-        if len(found) == WARM_CYCLES + cycles:
+        if len(found) - warm_cycles(found) == cycles:
             return _schedule(plan, windows[:-1], found)
     raise ConfigError(f"{plan.policy} does not forget in {len(windows)} chunks, so there is no prune cycle to time.")
 
 
 def schedule_of_seconds(plan: RunPlan, seconds: float, *, least_cycles: int = LEAST_CYCLES) -> Schedule:
-    """A video of `seconds`, of which all whole cycles after the first two are measured.
+    """A video of `seconds`, of which all whole cycles after the first ones are measured.
 
     Raises:
         ConfigError: it is shorter than `least_cycles` measured cycles, or the policy cannot go so far.
@@ -84,11 +90,11 @@ def schedule_of_seconds(plan: RunPlan, seconds: float, *, least_cycles: int = LE
     _refuse_endless(plan)
     windows = list(plan.loop.windows(latent_frames_of(plan, seconds)))
     cycles = prune_cycles(windows)
-    if len(cycles) < WARM_CYCLES + least_cycles:
+    if len(cycles) - warm_cycles(cycles) < least_cycles:
         enough = chunk_seconds(plan) * (len(schedule_of_cycles(plan, max(least_cycles, LEAST_CYCLES)).windows) + 1)
         raise ConfigError(
-            f"{seconds:g} s hold {len(cycles)} prune cycles: {WARM_CYCLES} warm up, and at least {least_cycles} "
-            f"are measured. Ask for {enough:.0f} s or more."
+            f"{seconds:g} s hold {len(cycles)} prune cycles: the first ones, of {WARM_CHUNKS} chunks, warm up, and at "
+            f"least {least_cycles} are measured. Ask for {enough:.0f} s or more."
         )
     return _schedule(plan, windows, cycles)
 
@@ -108,7 +114,8 @@ def latent_frames_of(plan: RunPlan, seconds: float) -> int:
 def _schedule(plan: RunPlan, windows: Sequence[int], cycles: Sequence[Cycle]) -> Schedule:
     g = plan.geometry
     frames = len(windows) * g.chunk_frames - (g.chunk_frames - 1 if g.independent_first_frame else 0)
-    return Schedule(frames, tuple(windows), cycles[WARM_CYCLES - 1].stop, tuple(cycles[WARM_CYCLES:]))
+    warm = warm_cycles(cycles)
+    return Schedule(frames, tuple(windows), cycles[warm - 1].stop, tuple(cycles[warm:]))
 
 
 def _refuse_endless(plan: RunPlan) -> None:

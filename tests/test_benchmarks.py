@@ -337,7 +337,7 @@ def test_exactness_and_endurance_json(tmp_path, model: str, monkeypatch: pytest.
     result = run(tmp_path, "endurance", "--model", model, "--policy", "self_forcing", "--seconds", "20")["endurance"]
     assert result["all_finite"] and result["host_syncs_in_passes"] is None
     assert result["last_over_first"] == approx(result["last_minute_ms"] / result["first_minute_ms"])
-    assert result["speed"]["cycles"] == len(result["speed"]["every_chunk_ms"]) - 7 - 2 - 1
+    assert result["speed"]["cycles"] == len(result["speed"]["every_chunk_ms"]) - 7 - 4 - 1
 
 
 @pytest.mark.parametrize(("flags", "message"), [
