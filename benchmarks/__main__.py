@@ -210,8 +210,8 @@ def _draw(options: argparse.Namespace, panels: list[Panel]) -> None:
         plot.parent.mkdir(parents=True, exist_ok=True)
         draw(panels, plot)
         logger.info("wrote %s", plot)
-    except ConfigError as error:
-        logger.warning("%s", error)
+    except (ConfigError, OSError) as error:  # the numbers are worth more than their picture
+        logger.warning("no plot: %s", reason(error))
 
 
 def _check_file(flag: str, path: Path) -> None:
@@ -230,6 +230,10 @@ def main(arguments: list[str] | None = None) -> int:
     begin = time.perf_counter()
     try:
         _check_file("--output", options.output)
+        if getattr(options, "plot", None) is not None:
+            if options.plot.suffix != ".png":
+                raise ConfigError(f"--plot {str(options.plot)!r} must end in .png. Rename it.")
+            _check_file("--plot", options.plot)
         device = choose_device(options.device)
         text, result = tasks[options.task](options, setting_of(options), device)
         command = shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if arguments is None else arguments)])

@@ -356,7 +356,7 @@ def test_exactness_and_endurance_json(tmp_path, model: str, monkeypatch: pytest.
     ("speed --device tpu", "--device tpu"),
     ("sweep --over window --windows 3", "no window of 3 frames fits"), ("sweep --lengths 5", "Ask for"),
     ("exactness", "float32 is what errors are measured against"),
-    ("exactness --every 0", "--every 0"),
+    ("exactness --every 0", "--every 0"), ("exactness --plot x.foo", "must end in .png"),
     ("exactness --compare window=21 window=24", "Add --free_running"),
     ("exactness --compare batch=1 batch=2", "one model, size, chunk and batch"),
 ])

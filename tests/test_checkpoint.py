@@ -264,9 +264,9 @@ def test_another_model_size_is_recognised(tmp_path: Path) -> None:
          "not plain float .*head.modulation is torch.int8"),
         ({"x.weight": torch.ones(1), "module.x.weight": torch.zeros(1)}, "1 tensors occur twice.*x.weight"),
         ({"generator_lora": {"a": torch.ones(1)}}, "holds generator_lora.*LoRA alone is not a model"),
-        ([torch.ones(1)], "holds a list, not named tensors"),
+        ([torch.ones(1)], "holds a list, not named tensors"), ({1: torch.ones(1)}, "holds a dict, not named tensors"),
     ],
-    ids=str.split("text vae lora int8 twice lora_group list"),
+    ids=str.split("text vae lora int8 twice lora_group list numbers"),
 )
 def test_wrong_contents_are_explained(state: object, message: str, tmp_path: Path) -> None:
     """A readable file that is not this transformer says what it is."""

@@ -51,6 +51,8 @@ def test_bad_sizes_are_refused() -> None:
     """A size that patches do not cover names the next one that they do."""
     with pytest.raises(ValueError, match=r"height=470 .*multiple of 16.*Use 464"):
         geometry(height=470)
+    with pytest.raises(ValueError, match="width=1600000000 is more than .* at most 16384"):
+        geometry(width=1_600_000_000)
     with pytest.raises(ValueError, match="at least one latent frame"):
         geometry(chunk_frames=0)
     with pytest.raises(ValueError, match="the next length that is: 21"):

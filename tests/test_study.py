@@ -198,6 +198,7 @@ def test_another_study_is_refused(write, tmp_path, capsys, changed, said):
     ({"methods": 3}, "study.yaml: methods: .* of evaluation.study.settings.Study"),
     ({"captions": []}, "captions is empty.*Name a split and a count"),
     ({"captions": [{"split": "test", "count": 0}]}, "count=0 from first=0 names no caption. Ask for at least one"),
+    ({"captions": [{"split": "test", "count": 10**6}]}, "count=1000000 is more than 100,000 captions"),
     ({"captions": [{"split": "tests", "count": 1}]}, "split='tests' is unknown. Use one of: train, test"),
     ({"captions": [{"split": "test", "count": 3}, {"split": "test", "first": 2, "count": 1}]}, "two sets share"),
     ({"against": ["deep_sink"]}, "against: 'deep_sink' is none of the study's methods. Known: rolling"),

@@ -208,12 +208,13 @@ def test_killed_process_leaves_nothing_that_looks_finished(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="file size limits as on Linux")
-def test_a_full_disk_loses_only_that_video(tmp_path):
-    """A write that the system refuses becomes an OSError naming the video and what is safe; nothing is left."""
+@pytest.mark.parametrize("room", [0, 200_000])
+def test_a_full_disk_loses_only_that_video(tmp_path, room):
+    """A write that the system refuses, be it the first, becomes an OSError naming the video and what is safe."""
     write(tmp_path / "before.mp4", smooth_clip(4))
     code = (
         "import numpy as np, resource, signal, sys; from pathlib import Path; from utils.video import VideoWriter\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,) * 2)\n"
+        f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, ({room},) * 2)\n"
         "noise = np.random.default_rng(0).integers(0, 255, (8, 96, 160, 3), dtype=np.uint8)\n"
         "try:\n"
         "    with VideoWriter(Path(sys.argv[1]), fps=16) as writer:\n"

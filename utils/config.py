@@ -149,8 +149,7 @@ def load_config(
         build_policy: makes a policy, a dataclass of all its fields, or raises ValueError.
         overrides: the `key=value` of each --set; they come last.
         policy: --policy; replaces the policy and keeps the fields that both have.
-        is_ds_only: --is_ds_only; participative becomes Deep Sink alone.
-        budget, recent: --Budget and --Recent, in latent frames.
+        is_ds_only, budget, recent: the flags of these names; Deep Sink alone, and latent frames.
     Raises:
         ConfigError: file or flags cannot be used; says file and line, key, value, and what is allowed.
     """
@@ -162,6 +161,9 @@ def load_config(
     group = cache_group(given, sets, flags, policy_fields)
     used = clip_keys_in_use(given, group)
     ignored = [str(key) for key in given.values if is_training_key(key) and key not in used]
+    for asked in (given.at(key) for key in ignored):
+        if asked.startswith("--set "):
+            raise ConfigError(f"{asked}: a key of training, which nothing here reads. The seed of a run is --seed.")
     if ignored:
         log.info("%s: ignored training keys: %s", given.name, ", ".join(ignored))
     settings = checked(Config, given.values, given.at)
@@ -206,10 +208,8 @@ def _check_keys(given: Layer) -> None:
     """Raise ConfigError for unknown keys, and for step lists that leave open what they mean."""
     own = [key for key in given.values if not is_training_key(key)]
     refuse_unknown(own, [*rules_of(Config), *GROUPS], given.at, explained="explained in configs/base.yaml")
-    kwargs = given.group("model_kwargs")
-    refuse_unknown(
-        kwargs, UPSTREAM_KEYS, given.at, prefix="model_kwargs.", explained="upstream's names; see configs/base.yaml",
-    )
+    upstream = "upstream's names; see configs/base.yaml"
+    refuse_unknown(given.group("model_kwargs"), UPSTREAM_KEYS, given.at, prefix="model_kwargs.", explained=upstream)
     if "denoising_step_list" not in given.values:
         return
     where, steps = given.at("denoising_step_list"), given.values["denoising_step_list"]

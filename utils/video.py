@@ -35,6 +35,7 @@ QUEUE_CHUNKS = 6  # some 14 MB each at 832x480: room for moments when the encode
 ENCODER_THREADS = 4  # fixed: x264 gives the same bytes everywhere only for the same number of threads
 X264_PARAMS = "mbtree=0"  # with mbtree, equal frames now and then give other bytes (it reads memory nobody set)
 KEYFRAME_SECONDS = 4
+FIRST_BYTES = 4096  # where not even these fit, libav would end the process; they are overwritten
 REMEDY = (
     "Videos finished before it are safe; make room or choose another --output_folder, then run the same command again: "
     "only this one is redone"
@@ -81,7 +82,10 @@ class VideoWriter:
         try:
             self._temporary.touch(exist_ok=False)
             self._lock = hold(self._temporary)
+            self._temporary.write_bytes(bytes(FIRST_BYTES))
         except OSError as error:
+            if self._lock is not None:
+                self._abandon()
             raise self._described(error) from error
         self._thread = threading.Thread(target=self._encode_all, name=f"encode {self.path.name}", daemon=True)
         self._thread.start()

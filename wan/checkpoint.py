@@ -357,7 +357,7 @@ def _read_file(path: Path, *, meta: bool) -> dict[str, Any]:
         ) from error
     except Exception as error:  # a broken file can fail anywhere inside the readers
         raise CheckpointError(_damaged(path, error)) from error
-    if not isinstance(content, Mapping):
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(
             f"{path}: holds a {type(content).__name__}, not named tensors. It is not a model checkpoint."
         )

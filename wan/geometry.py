@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import ceil
 
+MOST_PIXELS = 2**14  # of a side
+
 
 @dataclass(frozen=True)
 class ChunkSpan:
@@ -79,6 +81,8 @@ class VideoGeometry:
                     f"{name}={size} is not a positive multiple of {unit} pixels "
                     f"(VAE stride {self.spatial_stride} x patch {patch}). Use {max(unit, round(size / unit) * unit)}."
                 )
+            if size > MOST_PIXELS:
+                raise ValueError(f"{name}={size} is more than anything here can hold. Use at most {MOST_PIXELS}.")
         if self.chunk_frames < 1:
             raise ValueError(f"num_frame_per_block={self.chunk_frames}: a chunk needs at least one latent frame.")
 

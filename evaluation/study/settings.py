@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.render import MOST_VIDEOS
 from training.world import SPLITS, Clip, World, sample
 from utils.config import REPOSITORY, ConfigError, load_structured
 
@@ -42,6 +43,8 @@ class CaptionSet:
             return (
                 f"count={self.count} from first={self.first} names no caption. Ask for at least one, from seed 0 on."
             )
+        if self.count > MOST_VIDEOS:
+            return f"count={self.count} is more than {MOST_VIDEOS:,} captions. Ask for fewer at a time."
         return None
 
 
