@@ -340,7 +340,7 @@ def test_missing_file_suggests_its_neighbour():
     (legacy(21, 14), {}, "need 18 frames, which exceeds --Budget 16.*--is_ds_only 1.*--Budget 18 to 21.*sink_size=12"),
     (legacy(21, 10), {"recent": 8}, "sink_size=10 and --Recent 8 need 18 frames.*--Budget 18 to 21.*sink_size=8"),
     (legacy(21, 18), {}, r"need 22 frames, .*--is_ds_only 1 \([^)]*\), or --set model_kwargs.sink_size=12"),
-    (legacy(12, 3), {}, "16 exceeds local_attn_size=12.*12 or less"), (legacy(21, 10), {"budget": 22}, "22 exceeds .*21"),
+    (legacy(12, 3), {}, "exceeds local_attn_size=12.*12 or less"), (legacy(21, 10), {"budget": 22}, "22 exceeds .*21"),
     (legacy(21, 10), {"policy": "sink", "budget": 16}, "--Budget 16 sets .*, which policy sink does not have"),
     (own("rolling", 21), {"budget": 16}, "--Budget 16 sets kv_cache.budget_frames, which policy rolling does not have"),
     (own("sink", 21, 3), {"recent": 4}, "--Recent 4 sets kv_cache.recent_frames, which policy sink does not have"),
