@@ -136,24 +136,30 @@ class LayerCache:
         """
         if self._moment is None:
             raise RuntimeError("no chunk has begun: call KVCache.begin(chunk) before the model's forward.")
-        frames, new, planned = self._moment.chunk.frames, keys.shape[1], self.plan is not None
-        space, voting = self._turns.space(frames), frames if self.votes else 0
-        spare = self.window.slots(self.window.tokens - new, new)  # where what is only looked at needs no room
-        stored = spare if self._moment.lookahead else self.store.slots(new)
-        if not planned:
+        frames, new, is_first = self._moment.chunk.frames, keys.shape[1], self.plan is None
+        space, stored, voting = self._turns.space(frames), self._staging_slots(new), frames if self.votes else 0
+        if is_first:
             self._vote(self._stage(query, keys, values, space, stored, voting))
             self.plan = self._checked_plan()
-        if self._window_is_shared or not planned:  # filled in every pass, it must not lean on what another one made
-            made = None if self._window_is_shared else self._moment.turns
-            self.window.load(self.store, self.plan, self.archive, self.average, made)
+        self._load_window(is_first)
         past = self.past_tokens
         by, seen = self._turns.window(frames, self.plan.query_position), self.window.slots(past, new)
-        if planned and not self._moment.lookahead:
+        if is_first or self._moment.lookahead:
+            query = self._show(query, keys, values, by, seen)
+        else:
             sums, query = self._both(query, keys, values, space, by, stored, seen, voting)
             self._vote(sums)
-        else:
-            query = self._show(query, keys, values, by, seen)
         return self.window.seen(query, past + new)
+
+    def _staging_slots(self, new: int) -> Tensors:
+        """Where a pass leaves its `new` tokens; of a look ahead, which the store has no room for, at a window's end."""
+        return self.window.slots(self.window.tokens - new, new) if self._moment.lookahead else self.store.slots(new)
+
+    def _load_window(self, is_first: bool) -> None:
+        """Once a chunk, or before every pass if all layers share the window; then each makes its rotations anew."""
+        if is_first or self._window_is_shared:
+            made = None if self._window_is_shared else self._moment.turns
+            self.window.load(self.store, self.plan, self.archive, self.average, made)
 
     def extend_packet(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
         """Stage the chunk's packet [B, P, H, D] and show it behind what the chunk remembers, after the last pass."""

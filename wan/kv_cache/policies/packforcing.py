@@ -102,19 +102,16 @@ class PackForcing(KVPolicy):
         query_position = sink + ceil(shown * step) + tail
         slots = torch.cat([view.first(sink), view.last(tail)], dim=1)
         packets = self._choose(view, shown, tail)
-        frames = torch.arange(sink + tail, device=slots.device)
         if self.positions == "packed":
-            frames = torch.where(frames < sink, frames, frames + query_position - sink - tail)
-            position = frames.repeat_interleave(view.frame_tokens).expand_as(slots)
-            begin = query_position - tail - step * torch.arange(shown, 0, -1, device=slots.device, dtype=torch.float64)
-            begin = begin.expand_as(packets)
+            position, begin = _packed(view, slots, sink, tail, query_position, step, shown)
         else:
-            position = query_position - view.start + torch.take_along_dim(view.origin, slots, dim=1).long()
-            begin = (query_position - view.start + view.packets.start[packets]).double()
+            shift = query_position - view.start
+            position = shift + torch.take_along_dim(view.origin, slots, dim=1).long()
+            begin = (shift + view.packets.start[packets]).double()
         inside = view.packets.centres * (step / view.chunk_frames)
         return Plan(
             retain=slots, attend=slots, position=position, query_position=query_position,
-            packets=packets if shown else None, packet_position=begin.unsqueeze(-1) + inside,
+            packets=packets if shown else None, packet_position=begin.expand_as(packets).unsqueeze(-1) + inside,
             still=sink * view.frame_tokens, same_times=self.positions == "packed",
             archive=view.packets.is_whole and view.seen_frames >= self.sink_frames and self.top_chunks > 0,
         )
@@ -138,3 +135,16 @@ class PackForcing(KVPolicy):
         score = score.masked_fill(waiting, float("-inf"))
         best = score.sort(dim=1, descending=True, stable=True).indices[:, :shown]
         return best.gather(1, start[best].sort(dim=1).indices)
+
+
+def _packed(
+    view: CacheView, slots: Tensor, sink: int, tail: int, query_position: int, step: float, shown: int,
+) -> tuple[Tensor, Tensor]:
+    """Window time without holes: of the tokens in `slots` [B, A], and where each of `shown` packets begins [shown].
+
+    Sinks count from 0; recent frames, and before them the packets, `step` apart, end where the chunk begins.
+    """
+    frames = torch.arange(sink + tail, device=slots.device)
+    frames = torch.where(frames < sink, frames, frames + query_position - sink - tail)
+    back = torch.arange(shown, 0, -1, device=slots.device, dtype=torch.float64)
+    return frames.repeat_interleave(view.frame_tokens).expand_as(slots), query_position - tail - step * back
