@@ -113,7 +113,7 @@ class Archive:
         """Forget the packets written last, as if their chunks had never been."""
         packets = min(packets, self.known)
         places = (self._count - 1 - torch.arange(packets, device=self.start.device)) % self.places
-        self.start[places] = EMPTY
+        self.start.index_fill_(0, places, EMPTY)
         self._count -= packets
         self.known -= packets
 
