@@ -139,7 +139,8 @@ def run_exactness(options: argparse.Namespace, base: Setting, device: torch.devi
     first, *rest = [base.changed(text) for text in options.compare] if options.compare else [base]
     plan = first.plan(device)
     others = dict(zip(["candidate"], rest, strict=False))
-    if plan.dtype != torch.float32:
+    alone = options.free_running and bool(rest)  # a float32 chunk takes ten times as long, and it would make them all
+    if plan.dtype != torch.float32 and not alone:
         others[EXACT] = replace(first, dtype="float32")
     if not others:
         raise ConfigError("float32 is what errors are measured against. Use --dtype bfloat16, or --compare A B.")

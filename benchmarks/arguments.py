@@ -41,7 +41,10 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
     exactness = _task(tasks, "exactness", "error of the latents from a common state, against a float32 twin")
     exactness.add_argument("--seconds", type=float, default=60.0, help="length of the video (default %(default)s)")
     exactness.add_argument("--every", type=int, default=10, help="compare 2 of so many chunks; 1: all (default 10)")
-    exactness.add_argument("--free_running", action="store_true", help="each setting remembers what it made itself")
+    exactness.add_argument(
+        "--free_running", action="store_true",
+        help="each setting remembers what it made itself; two of --compare are held against each other alone",
+    )
     _add_plot(exactness)
     _add_compare(exactness, "a reference, and what must compute the same")
 
