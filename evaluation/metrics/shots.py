@@ -56,7 +56,7 @@ class ShotsReader:
         self.frames = 0
 
     def add(self, frame: Frame) -> None:
-        small = np.asarray(Image.fromarray(frame.rgb).resize(SIZE, Image.Resampling.BILINEAR))
+        small = np.asarray(frame.image.resize(SIZE, Image.Resampling.BILINEAR))
         if not self.frames:
             self.waiting = [small] * EDGE
         self.frames += 1

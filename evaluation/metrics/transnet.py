@@ -45,10 +45,10 @@ class _Block:
 
     def __call__(self, images: Tensor, clips: int) -> Tensor:
         frames, _, height, width = images.shape
-        parts = []
-        for dilation, space, time, bias in self.branches:
+        joined = images.new_empty(frames, height, width, sum(len(bias) for *_, bias in self.branches))
+        for part, (dilation, space, time, bias) in zip(joined.chunk(4, dim=-1), self.branches, strict=True):
             seen = F.conv2d(images, space, padding=1).permute(0, 2, 3, 1)
             seen = seen.reshape(clips, frames // clips, height * width, -1).permute(0, 3, 1, 2)  # [B, 2 F, T, H * W]
-            parts.append(F.conv2d(seen, time, bias, padding=(dilation, 0), dilation=(dilation, 1)))
-        joined = torch.cat(parts, dim=1).permute(0, 2, 3, 1)
-        return joined.reshape(frames, height, width, -1).permute(0, 3, 1, 2)
+            seen = F.conv2d(seen, time, bias, padding=(dilation, 0), dilation=(dilation, 1)).permute(0, 2, 3, 1)
+            part.copy_(seen.reshape(part.shape))  # at once: to keep the four and join them wants more fresh memory
+        return joined.permute(0, 3, 1, 2)
