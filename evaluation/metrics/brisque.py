@@ -115,13 +115,13 @@ def _scale_features(grey: np.ndarray) -> np.ndarray:
 
 def asymmetric_fit(values: np.ndarray) -> tuple[float, float, float, float]:
     """Shape, mean, left and right variance of an asymmetric generalised Gaussian, by its moments."""
-    negative = values < 0
-    square = values * values
-    left = float(square[negative].mean()) if negative.any() else 1e-12
-    right = float(square[~negative].mean()) if not negative.all() else 1e-12
-    left, right = max(left, 1e-12), max(right, 1e-12)
+    low, high = np.minimum(values, 0).ravel(), np.maximum(values, 0).ravel()  # cheaper than to pick by sign
+    count, below = values.size, int(np.count_nonzero(values < 0))
+    low_squares, high_squares = float(low @ low), float(high @ high)
+    left = max(low_squares / max(below, 1), 1e-12)
+    right = max(high_squares / max(count - below, 1), 1e-12)
     gamma = (left / right) ** 0.5
-    ratio = float(np.abs(values).mean()) ** 2 / max(float(square.mean()), 1e-12)
+    ratio = (float(high.sum() - low.sum()) / count) ** 2 / max((low_squares + high_squares) / count, 1e-12)
     ratio *= (gamma ** 3 + 1) * (gamma + 1) / (gamma ** 2 + 1) ** 2
     shape = float(np.interp(ratio, _ratios(), SHAPES))
     spread = np.exp((lgamma(1 / shape) - lgamma(3 / shape)) / 2)

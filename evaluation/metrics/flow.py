@@ -55,7 +55,7 @@ class FlowReader:
     def add(self, frame: Frame) -> None:
         if frame.index % self.every:
             return
-        now = np.asarray(Image.fromarray(frame.rgb).convert("L").resize(self.size, Image.Resampling.BILINEAR))
+        now = np.asarray(frame.image.convert("L").resize(self.size, Image.Resampling.BILINEAR))
         if self.before is not None:
             self.speeds.append(top_speed(self.flow.calc(self.before, now, None)))
         self.before = now

@@ -48,6 +48,11 @@ class Frame:
         self.rgb = rgb      # uint8 [H, W, 3]
 
     @cached_property
+    def image(self) -> Image.Image:
+        """The frame for Pillow, which copies it."""
+        return Image.fromarray(self.rgb)
+
+    @cached_property
     def luma(self) -> np.ndarray:
         """float32 [H, W] in 0..255, ITU-R BT.601."""
         return self.rgb.astype(np.float32) @ LUMA
@@ -63,7 +68,7 @@ class Frame:
     def thumbnail(self) -> np.ndarray:
         """The picture averaged over squares of pixels, its shorter side about THUMBNAIL pixels: uint8 [h, w, 3]."""
         factor = max(1, min(self.rgb.shape[:2]) // THUMBNAIL)
-        return np.asarray(Image.fromarray(self.rgb).reduce(factor))
+        return np.asarray(self.image.reduce(factor))
 
 
 @dataclass(frozen=True)

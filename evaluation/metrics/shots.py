@@ -11,8 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from evaluation.metrics.protocol import Frame, Value, VideoInfo
+from evaluation.metrics.transnet import Stack
 from utils.config import ConfigError
 
 SIZE = (48, 27)             # width, height that the network was trained on
@@ -38,6 +40,7 @@ class Shots:
             ) from error
         with _global_state_kept():
             self.model = TransNetV2(device=device)
+        self.model.SDDCNN = nn.ModuleList(Stack(stack) for stack in self.model.SDDCNN)
 
     def start(self, video: VideoInfo) -> ShotsReader:
         return ShotsReader(self.model)
@@ -53,7 +56,7 @@ class ShotsReader:
         self.frames = 0
 
     def add(self, frame: Frame) -> None:
-        small = np.asarray(Image.fromarray(frame.rgb).resize(SIZE, Image.Resampling.BILINEAR))
+        small = np.asarray(frame.image.resize(SIZE, Image.Resampling.BILINEAR))
         if not self.frames:
             self.waiting = [small] * EDGE
         self.frames += 1
