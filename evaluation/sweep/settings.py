@@ -175,6 +175,15 @@ def clips_of(sweep: Sweep) -> list[Clip]:
     return list(found.values())
 
 
+def metrics_shown(sweep: Sweep) -> list[tuple[str, str]]:
+    """(table or ablation, metric) of every number that is shown."""
+    columns = [(f"tables.{name}", column.metric) for name, table in sweep.tables.items() for column in table.columns]
+    return columns + [
+        (f"ablations.{name}", metric.partition(" ")[0])
+        for name, ablation in sweep.ablations.items() for metric in ablation.metrics
+    ]
+
+
 def _first_fault(sweep: Sweep) -> str | None:
     """What is wrong, and what to do; None if nothing is."""
     if not sweep.seconds or min(sweep.seconds) <= 0 or len(set(sweep.seconds)) < len(sweep.seconds):
@@ -212,12 +221,7 @@ def _output_fault(sweep: Sweep) -> str | None:
         for name in methods:
             if name not in known:
                 return f"{where}: {name!r} is none of this sweep's variants. Known: {', '.join(sorted(known))}."
-    metrics = [(f"tables.{name}", c.metric) for name, table in sweep.tables.items() for c in table.columns]
-    metrics += [
-        (f"ablations.{name}", metric.partition(" ")[0])
-        for name, ablation in sweep.ablations.items() for metric in ablation.metrics
-    ]
-    for where, metric in metrics:
+    for where, metric in metrics_shown(sweep):
         if not METRIC.fullmatch(metric):
             return f"{where}: {metric!r} names no metric. Write name@granularity, such as background_drift@whole."
     for name, table in sweep.tables.items():
