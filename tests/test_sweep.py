@@ -104,7 +104,7 @@ def test_prompts_of_a_file_keep_their_numbers(write):
      "tables.t: nothing measures 'drifft@whole'. Did you mean drift@whole? Known: aesthetic_quality, "),
     ({"ablations": {"a": {"title": "A", "x": "x", "methods": ["rolling"], "metrics": ["drift@clip2s x"]}}},
      "ablations.a: nothing measures 'drift@clip2s'. Did you mean drift@whole? Known: drift@second, drift@whole; "),
-    ({"colour": 1}, "colour"),
+    ({"colour": 1}, "sweep.yaml:2: unknown key colour. Valid keys: seconds, "),
 ])
 def test_a_bad_sweep_is_refused(write, tmp_path, capsys, changed, said):
     assert run(write(**changed), tmp_path / "out") == 2

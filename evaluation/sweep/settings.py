@@ -10,8 +10,9 @@ from pathlib import Path
 from evaluation.study.settings import NAME, CaptionSet, Method
 from evaluation.sweep.quoted import read_quoted
 from training.world import Clip, World, sample
-from utils.config import REPOSITORY, ConfigError, load_structured
+from utils.config import REPOSITORY, ConfigError
 from utils.prompts import PromptItem, load_prompts
+from utils.yaml_files import load_structured
 
 METRIC = re.compile(r"[a-z0-9_]+@[a-z0-9_]+(:[0-9.]+)?")  # name@granularity, and :start of a window
 
