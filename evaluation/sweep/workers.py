@@ -69,7 +69,7 @@ def labour_on_ray(
     try:
         import ray
     except ImportError as error:
-        raise ConfigError("--ray needs Ray. Get it with: pip install 'deep-forcing[cluster]'") from error
+        raise ConfigError("--ray needs Ray. Get it with: pip install -e '.[cluster]'") from error
     paths = {"PYTHONPATH": str(REPOSITORY)}
     ray.init(
         address=None if address == "local" else address, runtime_env={"env_vars": paths}, include_dashboard=False,
