@@ -84,9 +84,7 @@ def run_stream(options: argparse.Namespace, base: Setting, device: torch.device)
     if options.latencies < 1:
         raise ConfigError(f"--latencies {options.latencies} is too small. Ask for 1 or more.")
     if options.video is not None:
-        if options.video.suffix != ".mp4":
-            raise ConfigError(f"--video {str(options.video)!r} must end in .mp4. Rename it.")
-        _check_file("--video", options.video)
+        _check_file("--video", options.video, ".mp4")
         if len(options.measure) > 1:
             raise ConfigError(f"--video {options.video} holds one video. Name one decoder with --measure.")
         options.video.parent.mkdir(parents=True, exist_ok=True)
@@ -215,10 +213,12 @@ def _draw(options: argparse.Namespace, panels: list[Panel]) -> None:
         logger.warning("no plot: %s", reason(error))
 
 
-def _check_file(flag: str, path: Path) -> None:
-    """Before hours are spent: the file can be made. Raises: ConfigError, OSError."""
+def _check_file(flag: str, path: Path, suffix: str) -> None:
+    """Before hours are spent: the file can be made, and is no other flag's. Raises: ConfigError, OSError."""
     if path.is_dir():
         raise ConfigError(f"{flag} {path} is a folder. Name a file in it.")
+    if path.suffix != suffix:
+        raise ConfigError(f"{flag} {str(path)!r} must end in {suffix}. Rename it.")
     check_writable(path.parent, flag)
 
 
@@ -230,11 +230,9 @@ def main(arguments: list[str] | None = None) -> int:
              "endurance": run_endurance, "memory": run_memory}
     begin = time.perf_counter()
     try:
-        _check_file("--output", options.output)
+        _check_file("--output", options.output, ".json")
         if getattr(options, "plot", None) is not None:
-            if options.plot.suffix != ".png":
-                raise ConfigError(f"--plot {str(options.plot)!r} must end in .png. Rename it.")
-            _check_file("--plot", options.plot)
+            _check_file("--plot", options.plot, ".png")
         device = choose_device(options.device)
         text, result = tasks[options.task](options, setting_of(options), device)
         command = shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if arguments is None else arguments)])

@@ -23,6 +23,11 @@ VERSION = "VBench commit 98b19513"
 INDEX = "vbench_export.json"      # what each exported name is
 PROMPTS = "vbench_prompts.json"   # for `--mode custom_input --prompt_file`, which takes whole prompts
 NAME_BYTES = 230                  # of the 255 that file systems allow; clips get a suffix
+DIMENSIONS = (                    # that it may rate, as it calls them; evaluation/vbench_suite.sh asks for seven
+    "subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness", "dynamic_degree",
+    "aesthetic_quality", "imaging_quality", "object_class", "multiple_objects", "human_action", "color",
+    "spatial_relationship", "scene", "appearance_style", "temporal_style", "overall_consistency",
+)
 PERCENT = ("imaging_quality",)    # whose single results are 0..100 where the mean is 0..1
 
 

@@ -109,16 +109,18 @@ def switch_frames(
     """The latent frame of each of `times` (seconds), for a video whose generated chunks begin at `starts`.
 
     Raises:
-        TimelineError: a moment after the video's end, or two prompts for one chunk.
+        TimelineError: a moment after the last chunk has begun, or two prompts for one chunk.
     """
-    seconds, frames, chunks = pixel_frames / geometry.fps, [], set()
+    seconds, frames, chunks = pixel_frames / geometry.fps, [], {0}  # the first chunk shows the first prompt
+    starts = [start for start in starts if geometry.pixel_frames(start) < pixel_frames]  # others are cut off whole
     for time in times:
         frame = geometry.frame_at(time)
         start = next((start for start in starts if start >= frame), None)
         if time >= seconds or start is None:
             raise TimelineError(
-                f"a prompt begins at {time:g} s, and no chunk of this video of {seconds:g} s begins then or later. "
-                "Lower the time, or ask for a longer video with --seconds."
+                f"a prompt begins at {time:g} s, and no chunk of this video of {seconds:g} s begins then or later: the "
+                f"last one does at {geometry.pixel_frames(starts[-1]) / geometry.fps:g} s, and a chunk shows one "
+                "prompt. Lower the time to that, or ask for a longer video with --seconds."
             )
         if start in chunks:
             raise TimelineError(

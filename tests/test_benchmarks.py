@@ -349,7 +349,7 @@ def test_exactness_and_endurance_json(tmp_path, model: str, monkeypatch: pytest.
     ("speed --resolution 480", "HEIGHTxWIDTH"), ("speed --resolution 15x16", "height=15"),
     ("speed --cycles 11", "at least 12"), ("speed --seconds 10", "Ask for 2"),
     ("speed --latencies 0", "--latencies 0"), ("speed --batch 0", "batch=0"),
-    ("speed --window 12", "budget_frames"),
+    ("speed --window 12", "budget_frames"), ("sweep --output x.png --plot x.png", "--output 'x.png' must end in .json"),
     ("speed --set kv_cache.windo=3", "kv_cache.windo"),
     ("speed --compare attention=sdpa attention", "'attention' is no setting"),
     ("speed --compare batch=two batch=1", "no whole number"),
@@ -365,7 +365,7 @@ def test_bad_flags_are_refused(flags: str, message: str, tmp_path, model: str, c
     path = tmp_path / "result.json"
     words = flags.split()
     device = [] if "--device" in words else ["--device", "cpu"]
-    assert main([*words, "--model", model, *device, "--output", str(path)]) == 2
+    assert main([words[0], "--output", str(path), *words[1:], "--model", model, *device]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error and not path.exists()
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 import wan.kv_cache.policies  # noqa: F401  registers the policies
+from evaluation.sweep.settings import Prompts, Sweep
 from utils.config import REPOSITORY, ConfigError, load_config, load_model_spec
+from utils.yaml_files import load_structured
 from wan.geometry import VideoGeometry
 from wan.kv_cache.policy import build_policy, policy_fields
 
@@ -166,8 +168,55 @@ def test_model_paths_are_of_the_repository_unless_absolute(tmp_path):
     assert spec.tokenizer == REPOSITORY / "weights/tiny/tokenizer"
 
 
+@pytest.mark.parametrize("text, said", [
+    ("model: a: b", "s.yaml:2: not valid YAML: a second `: ` in one line. Put a text that holds one in quotes"),
+    ("shown: [1", "s.yaml:3: not valid YAML: a list or group is not closed, or a comma is missing. Close it"),
+    ("\tshown: 1", "s.yaml:2: not valid YAML: a tab, or a value that begins with @, ` or %. Use spaces"),
+    ("- 1", "s.yaml:2: not valid YAML: a line without `key: value`"),
+    ("model: *a", "s.yaml:2: not valid YAML: a * begins a name that no & gives"),
+    ("model: ${a", "s.yaml:2: model='${a': a ${...} is not closed, or not written as a reference. Refer to a key"),
+    ("model: ${a}", "s.yaml:2: model='${a}' has no value: it names nothing that has one"),
+    ("model: ${model}", "s.yaml:2: model='${model}' has no value"), ("model: ???", "s.yaml:2: model has no value, o"),
+    ("shown: two", "s.yaml:2: shown='two' is not allowed. Allowed: a whole number."),
+    ("shown: true", "s.yaml:2: shown=True is not allowed. Allowed: a whole number."),
+    ("use_ema: maybe", "s.yaml:2: use_ema='maybe' is not allowed. Allowed: true or false."),
+    ("checkpoint: []", "s.yaml:2: checkpoint=[] is not allowed. Allowed: text, or null."),
+    ("prompts:\n  captions: 3", "s.yaml:3: prompts.captions=3 is not allowed. Allowed: a list, in [], each of it a"),
+    ("methods: [a]", "s.yaml:2: methods=['a'] is not allowed. Allowed: a group of names, each with a group of"),
+    ("tables: {t:\n {columns: []}}", "s.yaml:2: lacks tables.t.title. Add it."),
+    ("tables: {t: {title: T, columns: [{metrik: x}]}}", "unknown key tables.t.columns[0].metrik. Did you mean metric?"),
+    ("record: {seconds: .nan}", "s.yaml:2: record.seconds=nan is not allowed. Allowed: a number."),
+])
+def test_a_structured_file_is_refused_in_our_words(tmp_path, text, said):
+    """Place, what is there, what is allowed; nothing of what parser and merger say."""
+    file = tmp_path / "s.yaml"
+    file.write_text(f"seconds: [1]\n{text}\n")
+    with pytest.raises(ConfigError, match=re.escape(said)) as raised:
+        load_structured(file, Sweep)
+    assert not re.search("Config|Structured|interpolation|type hint|mapping values", str(raised.value))
+
+
+@pytest.mark.parametrize("flag, said", [
+    ("shown=two", "--set shown=two: shown='two' is not allowed. Allowed: a whole number."),
+    ("seconds[0]=5", "--set seconds[0]=5: seconds={'0': 5} cannot take the place of [1]. Give a whole list."),
+    ("methods=[1]", "--set methods=[1]: methods=[1] cannot take the place of {}. Give a whole group of keys."),
+    ("model=[", "--set model=[: the value cannot be read as YAML: a bracket or a quote is not closed"),
+    ("model=${", "--set model=${: the value cannot be read as YAML: a ${...} is not closed"),
+    ("shown", "--set shown: write key=value"), ("prompts.cuont=3", "--set prompts.cuont=3: unknown key prompts.cuont."),
+])
+def test_a_flag_is_refused_by_its_name(tmp_path, flag, said):
+    """The file is not to blame."""
+    file = tmp_path / "s.yaml"
+    file.write_text("seconds: [1]\nmethods: {}\nprompts: {}\nvlm: x\n")
+    assert load_structured(file, Sweep, ["shown=7", "seconds=[2]", "model=${vlm}y"]) == Sweep(
+        seconds=[2.0], methods={}, prompts=Prompts(), vlm="x", shown=7, model="xy",
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}"):
+        load_structured(file, Sweep, [flag])
+
+
 def test_yaml_is_read_in_one_place():
     """No other module imports a YAML reader."""
     code = [path for folder in ("utils", "wan", "pipeline") for path in (REPOSITORY / folder).rglob("*.py")]
     readers = [p.name for p in code if re.search(r"^\s*(import|from) (yaml|omegaconf)\b", p.read_text(), re.MULTILINE)]
-    assert readers == ["config.py"]
+    assert readers == ["yaml_files.py"]

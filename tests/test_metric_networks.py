@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from evaluation.analysers import damage
 from evaluation.metrics.brisque import Brisque, SupportVectors, asymmetric_fit, features
-from evaluation.metrics.catalogue import PAPERS, make_metrics
+from evaluation.metrics.catalogue import PAPERS, make_metrics, value_names
 from evaluation.metrics.consistency import ConsistencyReader, consistency
 from evaluation.metrics.likeness import middle_frame
 from evaluation.metrics.measuring import measure
@@ -82,6 +82,7 @@ def test_every_network_of_the_papers_runs_from_its_files(frames, weights):
         found = measured.values[metric.name]
         assert {value.granularity for value in found} == set(metric.granularities)
         assert {value.metric for value in found} == set(metric.reports)
+        assert {f"{value.metric}@{value.granularity}" for value in found} <= value_names()
 
 
 def test_clip_score_equals_a_plain_forward(frames, weights):

@@ -18,13 +18,14 @@ from evaluation.analysers import ChunkLayout, analyse
 from evaluation.metrics import catalogue
 from evaluation.metrics.measuring import measure
 from evaluation.metrics.protocol import CannotMeasureError, Value, VideoInfo
+from evaluation.metrics.table import Row, write_csv
 from evaluation.metrics.world import WorldMetric
-from evaluation.sweep.results import TABLE, load
+from evaluation.sweep.results import TABLE, load, refuse_unknown_metrics
 from evaluation.sweep.settings import items_of, load_sweep, variants_of
 from evaluation.sweep.work import Claims, Unit, start_of, work_off
 from evaluation.sweep.workers import labour, prepare
 from training.world import render, sample, to_frames
-from utils.config import REPOSITORY
+from utils.config import REPOSITORY, ConfigError
 from utils.outputs import read_json_lines
 from utils.video import VideoWriter, open_video
 
@@ -99,7 +100,11 @@ def test_prompts_of_a_file_keep_their_numbers(write):
     ({"metrics": ["vbenchh"]}, "vbenchh: unknown"),
     ({"tables": {"t": {"title": "T", "methods": ["x"]}}}, "'x' is none of this sweep's variants"),
     ({"tables": {"t": {"title": "T", "columns": [{"metric": "drift", "label": "d"}]}}}, "name@granularity"),
-    ({"colour": 1}, "colour"),
+    ({"tables": {"t": {"title": "T", "columns": [{"metric": "drifft@whole", "label": "d"}]}}},
+     "tables.t: nothing measures 'drifft@whole'. Did you mean drift@whole? Known: aesthetic_quality, "),
+    ({"ablations": {"a": {"title": "A", "x": "x", "methods": ["rolling"], "metrics": ["drift@clip2s x"]}}},
+     "ablations.a: nothing measures 'drift@clip2s'. Did you mean drift@whole? Known: drift@second, drift@whole; "),
+    ({"colour": 1}, "sweep.yaml:2: unknown key colour. Valid keys: seconds, "),
 ])
 def test_a_bad_sweep_is_refused(write, tmp_path, capsys, changed, said):
     assert run(write(**changed), tmp_path / "out") == 2
@@ -328,8 +333,28 @@ def test_prompts_of_another_world_are_told():
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_the_sweeps_here_can_be_read(path):
-    assert variants_of(load_sweep(path))
+def test_the_sweeps_here_can_be_read(path, tmp_path):
+    """And something gives every number that they show."""
+    sweep = load_sweep(path)
+    assert variants_of(sweep)
+    refuse_unknown_metrics(sweep, tmp_path)
+
+
+def test_a_table_of_other_tools_may_be_shown(write, tmp_path):
+    """What nothing here measures is known once a table in imported/ holds it."""
+    sweep = load_sweep(write(tables={"t": {"title": "T", "columns": [{"metric": "votes@whole", "label": "v"}]}}))
+    with pytest.raises(ConfigError, match="nothing measures 'votes@whole'"):
+        refuse_unknown_metrics(sweep, tmp_path)
+    (tmp_path / "imported").mkdir()
+    write_csv([Row("a/0.mp4", "a", "p", "0", "votes", "whole", None, 1.0, "people", "")], tmp_path / "imported/v.csv")
+    refuse_unknown_metrics(sweep, tmp_path)
+
+
+def test_every_number_has_a_name_that_is_known(write, tmp_path):
+    """Two roads to the names that a sweep may show: those of its finished table, and those known before it ran."""
+    assert run(write(metrics=["basic", "world"], seconds=[3]), tmp_path / "out") == 0
+    measured = {f"{row.metric}@{row.granularity}" for row in load(tmp_path / "out").rows}
+    assert len(measured) > 60 and measured <= catalogue.value_names()
 
 
 def test_ray_workers_share_a_sweep_and_one_is_killed(write, tmp_path):

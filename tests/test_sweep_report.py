@@ -26,8 +26,9 @@ from evaluation.sweep.record import Watcher, read_recorded, records_path
 from evaluation.sweep.recorded import by_age, frequency, jaccard_distances
 from evaluation.sweep.results import Saved, load
 from evaluation.sweep.tables import latex, make_grid, markdown, to_html
-from utils.config import REPOSITORY, ConfigError, load_structured
+from utils.config import REPOSITORY, ConfigError
 from utils.video import read_video
+from utils.yaml_files import load_structured
 
 PAGE_PARTS = REPOSITORY / "evaluation" / "sweep"
 HOSTS = re.compile(r"(?:src|href)=\"(?:[a-z]+:)?//|@import|url\(")

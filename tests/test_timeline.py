@@ -250,15 +250,28 @@ def test_moments_become_the_frames_that_show_them() -> None:
 
 @pytest.mark.parametrize("times, words", [
     ([7.4], "begins at 7.4 s, and no chunk of this video of 7.3125 s"),
-    ([7.2], "no chunk of this video"),
+    ([7.2], "no chunk of this video .* the last one does at 6.5625 s, .* Lower the time to that"),
+    ([6.8], "no chunk of this video"),
+    ([0.01], "prompt at 0.01 s begins in the same chunk"),
     ([2.5, 2.6], "prompt at 2.6 s begins in the same chunk .* leave 0.75 s"),
 ])
 def test_moments_that_no_chunk_can_show_are_refused(times: list, words: str) -> None:
-    """After the end, in the last chunk after its start, or two in one chunk."""
+    """After the end, in the last chunk after its start, or two in one chunk, of which the first may be the first."""
     g = make_tiny().geometry
     starts = [span.start for span in g.chunks(30)]
     with pytest.raises(TimelineError, match=words):
         switch_frames(g, times, starts, g.pixel_frames(30))
+
+
+def test_the_last_moment_that_is_named_is_taken() -> None:
+    """It is when the last chunk that the file shows begins; chunks that are cut off whole show no prompt."""
+    g = make_tiny().geometry
+    starts = [span.start for span in g.chunks(30)]
+    assert switch_frames(g, [6.5625], starts, g.pixel_frames(30)) == [27]
+    shorter = g.pixel_frames(27)  # the file ends where the chunk from frame 27 on begins
+    with pytest.raises(TimelineError, match="the last one does at 5.8125 s"):
+        switch_frames(g, [6.1], starts, shorter)
+    assert switch_frames(g, [5.8125], starts, shorter) == [24]
 
 
 # --- files -------------------------------------------------------------------------------------------------
@@ -322,7 +335,7 @@ def test_bad_timelines_say_what_is_wrong(tmp_path: Path, text: str, words: str) 
 def test_bad_yaml_timelines_say_what_is_wrong(tmp_path: Path) -> None:
     """The same for .yaml; a broken one is named with its line, and extended prompts do not go with timelines."""
     wanted, deep = "a timeline is a list", ("[" * 3000, "nested too deeply")
-    twice = "- {time: 0, prompt: a}\n- {time: 5, prompt: b,\n   prompt: c}", "t.yaml:3: .*duplicate key prompt"
+    twice = "- {time: 0, prompt: a}\n- {time: 5, prompt: b,\n   prompt: c}", "t.yaml:3: .*key prompt stands there twice"
     for text, words in (("a: 1", wanted), ("[1", "t.yaml:1: not valid YAML"), ("", wanted), deep, twice):
         with pytest.raises(ValueError, match=words):
             load(tmp_path / "t.yaml", text)

@@ -37,9 +37,10 @@ from training.teacher import TeacherForcedFlow, TeacherStage
 from training.vae import VaeStage, working_dtype
 from training.workshop import Workshop, averaged, averaged_teacher
 from training.world import render, sample, to_frames
-from utils.config import ConfigError, load_structured
+from utils.config import ConfigError
 from utils.devices import choose_device
 from utils.launch import read_launch
+from utils.yaml_files import load_structured
 from wan.checkpoint import load_transformer
 from wan.compressor import save_branch
 from wan.model import CausalWanModel

@@ -8,17 +8,12 @@ This file knows no policy: the registry comes in as `policy_fields` and `build_p
 """
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from utils.config_cache import CacheFlags, PolicyFields, cache_group, clip_keys_in_use
 from utils.config_schema import (
@@ -43,8 +38,9 @@ from utils.config_schema import (
     setting,
     whole,
 )
+from utils.yaml_files import merge, read_file, read_override
 
-__all__ = ["Config", "ConfigError", "ModelSpec", "load_config", "load_model_spec", "load_structured"]
+__all__ = ["Config", "ConfigError", "ModelSpec", "load_config", "load_model_spec"]
 log = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -154,7 +150,7 @@ def load_config(
         ConfigError: file or flags cannot be used; says file and line, key, value, and what is allowed.
     """
     files = _read_with_bases(Path(path))
-    sets = [_read_override(text) for text in overrides]
+    sets = [_normalised(read_override(text)) for text in overrides]
     given = _merge([*files, *map(_without_cache, sets)])
     _check_keys(given)
     flags = CacheFlags(policy=policy, is_ds_only=bool(is_ds_only), budget=budget, recent=recent)
@@ -238,45 +234,11 @@ def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
         known = [file.name for file in path.parent.glob("*.yaml")]
         user = f", though {above[-1]} extends it" if above else ""
         raise ConfigError(f"{path}: no such file{user}.{nearest(path.name, known)}")
-    layer = _read_file(path)
+    layer = _normalised(read_file(path))
     if "extends" not in layer.values:
         return [layer]
     base = TEXT.check("extends", layer.values.pop("extends"), layer.at("extends"))
     return [*_read_with_bases(path.parent / base, (*above, path)), layer]
-
-
-def _read_file(path: Path) -> Layer:
-    try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)  # nodes know their lines, which OmegaConf drops
-        if not isinstance(root, yaml.MappingNode):
-            found = "is empty" if root is None else f"holds a {'list' if root.id == 'sequence' else 'single value'}"
-            raise ConfigError(f"{path}: {found}; a config is lines of `key: value`, such as `extends: base.yaml`.")
-        values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
-        raise _no_yaml(path, error) from error
-    where = {}
-    for key, value in root.value:
-        where[key.value] = f"{path}:{key.start_mark.line + 1}"
-        for inner, _ in value.value if isinstance(value, yaml.MappingNode) else ():
-            where[f"{key.value}.{inner.value}"] = f"{path}:{inner.start_mark.line + 1}"
-    return _normalised(Layer(str(path), values, where))
-
-
-def _read_override(text: str) -> Layer:
-    name = f"--set {text}"
-    key, equals, _ = text.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"{name}: write key=value, such as kv_cache.sink_frames=12.")
-    if key == "extends":
-        raise ConfigError(f"{name}: only a file can extend another.")
-    try:
-        values = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
-    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
-        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else _first_line(error)
-        raise ConfigError(f"{name}: the value cannot be read as YAML: {problem.rstrip('.')}.") from error
-    inner = [f"{group}.{key}" for group in GROUPS if isinstance(values.get(group), dict) for key in values[group]]
-    return _normalised(Layer(name, values, dict.fromkeys([*values, *inner], name)))
 
 
 def _normalised(layer: Layer) -> Layer:
@@ -307,33 +269,15 @@ def _without_cache(layer: Layer) -> Layer:
 
 
 def _merge(layers: Iterable[Layer]) -> Layer:
-    """One layer out of many, later ones winning, interpolations resolved; named after the last file."""
-    merged, where, name = OmegaConf.create(), {}, ""
+    """One layer out of many, as `merge`; training keys may refer to anything."""
+    kept, policy = [], None
     for layer in layers:
-        name = name if layer.name.startswith("--set ") else layer.name
-        policy = layer.group("kv_cache").get("policy")
-        if policy is not None and "kv_cache" in merged and merged.kv_cache.get("policy") != policy:
-            del merged["kv_cache"]  # the fields of the base's policy mean nothing to another one
-        try:
-            merged = OmegaConf.merge(merged, layer.values)
-        except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
-            reason = _first_line(error)
-            raise ConfigError(f"{layer.name}: does not fit what was there: {reason}. Give the whole value.") from error
-        where.update(layer.where)
-    try:
-        own = OmegaConf.masked_copy(merged, [key for key in merged if not is_training_key(key)])
-        values = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        key = str(error.full_key)
-        raise ConfigError(f"{where.get(key, name)}: {key} has no value: {_first_line(error)}.") from error
-    return Layer(name, {**OmegaConf.to_container(merged), **values}, where)
-
-
-def _first_line(error: Exception) -> str:
-    """What went wrong, without the library's own context lines."""
-    if isinstance(error, RecursionError):
-        return "its values are nested too deeply"
-    return str(error).partition("\n")[0].rstrip(".")
+        own = layer.group("kv_cache").get("policy")
+        if own is not None and own != policy:
+            kept = [*map(_without_cache, kept)]  # the fields of the base's policy mean nothing to another one
+        kept.append(layer)
+        policy = policy if own is None else own
+    return merge(kept, leave=is_training_key)
 
 
 def _plain(value: Any) -> Any:
@@ -345,56 +289,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(inner) for inner in value]
     return str(value) if isinstance(value, Path) else value
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, instead of taking the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"found duplicate key {key.value}", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-def read_plain_yaml(path: Path) -> Any:
-    """What stands in the YAML at `path`, as plain data. Raises: ConfigError, if it cannot be read."""
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise _no_yaml(path, error) from error
-
-
-def _no_yaml(path: Path, error: Exception) -> ConfigError:
-    """Why the file is no YAML, with the line where the parser knows it."""
-    if isinstance(error, yaml.MarkedYAMLError):
-        mark = error.problem_mark or error.context_mark
-        return ConfigError(f"{path}:{mark.line + 1}: not valid YAML: {error.problem.rstrip('.')}.")
-    problem = error.strerror if isinstance(error, OSError) else _first_line(error)
-    return ConfigError(f"{path}: cannot be read as YAML: {problem}.")
-
-
-def load_structured(path: Path, schema: type, overrides: Sequence[str] = ()) -> Any:
-    """A dataclass `schema` filled from the YAML at `path`, then from `key=value` overrides; every value type-checked.
-
-    Raises:
-        ConfigError: the file cannot be read, or a key or value does not fit.
-    """
-    try:
-        read = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
-        raise _no_yaml(path, error) from error
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), read, OmegaConf.from_dotlist(list(overrides)))
-        return OmegaConf.to_object(merged)
-    except (TypeError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
-        key, problem = getattr(error, "full_key", None), _first_line(error)
-        if isinstance(error, ConfigKeyError) and is_dataclass(group := error.object_type):
-            known, prefix = [field.name for field in fields(group)], key.removesuffix(str(error.key))
-            refuse_unknown([error.key], known, lambda _: str(path), prefix=prefix, explained=group.__module__)
-        where = f"{path}: {key}" if key and str(key) not in problem else path
-        raise ConfigError(
-            f"{where}: {problem}. Keys and types are those of {schema.__module__}.{schema.__name__}."
-        ) from error

@@ -1,6 +1,6 @@
 """What single values of a config may be, and which upstream keys only matter for training.
 
-Knows no files, no YAML and no cache policy; utils/config.py reads files and calls these checks.
+Knows no files, no YAML and no cache policy; utils/config.py calls these checks.
 """
 from __future__ import annotations
 

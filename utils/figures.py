@@ -22,7 +22,7 @@ def saved_figure(path: Path, size: tuple[float, float], dpi: int = 110) -> Itera
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(
-            "the figures need matplotlib, which is not installed. Get it with: pip install 'deep-forcing[evaluation]'"
+            "the figures need matplotlib, which is not installed. Get it with: pip install -e '.[evaluation]'"
         ) from error
     figure = Figure(figsize=size, layout="constrained")
     yield figure

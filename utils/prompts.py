@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from utils.config import read_plain_yaml
 from utils.hashing import sha256_file
 from utils.timelines import Later, TimelineError, is_entry, read_timeline
+from utils.yaml_files import read_plain_yaml
 
 logger = logging.getLogger(__name__)
 

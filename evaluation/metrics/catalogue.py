@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import get_type_hints
 
 from evaluation.metrics.protocol import NO_CHUNKS, NO_PROMPT, Choices, Metric
 from utils.config import ConfigError
@@ -65,9 +66,24 @@ def make_metrics(names: Sequence[str], choices: Choices) -> list[Metric]:
     return made
 
 
-def _made(name: str, choices: Choices) -> Metric:
+def value_names() -> set[str]:
+    """name@granularity of whatever the metrics here may report; none of them is made."""
+    found = set()
+    for name in EVERY:
+        maker = _maker(name)
+        kind = maker if isinstance(maker, type) else get_type_hints(maker)["return"]
+        reported = (*getattr(kind, "reports", (name,)), *getattr(kind, "at_times", ()))
+        found |= {f"{value}@{granularity}" for value in reported for granularity in kind.granularities}
+    return found
+
+
+def _maker(name: str) -> type[Metric] | Callable[[Choices], Metric]:
     module, kind = EVERY[name]
-    maker = getattr(importlib.import_module(f"evaluation.metrics.{module}"), kind)
+    return getattr(importlib.import_module(f"evaluation.metrics.{module}"), kind)
+
+
+def _made(name: str, choices: Choices) -> Metric:
+    maker = _maker(name)
     if name in METRICS:
         return maker()
     return maker(choices.device) if name in ON_DEVICE else maker(choices)

@@ -95,7 +95,8 @@ class Metric(Protocol):
     """One way to read a video."""
 
     name: str                              # by which it is chosen, as in --metrics
-    reports: tuple[str, ...]               # names of its values, such as `brightness` and `brightness_drift`
+    reports: tuple[str, ...]               # names of its values, such as `brightness` and `brightness_drift`; those
+                                           # that some videos lack stand in `at_times`, if there are any
     granularities: tuple[Granularity, ...]
     protocol: str                          # how its numbers were made, in a line; stands in every row
 

@@ -9,7 +9,7 @@ from dataclasses import fields
 
 import numpy as np
 
-from evaluation.analysers import PerFrame, PerVideo, analyse
+from evaluation.analysers import PROPERTIES, PerFrame, PerVideo, analyse
 from evaluation.metrics.protocol import NO_CHUNKS, CannotMeasureError, Frame, Value, VideoInfo
 from evaluation.study.scores import pace_name, paces, row_of
 from training.world import CaptionError, Clip, Truth, parse_caption
@@ -27,6 +27,10 @@ class WorldMetric:
 
     name = "world"
     reports = ("world_background_drift", "world_survival", "world_jumps")
+    at_times = tuple(f"world_{name}" for name in (
+        *(field.name for kind in (PerFrame, PerVideo) for field in fields(kind) if field.name not in SHARES),
+        *(f"{share}_{name}" for share in SHARES for name in PROPERTIES), "pace", "pace_ratio",
+    ))
     granularities = ("second", "whole")
     protocol = "evaluation.analysers on every frame of the decoded file, against the caption"
 

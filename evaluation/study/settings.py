@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pipeline.render import MOST_VIDEOS
 from training.world import SPLITS, Clip, World, sample
-from utils.config import REPOSITORY, ConfigError, load_structured
+from utils.config import REPOSITORY, ConfigError
+from utils.yaml_files import load_structured
 
 REFERENCES = ("rendered", "reconstructed")  # the true video; the same through the autoencoder
 NAME = re.compile(r"[a-z0-9][a-z0-9_]*")    # of a method; it names files

@@ -4,7 +4,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.config import ConfigError, load_structured
+from utils.config import ConfigError
+from utils.yaml_files import load_structured
 
 QUOTED = Path(__file__).with_name("quoted.yaml")
 

@@ -18,12 +18,15 @@ from typing import Any
 
 import torch
 
+from evaluation.metrics.catalogue import value_names
 from evaluation.metrics.protocol import Metric
 from evaluation.metrics.table import Row, read_table, write_csv, write_parquet
 from evaluation.sweep.make import VIDEOS, Task
 from evaluation.sweep.measure import read_rows
-from evaluation.sweep.settings import Sweep, variants_of
+from evaluation.sweep.settings import Sweep, metrics_shown, variants_of
+from evaluation.vbench import DIMENSIONS
 from utils.config import REPOSITORY, ConfigError
+from utils.config_schema import nearest
 from utils.files import lock_file, write_atomically
 from utils.hashing import fingerprint, sha256_file
 from utils.versions import installed_versions
@@ -55,6 +58,25 @@ class Saved:
     def path_of(self, video: str) -> Path:
         """The file of a row's video."""
         return self.folder / VIDEOS / video
+
+
+def refuse_unknown_metrics(sweep: Sweep, folder: Path) -> None:
+    """Raise ConfigError for a shown number that nothing gives: no metric here, no suite, no table in `imported/`."""
+    shown = metrics_shown(sweep)
+    if not shown:
+        return
+    known = value_names() | {f"{name}@{granularity}" for name in DIMENSIONS for granularity in ("clip2s", "whole")}
+    for other in (folder / IMPORTED).glob("*.csv"):
+        known |= {f"{row.metric}@{row.granularity}" for row in read_table(other)}
+    for where, metric in shown:
+        name = metric.partition(":")[0]
+        if name not in known:
+            alike = sorted(one for one in known if one.partition("@")[0] == name.partition("@")[0])
+            every = alike or sorted({one.partition("@")[0] for one in known})
+            raise ConfigError(
+                f"{where}: nothing measures {name!r}.{nearest(name, alike or known)} Known: {', '.join(every)}; and "
+                f"whatever the tables in {folder / IMPORTED} hold."
+            )
 
 
 def collect(

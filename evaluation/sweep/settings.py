@@ -10,8 +10,9 @@ from pathlib import Path
 from evaluation.study.settings import NAME, CaptionSet, Method
 from evaluation.sweep.quoted import read_quoted
 from training.world import Clip, World, sample
-from utils.config import REPOSITORY, ConfigError, load_structured
+from utils.config import REPOSITORY, ConfigError
 from utils.prompts import PromptItem, load_prompts
+from utils.yaml_files import load_structured
 
 METRIC = re.compile(r"[a-z0-9_]+@[a-z0-9_]+(:[0-9.]+)?")  # name@granularity, and :start of a window
 
@@ -175,6 +176,15 @@ def clips_of(sweep: Sweep) -> list[Clip]:
     return list(found.values())
 
 
+def metrics_shown(sweep: Sweep) -> list[tuple[str, str]]:
+    """(table or ablation, metric) of every number that is shown."""
+    columns = [(f"tables.{name}", column.metric) for name, table in sweep.tables.items() for column in table.columns]
+    return columns + [
+        (f"ablations.{name}", metric.partition(" ")[0])
+        for name, ablation in sweep.ablations.items() for metric in ablation.metrics
+    ]
+
+
 def _first_fault(sweep: Sweep) -> str | None:
     """What is wrong, and what to do; None if nothing is."""
     if not sweep.seconds or min(sweep.seconds) <= 0 or len(set(sweep.seconds)) < len(sweep.seconds):
@@ -212,12 +222,7 @@ def _output_fault(sweep: Sweep) -> str | None:
         for name in methods:
             if name not in known:
                 return f"{where}: {name!r} is none of this sweep's variants. Known: {', '.join(sorted(known))}."
-    metrics = [(f"tables.{name}", c.metric) for name, table in sweep.tables.items() for c in table.columns]
-    metrics += [
-        (f"ablations.{name}", metric.partition(" ")[0])
-        for name, ablation in sweep.ablations.items() for metric in ablation.metrics
-    ]
-    for where, metric in metrics:
+    for where, metric in metrics_shown(sweep):
         if not METRIC.fullmatch(metric):
             return f"{where}: {metric!r} names no metric. Write name@granularity, such as background_drift@whole."
     for name, table in sweep.tables.items():

@@ -9,6 +9,7 @@ from evaluation.metrics.protocol import Choices, Metric
 from evaluation.sweep.make import Maker, Task, make_tasks
 from evaluation.sweep.measure import measure_units
 from evaluation.sweep.record import record_units
+from evaluation.sweep.results import refuse_unknown_metrics
 from evaluation.sweep.settings import Sweep, chosen_of
 from evaluation.sweep.work import Claims, start_of, work_off
 from utils.config import REPOSITORY, ConfigError
@@ -21,7 +22,11 @@ RETRIES = 8  # of a Ray task whose worker or machine died
 def prepare(
     sweep: Sweep, folder: Path, *, device: str, local_rank: int, random_weights: bool, only: Sequence[str] = (),
 ) -> tuple[list[Task], list[Metric]]:
-    """The tasks that `only` needs, and the sweep's metrics, checked; raises as `make_metrics` and `make_tasks` do."""
+    """The tasks that `only` needs, and the sweep's metrics, all checked.
+
+    Raises: as `refuse_unknown_metrics`, `make_metrics` and `make_tasks` do.
+    """
+    refuse_unknown_metrics(sweep, folder)
     chosen = choose_device(device, local_rank)
     metrics = make_metrics(sweep.metrics, Choices(str(chosen), vlm=sweep.vlm))
     tasks = make_tasks(sweep, folder, device=chosen, random_weights=random_weights, only=only)
@@ -64,7 +69,7 @@ def labour_on_ray(
     try:
         import ray
     except ImportError as error:
-        raise ConfigError("--ray needs Ray. Get it with: pip install 'deep-forcing[cluster]'") from error
+        raise ConfigError("--ray needs Ray. Get it with: pip install -e '.[cluster]'") from error
     paths = {"PYTHONPATH": str(REPOSITORY)}
     ray.init(
         address=None if address == "local" else address, runtime_env={"env_vars": paths}, include_dashboard=False,
