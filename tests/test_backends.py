@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from wan import backends
 from wan.backends import MOST_PARTS, NAMES, TILE, divide, installed, load_backend, pick, sdpa
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -44,6 +46,33 @@ def test_what_is_picked_can_be_had_on_every_machine(capability) -> None:
     for dtype in (BF16, FP32):
         for head_dim in (8, 12, 128, 512):
             assert pick(capability, dtype, head_dim, TORCH) in TORCH <= installed()
+
+
+def test_what_torch_prefers_does_not_depend_on_who_called_it_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its first call on a GPU torch orders its kernels, once: acted here, since a processor has no such order."""
+    kernel, before = F.scaled_dot_product_attention, torch._C._get_sdp_priority_order()
+    x = torch.ones(1, 2, 1, 8)
+
+    def order_after(*calls) -> list[int]:
+        met = []
+
+        def acted(query, keys, values):
+            if not met:
+                torch._C._set_sdp_priority_order(before[::-1])
+            met.append(query)
+            return kernel(query, keys, values)
+
+        monkeypatch.setattr(F, "scaled_dot_product_attention", acted)
+        torch._C._set_sdp_priority_order(before)
+        backends._settle_torchs_choice.cache_clear()
+        for call in calls:
+            call(x, x, x)
+        return torch._C._get_sdp_priority_order()
+
+    try:
+        assert order_after(backends.cudnn) == order_after(sdpa) == order_after(sdpa, backends.cudnn) == before[::-1]
+    finally:
+        torch._C._set_sdp_priority_order(before)
 
 
 def test_names_are_checked() -> None:

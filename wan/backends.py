@@ -41,8 +41,20 @@ def sdpa(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 def cudnn(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The same, by cuDNN where it can: the fastest of torch's kernels on Hopper."""
+    _settle_torchs_choice(query.device)
     with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
         return sdpa(query, keys, values)
+
+
+@cache
+def _settle_torchs_choice(device: torch.device) -> None:
+    """Have torch put its kernels in its own order, which it does at its first call on a GPU, and once.
+
+    That order would end with our context if ours were the first call, and the VAE's attention would round differently
+    in a process that has read its prompts' embeddings from disk than in one whose text encoder came first.
+    """
+    one = torch.zeros(1, 1, 1, 8, device=device, dtype=torch.bfloat16)
+    F.scaled_dot_product_attention(one, one, one)
 
 
 @cache

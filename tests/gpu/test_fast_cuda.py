@@ -1,7 +1,10 @@
 """On a GPU: what makes it fast computes the same. Skipped without one."""
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +31,7 @@ from wan.vae import WanVAE
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 FRAMES = 30
 CUDA = torch.device("cuda")
+ROOT = Path(__file__).parents[2]
 
 
 def pair(name: str, compiler: Compiler, dtype: torch.dtype = torch.bfloat16):
@@ -218,3 +222,17 @@ def test_linear_and_gelu_in_one_kernel_are_nearer_to_float32() -> None:
     one, two = linear_gelu(x, weight, bias), F.gelu(F.linear(x, weight, bias), approximate="tanh")
     assert one.shape == two.shape and one.dtype == two.dtype
     assert (one - exact).norm() < (two - exact).norm() < 0.01 * exact.norm()
+
+
+def test_torch_prefers_the_same_kernels_whoever_called_it_first() -> None:
+    """In processes of their own: torch orders its kernels once, at its first call."""
+    program = (
+        "import sys, torch; from wan.backends import cudnn, sdpa; "
+        "x = torch.ones(1, 2, 1, 64, device='cuda', dtype=torch.bfloat16); "
+        "locals()[sys.argv[1]](x, x, x); sdpa(x, x, x); print(torch._C._get_sdp_priority_order())"
+    )
+    orders = {
+        subprocess.run([sys.executable, "-c", program, name], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for name in ("cudnn", "sdpa")
+    }
+    assert len(orders) == 1
