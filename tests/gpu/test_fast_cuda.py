@@ -232,7 +232,7 @@ def test_torch_prefers_the_same_kernels_whoever_called_it_first() -> None:
         "locals()[sys.argv[1]](x, x, x); sdpa(x, x, x); print(torch._C._get_sdp_priority_order())"
     )
     orders = {
-        subprocess.run([sys.executable, "-c", program, name], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for name in ("cudnn", "sdpa")
+        subprocess.run([sys.executable, "-c", program, first], cwd=ROOT, capture_output=True, check=True).stdout
+        for first in ("cudnn", "sdpa")
     }
     assert len(orders) == 1
