@@ -329,7 +329,7 @@ def test_short_studies_report_splits_and_no_drift(write, tmp_path, capsys):
 def test_curves_without_matplotlib_say_what_to_do(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"need matplotlib.*pip install 'deep-forcing\[evaluation\]'"):
+    with pytest.raises(ConfigError, match=r"need matplotlib.*pip install -e '.\[evaluation\]'"):
         draw_curves(saved, saved.folder / "curves.png")
 
 

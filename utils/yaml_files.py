@@ -1,7 +1,6 @@
 """YAML files and `key=value` flags become plain data that knows its lines; nothing else in the project reads YAML.
 
-What the parsers say of a file that they cannot read is put in words of our own here: the place, what stands there, what
-to do.
+What the parsers say of a file that they cannot read gets its place and what to do here.
 """
 from __future__ import annotations
 
@@ -19,19 +18,6 @@ from utils.config_schema import ConfigError, Layer
 from utils.structured import filled
 
 UNREADABLE = (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, RecursionError)
-FAULTS = {  # a part of what the parsers say: what it means, and what to do
-    r"duplicate key '?([^'\n]*)'?": r"the key \1 stands there twice. Keep one",
-    "mapping values are not allowed": "a second `: ` in one line. Put a text that holds one in quotes, or begin a line",
-    "expected ',' or": "a list or group is not closed, or a comma is missing. Close it, such as [1, 2]",
-    "node content|end of stream": "a bracket or a quote is not closed, or a value is missing. Close it",
-    "cannot start any token": "a tab, or a value that begins with @, ` or %. Use spaces, and put such a text in quotes",
-    "alias|recursive": "a * begins a name that no & gives, or that holds itself. Put the text in quotes",
-    "constructor|tag": "a ! begins a tag, and tags are not read. Put the text in quotes",
-    "document": "a second document, or signs after the value. Keep one document a file, and what stands before them",
-    "expected ':'|expected key|block (end|mapping)": "a line without `key: value`, or indented otherwise than its like",
-    "special characters": "a sign that no text holds. Take it out",
-    "unhashable|key type": "a key that is no word. Write `word: value`",
-}
 REFERENCE = "Refer to a key of the same file or of its bases, such as ${height}, or write the value itself"
 
 
@@ -145,18 +131,13 @@ def _no_yaml(path: Path, error: Exception) -> ConfigError:
 
 
 def _fault(error: Exception) -> str:
-    """What went wrong and what to do, in our words."""
+    """What went wrong, in the parser's first line, and what to do."""
     if isinstance(error, RecursionError):
-        return "its values are nested too deeply"
+        return "its values are nested too deeply. Write them flatter"
     if isinstance(error, UnicodeDecodeError):
         return "it is not UTF-8 text. Save it as UTF-8"
-    said = getattr(error, "problem", None) or str(error)
-    for part, meaning in FAULTS.items():
-        if found := re.search(part, said):
-            return found.expand(meaning)
-    if isinstance(error, OmegaConfBaseException):
-        return f"a ${{...}} is not closed, or not written as a reference. {REFERENCE}"
-    return "signs that mean something else there. Put the text in quotes"
+    said = getattr(error, "problem", None) or str(error).partition("\n")[0]
+    return f"{said}. Correct it, or put a text that holds signs of YAML, or a ${{, in quotes"
 
 
 def _unread(root: yaml.Node) -> str | None:

@@ -119,7 +119,7 @@ def test_cuda_without_a_gpu(refused):
         ("", ["bad.yaml: is empty", "extends: base.yaml"]),
         ("- 1\n", ["bad.yaml: holds a list"]),
         ("a: [1\nb: 2\n", ["bad.yaml:2: not valid YAML"]),
-        (BASE + "height: 32\nheight: 64\n", [":3: not valid YAML", "the key height stands there twice"]),
+        (BASE + "height: 32\nheight: 64\n", [":3: not valid YAML", "duplicate key height"]),
         (BASE + "num_frames_per_block: 1\n", [":2: unknown key", "Did you mean num_frame_per_block?"]),
         (BASE + "num_frame_per_block: true\n", [":2: num_frame_per_block=True is not allowed"]),
         (BASE + f"height: {'[' * 200}{']' * 200}\n", ["bad.yaml: cannot be read", "nested too deeply"]),
