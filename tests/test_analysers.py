@@ -198,9 +198,14 @@ def test_components_equal_a_flood_fill(seed):
     """Runs united row by row give the components that walking from pixel to pixel gives."""
     mask = np.random.default_rng(seed).random((3, 17, 23)) < 0.55
     found = _connected(mask)
+    places = [tuple(map(int, place)) for place in zip(*np.unravel_index(found.at, mask.shape), strict=True)]
     ours = {}
-    for component, y, x in zip(found.component, found.y, found.x, strict=True):
-        ours.setdefault(component, set()).add((int(found.frame[component]), int(y), int(x)))
+    for component, place in zip(found.spread(np.arange(len(found.area))), places, strict=True):
+        ours.setdefault(component, set()).add(place)
+    assert [{place[0] for place in group} for group in ours.values()] == [{frame} for frame in found.frame]
+    assert [len(group) for group in ours.values()] == found.area.tolist()
+    edge = [sum(y in (0, 16) or x in (0, 22) for _, y, x in group) for group in ours.values()]
+    assert edge == found.touches.tolist()
     left = {tuple(map(int, place)) for place in np.argwhere(mask)}
     theirs = []
     while left:

@@ -18,7 +18,6 @@ from evaluation.metrics.picture import MEASURES, gradient, measures
 from evaluation.metrics.protocol import Choices, Frame, VideoInfo
 from evaluation.metrics.returns import Memory
 from evaluation.metrics.series import clips, ends, means, windows
-from evaluation.metrics.steps import cells
 from training.world import render, sample, to_frames
 from utils.video import VideoWriter, open_video, read_video
 
@@ -122,7 +121,7 @@ def test_flicker_borders_and_rests_by_hand():
     assert got["border_flicker", "whole", None] == pytest.approx(2)
     assert got["frozen", "whole", None] == 1  # every chunk is a rest of 0.56 s or longer
     assert values(frames[::8], "frozen")["frozen", "whole", None] == 0
-    assert cells(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))[0, 0] == pytest.approx([22.5, 23.5, 24.5])
+    assert Frame(0, np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).cells[0, 0] == pytest.approx([22.5, 23.5, 24.5])
 
 
 def test_memory_thins_out_evenly():

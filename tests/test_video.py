@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from utils import video
 from utils.files import hold, temp_files, temp_path
 from utils.video import QUEUE_CHUNKS, VideoWriter, fit_to, read_image, read_video
 
@@ -87,6 +88,16 @@ def test_equal_frames_give_equal_files(tmp_path):
     for height, width in ((240, 416), (50, 90)):
         files = {write(tmp_path / "v.mp4", clip[:, :height, :width]).read_bytes() for _ in range(25)}
         assert len(files) == 1
+
+
+def test_colours_do_not_depend_on_threads(tmp_path, monkeypatch):
+    """One thread converts to and from RGB as four do: the same file, the same pixels."""
+    clip = np.random.default_rng(0).integers(0, 256, (2, 98, 162, 3), np.uint8)
+    ours = write(tmp_path / "ours.mp4", clip)
+    pixels = read_video(ours)
+    monkeypatch.setattr(video, "RGB_THREADS", 4)
+    assert write(tmp_path / "theirs.mp4", clip).read_bytes() == ours.read_bytes()
+    assert np.array_equal(read_video(ours), pixels)
 
 
 def test_caller_may_reuse_its_buffer(tmp_path):

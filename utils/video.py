@@ -33,6 +33,7 @@ MATRICES = {1: 1, 4: 4, 5: BT601, 6: BT601, 7: 7, 9: 9}  # libav colour space ->
 HD_HEIGHT = 720  # untagged video is BT.709 from here on, BT.601 below, by common convention
 QUEUE_CHUNKS = 6  # some 14 MB each at 832x480: room for moments when the encoder is slower than the maker of frames
 ENCODER_THREADS = 4  # fixed: x264 gives the same bytes everywhere only for the same number of threads
+RGB_THREADS = 1  # to and from RGB; left to itself, PyAV starts and ends a thread a processor for every single frame
 X264_PARAMS = "mbtree=0"  # with mbtree, equal frames now and then give other bytes (it reads memory nobody set)
 KEYFRAME_SECONDS = 4
 FIRST_BYTES = 4096  # where not even these fit, libav would end the process; they are overwritten
@@ -236,7 +237,7 @@ class _Encoder:
 
     def add(self, frame: np.ndarray) -> None:
         picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
-            format="yuv420p", dst_colorspace=BT709, src_color_range=FULL, dst_color_range=LIMITED
+            format="yuv420p", dst_colorspace=BT709, src_color_range=FULL, dst_color_range=LIMITED, threads=RGB_THREADS
         )
         picture.pts, picture.time_base = self.count, self.time_base
         self.count += 1
@@ -360,7 +361,9 @@ def _rgb(picture: av.VideoFrame) -> np.ndarray:
     """uint8 [H, W, 3] of a decoded frame, in its own colour matrix and turned upright."""
     untagged = BT709 if picture.height >= HD_HEIGHT else BT601
     matrix = MATRICES.get(picture.colorspace, untagged)
-    image = picture.reformat(format="rgb24", src_colorspace=matrix, dst_colorspace=matrix).to_ndarray()
+    image = picture.reformat(
+        format="rgb24", src_colorspace=matrix, dst_colorspace=matrix, threads=RGB_THREADS
+    ).to_ndarray()
     return np.rot90(image, round(picture.rotation / 90)) if picture.rotation else image
 
 

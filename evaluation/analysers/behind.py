@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 from evaluation.analysers.palette import nearest
 from evaluation.analysers.segment import blocks
@@ -39,9 +40,7 @@ def look_behind(frames: np.ndarray, free: np.ndarray) -> Behind:
     """Measure the background. Shapes: frames uint8 [T, H, W, 3]; free bool [T, H, W], True where no subject is near."""
     histogram = np.zeros((len(frames), 3, LEVELS), np.int64)
     for index, (frame, open_) in enumerate(zip(frames, free, strict=True)):
-        seen = np.flatnonzero(open_)
-        for channel in range(3):
-            histogram[index, channel] = np.bincount(frame[..., channel].take(seen), minlength=LEVELS)
+        histogram[index] = np.reshape(Image.fromarray(frame).histogram(Image.fromarray(open_)), (3, LEVELS))
     rgb = mean_of(histogram)
     energy = np.concatenate([_pattern_energy(frames[block], free[block]) for block in blocks(len(frames))])
     return Behind(rgb, nearest(rgb, lightness=0.7), name_pattern(energy), histogram, energy)

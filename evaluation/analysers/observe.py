@@ -70,7 +70,7 @@ def _shapes(frames: np.ndarray) -> tuple[Shapes, np.ndarray, np.ndarray]:
     parts, owned, free = [], np.zeros(frames.shape[:3], bool), np.empty(frames.shape[:3], bool)
     for block in blocks(len(frames)):
         mask, found = name_and_segment(frames[block])
-        owned[block][found.frame[found.component], found.y, found.x] = True
+        owned[block].reshape(-1)[found.at] = True
         free[block] = ~grown(owned[block] | mask & _sparse(mask), max(1, round(HALO_SHARE * frames.shape[1])))
         part = describe(frames[block], found)
         parts.append(replace(part, frame=part.frame + block.start))

@@ -22,13 +22,21 @@ SECOND_COLOUR = 0.2                     # share of a component from which its se
 
 @dataclass(frozen=True)
 class Pixels:
-    """The pixels of all accepted components, in no special order."""
+    """The pixels of components, one component after the other, each in the order of reading."""
 
-    component: np.ndarray   # [P] int64
-    y: np.ndarray           # [P]
-    x: np.ndarray           # [P]
-    frame: np.ndarray       # [C] int64, the frame of each component
-    touches: np.ndarray     # [C] pixels on the frame's outline
+    at: np.ndarray          # [P] int64, index into the flattened [T, H, W]
+    area: np.ndarray        # [C] int64, pixels of each component
+    frame: np.ndarray       # [C] int64, ascending
+    touches: np.ndarray     # [C] int64, pixels on the frame's outline
+
+    def total(self, values: np.ndarray) -> np.ndarray:
+        """Sums over each component, whole numbers as int64. Shapes: [P, ...] -> [C, ...]."""
+        kind = values.dtype if values.dtype.kind in "fc" else np.int64
+        return np.add.reduceat(values, np.cumsum(self.area) - self.area, 0, dtype=kind)
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """Each component's value for all of its pixels. Shapes: [C] -> [P]."""
+        return np.repeat(values, self.area)
 
 
 def blocks(num_frames: int) -> Iterator[slice]:
@@ -67,33 +75,38 @@ def _connected(mask: np.ndarray, barrier: np.ndarray | None = None) -> Pixels:
     `barrier` [T, H, W] int: pixels of different values are not joined.
     """
     frames, height, width = mask.shape
-    value = mask.astype(np.int16) if barrier is None else np.where(mask, barrier.astype(np.int16) + 1, 0)
-    starts = value != 0
-    starts[:, :, 1:] &= value[:, :, 1:] != value[:, :, :-1]
-    run_of = np.cumsum(starts.reshape(-1), dtype=np.int64).reshape(mask.shape) - 1
-    runs = int(run_of.reshape(-1)[-1]) + 1 if mask.size else 0
-    if runs <= 0:
-        empty = np.zeros(0, np.int64)
-        return Pixels(empty, empty, empty, empty, empty)
-    meets = (value[:, 1:] != 0) & (value[:, 1:] == value[:, :-1])
-    upper, lower = run_of[:, :-1][meets], run_of[:, 1:][meets]
-    root = _unite(runs, upper, lower)
-    flat = np.flatnonzero(mask)
-    number = np.cumsum(root == np.arange(runs)) - 1
-    component = number[root][run_of.reshape(-1)[flat]]
-    frame, rest = np.divmod(flat, height * width)
-    y, x = np.divmod(rest, width)
-    count = int(number[-1]) + 1
-    of_frame = np.zeros(count, np.int64)
-    of_frame[component] = frame
-    edge = (y == 0) | (y == height - 1) | (x == 0) | (x == width - 1)
-    return Pixels(component, y, x, of_frame, np.bincount(component, edge, count))
+    padded = width + 1                                            # nothing ends every row
+    value = np.zeros(1 + frames * height * padded, np.int16)      # and begins all
+    rows = value[1:].reshape(frames, height, padded)
+    rows[:, :, :width] = mask if barrier is None else np.where(mask, barrier + 1, 0)
+    change = np.flatnonzero(value[1:] != value[:-1])
+    colour = value[1:].take(change)
+    runs = np.flatnonzero(colour)
+    begin, end, colour = change[runs], change[runs + 1], colour[runs]
+    row, x = np.divmod(begin, padded)
+    frame, y = np.divmod(row, height)
+    first = np.searchsorted(end, begin - padded, "right")         # the runs above: those that end after mine begins
+    met = np.searchsorted(begin, end - padded) - first            # and begin before mine ends
+    met[y == 0] = 0                                               # above is another frame
+    upper, lower = _ranges(first, met), np.repeat(np.arange(len(runs)), met)
+    same = colour[upper] == colour[lower]
+    root = _unite(len(runs), upper[same], lower[same])
+
+    component = (np.cumsum(root == np.arange(len(runs))) - 1)[root]
+    order = np.argsort(component, kind="stable")
+    length = end - begin
+    on_edge = np.where((y == 0) | (y == height - 1), length, (x == 0).astype(np.int64) + (x + length == width))
+    area, touches = (np.bincount(component, count).astype(np.int64) for count in (length, on_edge))
+    return Pixels(_ranges((row * width + x)[order], length[order]), area, frame[root == np.arange(len(runs))], touches)
+
+
+def _ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """All of start[0] ... start[0] + length[0] - 1, then those of start[1], and so on."""
+    return np.arange(length.sum()) + np.repeat(start - np.cumsum(length) + length, length)
 
 
 def _unite(count: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The smallest member of each node's connected set. Shapes: a, b [E] the edges; returns [count]."""
-    pairs = np.unique(a * count + b)
-    a, b = np.divmod(pairs, count)
     root = np.arange(count)
     while True:
         low = np.minimum(root[a], root[b])
@@ -110,48 +123,33 @@ def _unite(count: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _colour_counts(found: Pixels, names: np.ndarray) -> np.ndarray:
     """[C, subjects]: how many pixels of each colour, counting only those whose neighbours to the sides share it."""
-    frame = found.frame[found.component]
-    width = names.shape[2]
-    here = names[frame, found.y, found.x]
-    left = names[frame, found.y, np.maximum(found.x - 1, 0)]
-    right = names[frame, found.y, np.minimum(found.x + 1, width - 1)]
-    inside = (here == left) & (here == right) & (here < len(SUBJECTS))
-    table = np.bincount(
-        found.component[inside] * len(SUBJECTS) + here[inside], minlength=len(found.frame) * len(SUBJECTS),
-    )
-    return table.reshape(-1, len(SUBJECTS))
+    colours = len(SUBJECTS) + 1
+    inside = np.where(_like_neighbours(names, axes=(2,)), np.minimum(names, len(SUBJECTS)), len(SUBJECTS))
+    entry = found.spread(np.arange(len(found.area)) * colours) + inside.take(found.at)
+    return np.bincount(entry, minlength=len(found.area) * colours).reshape(-1, colours)[:, :-1]
 
 
 def _two_coloured(found: Pixels, names: np.ndarray) -> np.ndarray:
     """[C] bool: components with two colours of weight, large enough for two shapes."""
-    if not len(found.frame):
-        return np.zeros(0, bool)
     smallest = SMALLEST_SHARE * names.shape[1] * names.shape[2]
     second = np.sort(_colour_counts(found, names), 1)[:, -2]
-    area = np.bincount(found.component, minlength=len(found.frame))
-    return (second > SECOND_COLOUR * area) & (second > 0.6 * smallest)
+    return (second > SECOND_COLOUR * found.area) & (second > 0.6 * smallest)
 
 
 def _apart(found: Pixels, names: np.ndarray, mixed: np.ndarray) -> np.ndarray:
     """A barrier map [T, H, W] int16: the colour's index inside two-coloured components, one value elsewhere."""
     barrier = np.full(names.shape, len(SUBJECTS), np.int16)
-    inside = mixed[found.component]
-    frame, y, x = found.frame[found.component[inside]], found.y[inside], found.x[inside]
-    barrier[frame, y, x] = names[frame, y, x]
+    inside = found.at[found.spread(mixed)]
+    barrier.reshape(-1)[inside] = names.take(inside)
     return barrier
 
 
 def _accepted(found: Pixels, shape: tuple[int, ...]) -> Pixels:
     """Drop specks, what covers half the frame, and what runs along its outline."""
     _, height, width = shape
-    area = np.bincount(found.component, minlength=len(found.frame))
-    keep = (area >= SMALLEST_SHARE * height * width) & (area <= LARGEST_SHARE * height * width)
+    keep = (found.area >= SMALLEST_SHARE * height * width) & (found.area <= LARGEST_SHARE * height * width)
     keep &= found.touches <= BORDER_CONTACT * 2 * (height + width)
-    number = np.cumsum(keep) - 1
-    inside = keep[found.component] if len(found.component) else np.zeros(0, bool)
-    return Pixels(
-        number[found.component[inside]], found.y[inside], found.x[inside], found.frame[keep], found.touches[keep],
-    )
+    return Pixels(found.at[found.spread(keep)], found.area[keep], found.frame[keep], found.touches[keep])
 
 
 def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
@@ -170,8 +168,13 @@ def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
 
 def surrounded(owner: np.ndarray) -> np.ndarray:
     """Pixels of `owner` [T, H, W] whose four neighbours, as far as the frame reaches, all equal them."""
+    return _like_neighbours(owner, axes=(1, 2))
+
+
+def _like_neighbours(owner: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Pixels of `owner` [T, H, W] that equal their neighbours along these axes."""
     inside = np.ones(owner.shape, bool)
-    for axis in (1, 2):
+    for axis in axes:
         here, there = (np.moveaxis(values, axis, 0) for values in (owner, inside))
         same = here[1:] == here[:-1]
         there[1:] &= same

@@ -44,26 +44,22 @@ class Shapes:
 
 def describe(frames: np.ndarray, found: Pixels) -> Shapes:
     """Measure and name every component. Shapes: frames uint8 [T, H, W, 3]."""
-    count = len(found.frame)
-
-    def total(weight: np.ndarray | None = None) -> np.ndarray:
-        return np.bincount(found.component, weight, count).astype(np.float64)
-
-    area = np.maximum(total(), 1)
-    x, y = total(found.x) / area, total(found.y) / area
-    z = (found.x - x[found.component]) + 1j * (found.y - y[found.component])
+    total, spread, area = found.total, found.spread, found.area
+    rows, columns = np.divmod(found.at % (frames.shape[1] * frames.shape[2]), frames.shape[2])
+    x, y = total(columns) / area, total(rows) / area
+    z = (columns - spread(x)) + 1j * (rows - spread(y))
     distance = np.abs(z)
-    spread = total(distance ** 2) / area                      # squared rms radius
+    scatter = total(distance ** 2) / area                     # squared rms radius
     moments, power, length = [], z * z, distance ** 2
     for _ in ORDERS:                                          # each the one before times z
         power, length = power * z, length * distance
-        moments.append((total(power.real) + 1j * total(power.imag)) / np.maximum(total(length), 1e-9))
-    core = total(distance < CORE * np.sqrt(spread)[found.component]) / area
-    compact = area / (2 * np.pi * np.maximum(spread, 1e-9))
+        moments.append(total(power) / np.maximum(total(length), 1e-9))
+    core = total(distance < spread(CORE * np.sqrt(scatter))) / area
+    compact = area / (2 * np.pi * np.maximum(scatter, 1e-9))
     features = np.stack([*(np.abs(moment) for moment in moments), compact, core], 1)
     kind = name_kind(features)
     rgb = _mean_colour(frames, found)
-    phase = np.zeros(count)
+    phase = np.zeros(len(area))
     for name, order in SYMMETRY.items():
         mine = kind == KINDS.index(name)
         phase[mine] = np.angle(moments[ORDERS.index(order)][mine]) / (2 * np.pi * order)
@@ -72,12 +68,12 @@ def describe(frames: np.ndarray, found: Pixels) -> Shapes:
 
 def _mean_colour(frames: np.ndarray, found: Pixels) -> np.ndarray:
     """Mean over the pixels that are surrounded by their own component: its rim is mixed with the background."""
-    owner = np.full(frames.shape[:3], -1, np.int32)
-    owner[found.frame[found.component], found.y, found.x] = found.component
-    inside = np.flatnonzero(surrounded(owner) & (owner >= 0))
-    component, count = owner.take(inside), len(found.frame)
-    sums = [np.bincount(component, values, count) for values in frames.reshape(-1, 3).take(inside, 0).T]
-    return np.stack(sums, 1) / np.maximum(np.bincount(component, minlength=count), 1)[:, None] / 255
+    owner = np.zeros(frames.shape[:3], np.uint16)
+    first = np.searchsorted(found.frame, found.frame)                   # of its frame: neighbours are told apart there
+    owner.reshape(-1)[found.at] = found.spread(1 + np.arange(len(first)) - first)
+    inside = surrounded(owner).take(found.at)
+    sums = found.total(frames.reshape(-1, 3).take(found.at, 0) * inside[:, None])
+    return sums / np.maximum(found.total(inside), 1)[:, None] / 255
 
 
 def name_colour(rgb: np.ndarray) -> np.ndarray:

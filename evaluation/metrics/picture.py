@@ -49,7 +49,8 @@ class PictureReader:
 def measures(frame: Frame) -> tuple[float, ...]:
     """The numbers of one frame, in the order of MEASURES."""
     luma = frame.luma
-    chroma = frame.thumbnail.max(axis=2) - frame.thumbnail.min(axis=2)
+    red, green, blue = np.moveaxis(frame.thumbnail, 2, 0)
+    chroma = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
     from_edge = np.minimum(luma, 255 - luma)
     clipped = np.clip((CLEAR - from_edge) / (CLEAR - CLIPPED), 0, 1)
     return (

@@ -19,6 +19,7 @@ from evaluation.analysers.stability import ChunkLayout
 Granularity = Literal["second", "clip2s", "window10s", "whole", "first_last_5s", "first_last_15pct"]
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 THUMBNAIL = 48
+CELL = 4  # thumbnail pixels a side of a cell; smaller motion averages out in it
 NO_PROMPT = "no prompt is known. Give --prompts FILE, or keep the JSON beside the video"
 NO_CHUNKS = "the chunk layout is not known. Give --chunk_frames FIRST LATER (Self Forcing: 9 12), or keep the JSON " \
             "beside the video"
@@ -69,6 +70,15 @@ class Frame:
         """The picture averaged over squares of pixels, its shorter side about THUMBNAIL pixels: uint8 [h, w, 3]."""
         factor = max(1, min(self.rgb.shape[:2]) // THUMBNAIL)
         return np.asarray(self.image.reduce(factor))
+
+    @cached_property
+    def cells(self) -> np.ndarray:
+        """Means over cells of CELL x CELL thumbnail pixels: float32 [h / CELL, w / CELL, 3]."""
+        size = min(CELL, *self.thumbnail.shape[:2])
+        rows, columns = (side // size for side in self.thumbnail.shape[:2])
+        whole = self.thumbnail[:rows * size, :columns * size].reshape(rows, size, columns * size * 3)
+        lines = whole.sum(1, dtype=np.uint16).reshape(rows, columns, size, 3)  # whole numbers add exactly
+        return lines.sum(2, dtype=np.uint16) / np.float32(size * size)
 
 
 @dataclass(frozen=True)

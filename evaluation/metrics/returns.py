@@ -6,13 +6,13 @@ A loop repeats what was seen; a roll-back is a cut to something seen before. Mot
 from __future__ import annotations
 
 from collections import deque
+from statistics import median
 
 import numpy as np
 
 from evaluation.analysers.stability import LEAP, RETURN, SMALLEST_LEAP
 from evaluation.metrics.protocol import CannotMeasureError, Frame, Value, VideoInfo
 from evaluation.metrics.series import means
-from evaluation.metrics.steps import cells
 
 EARLIER_S = 2.0        # what lies further back than this is earlier
 QUERIES_PER_S = 4.0
@@ -80,11 +80,11 @@ class ReturnsReader:
         self.rollbacks = 0
 
     def add(self, frame: Frame) -> None:
-        now = cells(frame.thumbnail).reshape(-1)
+        now = frame.cells.reshape(-1)
         again = np.nan
         if self.recent:
             step = float(np.abs(now - self.recent[-1]).mean())
-            usual = float(np.median(self.steps)) if self.steps else np.inf
+            usual = median(self.steps) if self.steps else np.inf
             if step > max(LEAP * usual, 255 * SMALLEST_LEAP) and self.memory.nearest(now) < RETURN * step:
                 self.rollbacks += 1
             self.steps.append(step)

@@ -7,7 +7,6 @@ from evaluation.analysers.stability import border_steps
 from evaluation.metrics.protocol import NO_CHUNKS, CannotMeasureError, Frame, Value, VideoInfo
 from evaluation.metrics.series import of_frames
 
-CELL = 4             # thumbnail pixels a side of a cell; smaller motion averages out in it
 STILL_LEVELS = 1.0   # no cell changes by more, of 255: a re-encoded still picture stays below
 STILL_S = 0.5        # shorter rests are part of a motion
 
@@ -60,7 +59,7 @@ class BordersReader:
         self.steps: list[float] = []
 
     def add(self, frame: Frame) -> None:
-        now = cells(frame.thumbnail)
+        now = frame.cells
         self.steps.append(np.nan if self.before is None else float(np.abs(now - self.before).mean()))
         self.before = now
 
@@ -93,7 +92,7 @@ class FrozenReader:
         self.still: list[float] = []
 
     def add(self, frame: Frame) -> None:
-        now = cells(frame.thumbnail)
+        now = frame.cells
         if self.anchor is not None and np.abs(now - self.anchor).max() <= STILL_LEVELS:
             self.rest_frames += 1
         else:
@@ -106,11 +105,3 @@ class FrozenReader:
         if len(self.still) < 2:
             raise CannotMeasureError("a single frame neither moves nor stands still")
         return of_frames("frozen", self.still, self.fps, drift=False)
-
-
-def cells(thumbnail: np.ndarray) -> np.ndarray:
-    """Means over cells of CELL x CELL thumbnail pixels. Shapes: uint8 [h, w, 3] -> float32 [h / CELL, w / CELL, 3]."""
-    size = min(CELL, *thumbnail.shape[:2])
-    rows, columns = thumbnail.shape[0] // size, thumbnail.shape[1] // size
-    whole = thumbnail[:rows * size, :columns * size].reshape(rows, size, columns, size, 3)
-    return whole.mean(axis=(1, 3), dtype=np.float32)
