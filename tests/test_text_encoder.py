@@ -215,9 +215,7 @@ def test_unknown_words_are_told_in_one_line(words: PromptTokens, caplog: pytest.
     assert "w6, w7 and 3 more. It" in caplog.messages[1] and len(words.unknown_words(many)) == 11
     words.warn("z" * 9999 + many)
     assert max(map(len, caplog.messages[2:])) < 300
-    told = {"\u2605": "\u2605", "a \u2605 !": "\u2605", "!!! ?!": "!!! ?!", ". ,": ". ,", "a red + blue!": ""}
-    for prompt, signs in told.items():  # pictures always; other signs where no word is known beside them
-        assert words.unknown_words(prompt) == signs.split()
+    assert words.unknown_words("a \u2605 !? + blue") == ["\u2605"]  # pictures are words, other signs are none
 
 
 def test_a_tokenizer_that_spells_knows_every_word(tmp_path: Path) -> None:

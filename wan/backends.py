@@ -53,8 +53,7 @@ def _settle_torchs_choice(device: torch.device) -> None:
     That order would end with our context if ours were the first call, and the VAE's attention would round differently
     in a process that has read its prompts' embeddings from disk than in one whose text encoder came first.
     """
-    one = torch.zeros(1, 1, 1, 8, device=device, dtype=torch.bfloat16)
-    F.scaled_dot_product_attention(one, one, one)
+    F.scaled_dot_product_attention(*[torch.zeros(1, 1, 1, 8, device=device, dtype=torch.bfloat16)] * 3)
 
 
 @cache

@@ -20,8 +20,7 @@ from wan.checkpoint import CheckpointError
 log = logging.getLogger(__name__)
 
 _FOLDERS = (".", "tokenizer", "google/umt5-xxl")
-_SHOWN_WORDS = 8
-_SHOWN_LETTERS = 40
+_SHOWN_WORDS, _SHOWN_LETTERS = 8, 40
 
 
 def clean_prompt(text: str) -> str:
@@ -62,25 +61,21 @@ class PromptTokens:
         """One line in the log about what a cut loses, and one about words that the tokenizer does not have."""
         count = self.count(prompt)
         if count > self.text_len:
-            begins = " ".join(map(_short, clean_prompt(prompt).split()[:_SHOWN_WORDS]))
             log.warning(
                 "prompt of %d tokens is longer than the %d the model reads; its last %d are lost: %s ...",
-                count, self.text_len, count - self.text_len, begins,
+                count, self.text_len, count - self.text_len, clean_prompt(prompt)[:_SHOWN_LETTERS],
             )
         unknown = self.unknown_words(prompt)
         if unknown:
             more = f" and {len(unknown) - _SHOWN_WORDS} more" if len(unknown) > _SHOWN_WORDS else ""
             log.warning(
                 "the model does not know these words, and will not show them: %s%s. It understands %s",
-                ", ".join(map(_short, unknown[:_SHOWN_WORDS])), more,
+                ", ".join(word[:_SHOWN_LETTERS] for word in unknown[:_SHOWN_WORDS]), more,
                 self._understands or "the words of its tokenizer alone",
             )
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Words of the prompt that a tokenizer of whole words lacks, each once; others can spell any word.
-
-        A picture, such as an emoji, is a word; other signs are none, but where no word is known they are all there is.
-        """
+        """Words and pictures of the prompt that a tokenizer of whole words lacks, each once; others spell any word."""
         tokenizer, text = self._tokenizer, clean_prompt(prompt)
         model = tokenizer.backend_tokenizer.model if isinstance(tokenizer, PreTrainedTokenizerFast) else None
         if not isinstance(model, WordLevel):
@@ -88,20 +83,13 @@ class PromptTokens:
         found = tokenizer(text, verbose=False, return_offsets_mapping=True)
         unknown = model.token_to_id(model.unk_token)
         pairs = zip(found.input_ids, found.offset_mapping, strict=True)
-        pieces = [(text[start:stop], token == unknown) for token, (start, stop) in pairs]
-        words = [piece for piece, is_unknown in pieces if is_unknown and any(map(_tells, piece))]
-        if not words and not any(any(map(str.isalpha, piece)) for piece, _ in pieces):
-            words = text.split()
-        return list(dict.fromkeys(words))
+        words = [text[start:stop] for token, (start, stop) in pairs if token == unknown]
+        return list(dict.fromkeys(word for word in words if any(map(_tells, word))))
 
 
 def _tells(character: str) -> bool:
     """Whether it may stand for a thing: a letter, a digit, a picture."""
     return character.isalnum() or unicodedata.category(character) == "So"
-
-
-def _short(word: str) -> str:
-    return word if len(word) <= _SHOWN_LETTERS else f"{word[:_SHOWN_LETTERS]}..."
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -137,7 +137,9 @@ class LayerCache:
         if self._moment is None:
             raise RuntimeError("no chunk has begun: call KVCache.begin(chunk) before the model's forward.")
         frames, new, is_first = self._moment.chunk.frames, keys.shape[1], self.plan is None
-        space, stored, voting = self._turns.space(frames), self._staging_slots(new), frames if self.votes else 0
+        space, voting = self._turns.space(frames), frames if self.votes else 0
+        # what only looks ahead has no room in the store: it is staged at the window's end
+        stored = self.window.slots(self.window.tokens - new, new) if self._moment.lookahead else self.store.slots(new)
         if is_first:
             self._vote(self._stage(query, keys, values, space, stored, voting))
             self.plan = self._checked_plan()
@@ -150,10 +152,6 @@ class LayerCache:
             sums, query = self._both(query, keys, values, space, by, stored, seen, voting)
             self._vote(sums)
         return self.window.seen(query, past + new)
-
-    def _staging_slots(self, new: int) -> Tensors:
-        """Where a pass leaves its `new` tokens; of a look ahead, which the store has no room for, at a window's end."""
-        return self.window.slots(self.window.tokens - new, new) if self._moment.lookahead else self.store.slots(new)
 
     def _load_window(self, is_first: bool) -> None:
         """Once a chunk, or before every pass if all layers share the window; then each makes its rotations anew."""
