@@ -78,7 +78,7 @@ def fit_memory(plan: RunPlan, name: str, batch: int) -> RunPlan:
     cheaper = f"--decoder {tiny[0]} is approximate and needs far less than the Wan VAE's own; " if tiny else ""
     raise ConfigError(
         f"{plan.geometry.width}x{plan.geometry.height} at --batch_size {batch} does not fit {plan.device}, which has "
-        f"{_gib(there)}. Needed: {sizes}. {advice} the size, --batch_size or kv_cache.window_frames; "
+        f"{_gib(there)}. Needed: {sizes}. {advice} the size, --batch_size or the frames in kv_cache; "
         f"{'' if plan.tiny_decoder else cheaper}--dry_run on a larger device shows what each part needs."
     )
 

@@ -150,8 +150,8 @@ def check_branch(path: Path, sizes: BranchSizes) -> tuple[int, ...]:
         ) from error
     if found != sizes:
         raise CheckpointError(
-            f"{path}: a compressor for another network or reduction: {found}, wanted {sizes} (time and space in "
-            "latents). Set kv_cache.time_reduction and space_reduction as it was trained, or give another file."
+            f"{path}: a compressor for another network or reduction: {found}, wanted {sizes}. Set "
+            "kv_cache.time_reduction, and space_reduction times a token's latent rows, as it was trained, or give another file."
         )
     return channels
 

@@ -37,7 +37,7 @@ class PackForcing(KVPolicy):
         window span `squeeze_frames` (`squeeze`); the last two keep the window near the training length.
     """
 
-    sink_frames: int
+    sink_frames: int                        # whole chunks: of one they share, the rest is forgotten
     recent_frames: int                      # newest frames before the chunk, whole chunks
     top_chunks: int                         # most packets that a chunk sees
     archive_chunks: int = 128               # most packets kept, the oldest make room; 0 is no limit
