@@ -151,7 +151,7 @@ def check_branch(path: Path, sizes: BranchSizes) -> tuple[int, ...]:
     if found != sizes:
         raise CheckpointError(
             f"{path}: a compressor for another network or reduction: {found}, wanted {sizes}. Set "
-            "kv_cache.time_reduction and space_reduction (times the latent rows of a token) as it was trained, or give another file."
+            "kv_cache.time_reduction and space_reduction (times a token's latent rows) to what it was trained for."
         )
     return channels
 
