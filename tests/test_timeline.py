@@ -335,7 +335,7 @@ def test_bad_timelines_say_what_is_wrong(tmp_path: Path, text: str, words: str) 
 def test_bad_yaml_timelines_say_what_is_wrong(tmp_path: Path) -> None:
     """The same for .yaml; a broken one is named with its line, and extended prompts do not go with timelines."""
     wanted, deep = "a timeline is a list", ("[" * 3000, "nested too deeply")
-    twice = "- {time: 0, prompt: a}\n- {time: 5, prompt: b,\n   prompt: c}", "t.yaml:3: .*key prompt stands there twice"
+    twice = "- {time: 0, prompt: a}\n- {time: 5, prompt: b,\n   prompt: c}", "t.yaml:3: .*duplicate key prompt"
     for text, words in (("a: 1", wanted), ("[1", "t.yaml:1: not valid YAML"), ("", wanted), deep, twice):
         with pytest.raises(ValueError, match=words):
             load(tmp_path / "t.yaml", text)
