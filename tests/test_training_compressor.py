@@ -163,24 +163,26 @@ def test_a_clip_without_packets_is_refused(vae: Path) -> None:
         make_stage(vae, sink_frames=4)
 
 
-def test_from_training_to_a_video(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("chunk", "frames", "config"), [(3, 12, "packforcing"), (4, 20, "packforcing_4")])
+def test_from_training_to_a_video(tmp_path: Path, chunk: int, frames: int, config: str) -> None:
     """The stage by its command line, resumed, then the file it wrote in a run of inference.py."""
     model, folder = make_model(tmp_path / "model"), tmp_path / "run"
-    settings = Settings(model=str(model))
+    settings = Settings(model=str(model), chunk_frames=chunk)
     shop = Workshop(settings, folder, CPU)
     both = torch.nn.ModuleDict({"model": network(4), "captions": shop.captions()})
     pack({"ema": dict(both.named_parameters())}, 1, "teacher", folder)
     command = [
         "compressor", "--folder", str(folder), "--output", str(tmp_path), "--device", "cpu", "--set", f"model={model}",
-        "compressor.batch=1", "compressor.latent_frames=12", "compressor.captions=4", "compressor.channels=[4,6,8]",
-        "compressor.critic_updates=1", "log_every=1",
+        f"chunk_frames={chunk}", f"compressor.sink_frames={chunk}", f"compressor.recent_frames={chunk}",
+        "compressor.batch=1", f"compressor.latent_frames={frames}", "compressor.captions=4",
+        "compressor.channels=[4,6,8]", "compressor.critic_updates=1", "log_every=1",
     ]
     assert tiny.main([*command, "compressor.steps=1"]) == 0
     assert tiny.main([*command, "compressor.steps=2"]) == 0  # goes on where the first ended
     losses = [json.loads(line) for line in (folder / "compressor.jsonl").read_text().splitlines()]
     assert [line["step"] for line in losses] == [1, 2] and all(line["critic"] > 0 for line in losses)
     arguments = [
-        "--config_path", str(ROOT / "configs" / "packforcing.yaml"), "--prompt", "a red circle", "--device", "cpu",
+        "--config_path", str(ROOT / "configs" / f"{config}.yaml"), "--prompt", "a red circle", "--device", "cpu",
         "--num_output_frames", "24", "--output_folder", str(tmp_path / "videos"), "--set", f"model={model}",
         "kv_cache.compressor=dual", f"kv_cache.compressor_weights={tmp_path / 'compressor' / 'model.safetensors'}",
     ]

@@ -113,6 +113,7 @@ class Settings:
 
     seed: int = 0
     model: str = "tiny"             # a file stem of configs/models
+    chunk_frames: int = 3           # latent frames made at a time; what stages count in frames is whole chunks
     checkpoint_seconds: float = 120.0
     log_every: int = 50
     vae: VaeSettings = field(default_factory=VaeSettings)

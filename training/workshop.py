@@ -31,7 +31,7 @@ class Workshop:
         self.spec = load_model_spec(settings.model)
         self.architecture = architecture_of(self.spec)
         self.geometry = VideoGeometry(
-            height=self.spec.height, width=self.spec.width, fps=self.spec.fps, chunk_frames=3,
+            height=self.spec.height, width=self.spec.width, fps=self.spec.fps, chunk_frames=settings.chunk_frames,
             spatial_stride=self.spec.spatial_stride, temporal_stride=self.spec.temporal_stride,
         )
         if settings.vae.path is not None and not Path(settings.vae.path).is_dir():
