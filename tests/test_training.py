@@ -17,9 +17,10 @@ from training.parts import CaptionEncoder, make_text_encoder, make_tokenizer, ma
 from training.settings import Settings, TextSettings, VaeSettings
 from training.teacher import OpeningFlow, TeacherForcedFlow
 from training.vae import VaeStage
+from training.workshop import Workshop
 from training.world import sample, spellings, words
 from training.world.wording import written
-from utils.config import REPOSITORY
+from utils.config import REPOSITORY, ConfigError
 from wan.vae import WanVAE
 from wan.vae_passes import VaePasses
 
@@ -68,6 +69,13 @@ def test_an_opening_alone_equals_the_first_chunk() -> None:
         model = flow.attach(make_tiny().model)
         flows.append(flow(model, clean[:, :frames], noise[:, :frames], sigma[:, :frames], embeddings))
     assert_close(flows[1], flows[0][:, :3], rtol=0, atol=2e-5)
+
+
+def test_clips_of_broken_chunks_are_refused(tmp_path: Path) -> None:
+    """Before anything is drawn; the compressor's own clips are checked by its stage."""
+    with pytest.raises(ConfigError, match="data.latent_frames=21 must be whole chunks of chunk_frames=4. Use 20"):
+        Workshop(Settings(chunk_frames=4), tmp_path, CPU).clips()
+    assert not any(tmp_path.iterdir())
 
 
 def test_rollout_memory_equals_the_cache() -> None:

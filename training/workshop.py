@@ -85,8 +85,17 @@ class Workshop:
         return CaptionEncoder(tokenizer, encoder, self.architecture.text_len)
 
     def clips(self) -> tuple[LatentClips, LatentClips]:
-        """Normalised latents of whole clips and of openings; made once, kept in the folder."""
-        path = self.folder / "latents.pt"
+        """Normalised latents of whole clips and of openings; made once, kept in the folder.
+
+        Raises:
+            ConfigError: clips that are no whole chunks.
+        """
+        path, frames, chunk = self.folder / "latents.pt", self.settings.data.latent_frames, self.geometry.chunk_frames
+        if frames % chunk:
+            raise ConfigError(
+                f"data.latent_frames={frames} must be whole chunks of chunk_frames={chunk}. "
+                f"Use {frames - frames % chunk or chunk}."
+            )
         if not path.exists():
             vae, captions, s = self.vae().to(working_dtype(self.device)), self.captions(), self.settings.data
             clips = make_clips(
