@@ -28,7 +28,8 @@ from wan.kv_cache.policy import build_policy, policy_fields
 
 METHODS = {  # title -> YAML of configs/
     "Self Forcing": "self_forcing", "LongLive": "longlive", "Rolling Forcing": "rolling_forcing", "CausVid": "causvid",
-    "Deep Sink": "deep_sink", "Deep Forcing": "deep_forcing", "PackForcing": "packforcing",
+    "Deep Sink": "deep_sink", "Deep Forcing": "deep_forcing", "PackForcing": "packforcing_4",
+    "PackForcing, squeezed": "packforcing",
 }
 KINDS = {"chosen": "tab:purple", "sink": "tab:red", "recent": "tab:blue", "in the making": "tab:green"}
 SECONDS, SIDE = 60, 8          # length drawn; tokens of a frame, along each side

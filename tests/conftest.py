@@ -53,7 +53,7 @@ EVERY_POLICY = {
         "space_reduction": 2, "compressor": "kv_pool",
     },
     "packforcing_newest": {
-        "policy": "packforcing", "sink_frames": 4, "recent_frames": 6, "top_chunks": 2, "archive_chunks": 5,
+        "policy": "packforcing", "sink_frames": 6, "recent_frames": 6, "top_chunks": 2, "archive_chunks": 5,
         "space_reduction": 1, "compressor": "kv_pool", "selection": "newest", "positions": "original",
     },
     "packforcing_squeezed": {

@@ -273,6 +273,8 @@ def test_packets_take_the_time_they_are_given(span: str, step: float) -> None:
     ({"archive_chunks": 2}, "Raise it to at least 3, or to 0"),
     ({"space_reduction": 9}, "space of 1 to 4"),
     ({"sink_frames": -1}, "sink_frames=-1"),
+    ({"sink_frames": 5}, "sink_frames=5 must be whole chunks of 3 frames.* Use 6"),
+    ({"positions": "original", "mid_span": "squeeze"}, "mid_span=squeeze has no effect with positions=original"),
     ({"mid_span": "squeeze", "squeeze_frames": 9}, "alone span 9"),
 ])
 def test_sizes_that_do_not_fit_are_refused(settings: dict, message: str) -> None:

@@ -45,7 +45,7 @@ def assert_seen_once(pipeline: ChunkwisePipeline, policy: PackForcing) -> None:
 
 
 SWITCHED = {
-    "one recent chunk": PACK, "two, an odd sink": PACK | {"sink_frames": 4, "recent_frames": 6},
+    "one recent chunk": PACK, "two, a larger sink": PACK | {"sink_frames": 6, "recent_frames": 6},
     "the least archive": PACK | {"archive_chunks": 3}, "a stream": PACK | {"compressor": "latent_pool"},
     "projected": PACK | {"compressor": "latent_pool", "compressed_kv": "project", "archive_chunks": 0},
 }

@@ -38,11 +38,11 @@ def test_what_the_page_says_of_each_method(seen: dict) -> None:
     assert {s.distance["sink"][0] for s in late(seen["Deep Forcing"])} == {-16, -19}
     assert min(s.distance["chosen"][0] for s in seen["Deep Forcing"] if s.distance["chosen"]) < -19
     sinks = [s.distance["sink"][0] for s in seen["PackForcing"] if s.distance["sink"]]
-    assert sinks == sorted(sinks, reverse=True) and sinks[-1] == min(sinks) == -(9 + 16 * 3 + 3)
+    assert sinks == sorted(sinks, reverse=True) and sinks[-1] == min(sinks) == -(8 + 16 * 4 + 4)
     for sight in late(seen["PackForcing"]):  # dense: no hole of a whole frame between sink, packets and recent chunk
         places = [at for kind in ("sink", "chosen", "recent") for at in sight.distance[kind]]
-        assert max(b - a for a, b in zip(places, places[1:], strict=False)) <= 2 and places[-3:] == [-3, -2, -1]
-    squeezed = list(sights(loop_of("packforcing", "kv_cache.mid_span=squeeze"), SECONDS))
+        assert max(b - a for a, b in zip(places, places[1:], strict=False)) <= 2 and places[-4:] == [-4, -3, -2, -1]
+    squeezed = seen["PackForcing, squeezed"]
     assert min(sight.distance["sink"][0] for sight in squeezed if sight.distance["sink"]) == -18
     clips = {s.second for s in seen["CausVid"] if s.distance["recent"] == [-3, -2, -1]}
     assert {round(b - a, 4) for a, b in zip(sorted(clips)[1:], sorted(clips)[2:], strict=False)} == {4.5}

@@ -34,10 +34,10 @@ class PackForcing(KVPolicy):
     Source: PackForcing, arXiv:2603.25730. `packed`: what is seen moves up, in whole chunks, to close the holes that
         unseen packets leave (figure 2c); `original`: nothing moves. `mid_span`: window time of a packet: of the
         chunk that it stands for (`block`, the paper), of its own frames (`tokens`), or as little as makes the whole
-        window span `squeeze_frames` (`squeeze`); the last two keep the window near the training length.
+        window span `squeeze_frames` (`squeeze`), so that a network sees no distance that training never showed it.
     """
 
-    sink_frames: int                        # whole chunks: of one they share, the rest is forgotten
+    sink_frames: int                        # first frames, whole chunks
     recent_frames: int                      # newest frames before the chunk, whole chunks
     top_chunks: int                         # most packets that a chunk sees
     archive_chunks: int = 128               # most packets kept, the oldest make room; 0 is no limit
@@ -62,10 +62,16 @@ class PackForcing(KVPolicy):
         chunk = geometry.chunk_frames
         check_range("sink_frames", self.sink_frames, 0, 1 << 20, "first frames that are kept as they are")
         check_range("top_chunks", self.top_chunks, 0, 1 << 20, "packets that a chunk sees")
-        if self.recent_frames < chunk or self.recent_frames % chunk:
+        for name, frames, least in (("sink_frames", self.sink_frames, 0), ("recent_frames", self.recent_frames, 1)):
+            if frames < least * chunk or frames % chunk:
+                raise ValueError(
+                    f"kv_cache.{name}={frames} must be whole chunks of {chunk} frames{', at least one' * least}: "
+                    f"a chunk is seen whole or as a packet. Use {chunk * max(least, round(frames / chunk))}."
+                )
+        if self.positions == "original" and self.mid_span != "block":
             raise ValueError(
-                f"kv_cache.recent_frames={self.recent_frames} must be whole chunks of {chunk} frames, at least one: "
-                f"chunks leave as a whole. Use {chunk * max(1, round(self.recent_frames / chunk))}."
+                f"kv_cache.mid_span={self.mid_span} has no effect with positions=original, where packets stay where "
+                "their chunks were. Set mid_span=block, or positions=packed."
             )
         least = self.top_chunks + self.recent_frames // chunk
         if self.archive_chunks and self.archive_chunks < least:
