@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline.chunkwise import ChunkwisePipeline  # noqa: E402
 from pipeline.noise import SampleSeed, SeededNoise  # noqa: E402
+from pipeline.packets import Packer  # noqa: E402
 from pipeline.sampler import FewStepSampler  # noqa: E402
 from wan.geometry import VideoGeometry  # noqa: E402
 from wan.kv_cache.cache import KVCache  # noqa: E402
@@ -60,6 +61,10 @@ EVERY_POLICY = {
         "policy": "packforcing", "sink_frames": 3, "recent_frames": 3, "top_chunks": 3, "archive_chunks": 0,
         "space_reduction": 2, "compressor": "kv_pool", "mid_span": "squeeze", "squeeze_frames": 12, "offload": True,
     },
+    "packforcing_stream": {
+        "policy": "packforcing", "sink_frames": 3, "recent_frames": 3, "top_chunks": 2, "archive_chunks": 4,
+        "space_reduction": 2, "compressor": "latent_pool",
+    },
 }
 
 
@@ -88,7 +93,14 @@ class Tiny:
 
     def pipeline(self, policy: KVPolicy, batch: int = 1) -> ChunkwisePipeline:
         sampler = FewStepSampler([1000, 500], shift=5.0, warp=True)
-        return ChunkwisePipeline(self.model, sampler, self.geometry, self.cache(policy, batch))
+        return self.with_packer(ChunkwisePipeline(self.model, sampler, self.geometry, self.cache(policy, batch)), policy)
+
+    def with_packer(self, pipeline: ChunkwisePipeline, policy: KVPolicy) -> ChunkwisePipeline:
+        """What compresses chunks, if the policy asks for more than means of keys and values, put into `pipeline`."""
+        if policy.compression is not None and policy.compression.compressor == "latent_pool":
+            grid = policy.sizes(self.geometry).archive.grid
+            pipeline.packer = Packer(self.model, pipeline.cache, grid, policy.compression, context_time=0.0)
+        return pipeline
 
     def text(self, seed: int = 0, batch: int = 1) -> torch.Tensor:
         config = self.model.config

@@ -71,7 +71,8 @@ class TapeRecorder:
 
 def graphed(tiny: Tiny, policy: KVPolicy, batch: int = 2) -> GraphedPipeline:
     plain = tiny.pipeline(policy, batch)
-    return GraphedPipeline(plain.model, plain.sampler, plain.geometry, plain.cache, TapeRecorder())
+    fast = GraphedPipeline(plain.model, plain.sampler, plain.geometry, plain.cache, TapeRecorder())
+    return tiny.with_packer(fast, policy)
 
 
 def host_state(cache: KVCache) -> list[tuple]:
@@ -142,7 +143,7 @@ def test_a_shared_window_equals_one_for_each_layer(policy: KVPolicy) -> None:
     plain = tiny.pipeline(policy)
     shape = plain.cache.layer(0).store
     cache = KVCache(tiny.cache_shape(1), tiny.geometry, policy, shared_window=True)
-    shared = ChunkwisePipeline(plain.model, plain.sampler, plain.geometry, cache)
+    shared = tiny.with_packer(ChunkwisePipeline(plain.model, plain.sampler, plain.geometry, cache), policy)
     assert cache.layer(0).window is cache.layer(1).window and shape.capacity == cache.layer(0).store.capacity
     assert torch.equal(tiny.run(policy, FRAMES, pipeline=shared), tiny.run(policy, FRAMES))
 

@@ -11,7 +11,6 @@ from test_graphs import graphed
 from torch.testing import assert_close
 
 from benchmarks.memory import kv_bytes
-from pipeline.packets import Packer
 from utils.config import REPOSITORY, load_config
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.archive import FIRST_PLACES
@@ -291,8 +290,7 @@ def test_packets_do_not_touch_the_chunk(stream: str) -> None:
     tiny, settings = make_tiny(height=64), PACK | {"compressor": "latent_pool", "compressed_kv": stream}
     policy = policy_of(settings)
     plain, packed = tiny.pipeline(policy), tiny.pipeline(policy)
-    grid = policy.sizes(tiny.geometry).archive.grid
-    packed.packer = Packer(packed.model, packed.cache, grid, policy.compression, 0.0)
+    plain.packer = None
     a, b = (tiny.run(policy, 9, pipeline=p) for p in (plain, packed))
     assert torch.equal(a, b)  # the fourth chunk is the first to see a packet
     for index in range(SMALL.num_layers):
@@ -306,9 +304,6 @@ def test_packets_beside_replayed_passes() -> None:
     """What compresses runs between a replayed context pass and the commit: bit for bit as with plain passes."""
     tiny, policy = make_tiny(height=64), policy_of(PACK | {"compressor": "latent_pool"})
     pipelines = [graphed(tiny, policy, batch=1), tiny.pipeline(policy)]
-    for pipeline in pipelines:
-        grid = policy.sizes(tiny.geometry).archive.grid
-        pipeline.packer = Packer(tiny.model, pipeline.cache, grid, policy.compression, 0.0)
     for video in range(2):
         fast, eager = (tiny.run(policy, 36, text=video, pipeline=pipeline) for pipeline in pipelines)
         assert torch.equal(fast, eager)

@@ -7,7 +7,6 @@ from conftest import make_tiny, policy_of
 from test_packforcing import PACK
 
 from pipeline.chunkwise import ChunkwisePipeline
-from pipeline.packets import Packer
 from pipeline.timeline import PromptSwitch
 from wan.geometry import ChunkSpan
 from wan.kv_cache.archive import EMPTY
@@ -20,9 +19,6 @@ def switching(settings: dict, on_switch: str):
     pipelines = [tiny.pipeline(policy) for _ in range(2)]
     for pipeline in pipelines:
         pipeline.on_switch = on_switch
-        if policy.compression.compressor != "kv_pool":
-            grid = policy.sizes(tiny.geometry).archive.grid
-            pipeline.packer = Packer(tiny.model, pipeline.cache, grid, policy.compression, 0.0)
     return tiny, policy, *pipelines
 
 

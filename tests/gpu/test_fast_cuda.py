@@ -43,7 +43,8 @@ def pair(name: str, compiler: Compiler, dtype: torch.dtype = torch.bfloat16):
     ]
     common = tiny.pipeline(policy_of(EVERY_POLICY[name]))
     parts = (common.model, common.sampler, common.geometry)
-    return tiny, GraphedPipeline(*parts, caches[0], CudaRecorder()), ChunkwisePipeline(*parts, caches[1])
+    pipelines = GraphedPipeline(*parts, caches[0], CudaRecorder()), ChunkwisePipeline(*parts, caches[1])
+    return tiny, *(tiny.with_packer(pipeline, policy_of(EVERY_POLICY[name])) for pipeline in pipelines)
 
 
 @pytest.mark.parametrize("name", EVERY_POLICY)
