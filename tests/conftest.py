@@ -93,7 +93,8 @@ class Tiny:
 
     def pipeline(self, policy: KVPolicy, batch: int = 1) -> ChunkwisePipeline:
         sampler = FewStepSampler([1000, 500], shift=5.0, warp=True)
-        return self.with_packer(ChunkwisePipeline(self.model, sampler, self.geometry, self.cache(policy, batch)), policy)
+        pipeline = ChunkwisePipeline(self.model, sampler, self.geometry, self.cache(policy, batch))
+        return self.with_packer(pipeline, policy)
 
     def with_packer(self, pipeline: ChunkwisePipeline, policy: KVPolicy) -> ChunkwisePipeline:
         """What compresses chunks, if the policy asks for more than means of keys and values, put into `pipeline`."""

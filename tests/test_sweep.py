@@ -1,4 +1,4 @@
-"""Sweeps: what they stand for, claims, going on after a kill, the tidy table, failures."""
+"""Sweeps: what they stand for, going on after a kill, the tidy table, failures."""
 from __future__ import annotations
 
 import multiprocessing
@@ -22,7 +22,6 @@ from evaluation.metrics.table import Row, write_csv
 from evaluation.metrics.world import WorldMetric
 from evaluation.sweep.results import TABLE, load, refuse_unknown_metrics
 from evaluation.sweep.settings import items_of, load_sweep, variants_of
-from evaluation.sweep.work import Claims, Unit, start_of, work_off
 from evaluation.sweep.workers import labour, prepare
 from training.world import render, sample, to_frames
 from utils.config import REPOSITORY, ConfigError
@@ -30,7 +29,6 @@ from utils.outputs import read_json_lines
 from utils.video import VideoWriter, open_video
 
 SWEEPS = sorted((REPOSITORY / "evaluation" / "sweeps").glob("*.yaml"))
-FORK = multiprocessing.get_context("fork")         # for workers that call no library with threads of its own
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["evaluation.sweep.workers"])
 WAIT_S = 60
@@ -117,72 +115,6 @@ def test_ray_and_workers_go_together(write, tmp_path, capsys):
     assert run(write(), tmp_path / "out", "--ray", "local", "--workers", "0") == 2
     error = capsys.readouterr().err
     assert "go together" in error and "--workers 0 is too small" in error
-
-
-# --- claims ---------------------------------------------------------------------------------------------------
-
-def units_in(folder: Path, count: int, work_s: float = 0.02) -> list[Unit]:
-    """Units that note who began and who ended them."""
-    def do(name: str) -> None:
-        with (folder / "log").open("a") as log:
-            log.write(f"{name} {os.getpid()}\n")
-        time.sleep(work_s)
-        (folder / name).touch()
-
-    return [Unit(f"u{i}", (folder / f"u{i}").exists, lambda i=i: do(f"u{i}")) for i in range(count)]
-
-
-def test_workers_share_and_a_killed_one_costs_only_what_it_held(tmp_path):
-    """Four workers, one killed in the middle of a unit: that unit alone is begun twice, all are done."""
-    count, workers = 24, 4
-    units = units_in(tmp_path, count)
-    def labour(rank: int) -> None:
-        mine = list(units)
-        if rank == 1:  # begins with u6, and never ends it
-            def hang() -> None:
-                (tmp_path / "held").touch()
-                time.sleep(WAIT_S)
-            mine[6] = Unit("u6", units[6].is_done, hang)
-        work_off(mine, Claims(tmp_path / "claims"), start=start_of(units, rank, workers))
-
-    crew = [FORK.Process(target=labour, args=(rank,)) for rank in range(workers)]
-    for process in crew:
-        process.start()
-    end = time.monotonic() + WAIT_S
-    while not (tmp_path / "held").exists() and time.monotonic() < end:
-        time.sleep(0.01)
-    crew[1].kill()
-    for process in crew:
-        process.join(WAIT_S)
-    assert [process.exitcode for process in crew] == [0, -signal.SIGKILL, 0, 0]
-    begun = [line.split()[0] for line in (tmp_path / "log").read_text().splitlines()]
-    assert sorted(begun) == sorted(unit.name for unit in units)  # u6 by whoever took over, all others once
-    assert len({line.split()[1] for line in (tmp_path / "log").read_text().splitlines()}) > 1
-
-
-def test_a_failed_unit_is_told_and_the_rest_goes_on(tmp_path):
-    def fail() -> None:
-        raise ValueError("this one cannot")
-
-    units = units_in(tmp_path, 3, work_s=0)
-    units[1] = Unit("u1", units[1].is_done, fail)
-    assert work_off(units, Claims(tmp_path / "claims")) == {"u1": "this one cannot"}
-    assert (tmp_path / "u0").exists() and (tmp_path / "u2").exists()
-
-
-def test_a_claim_is_one_at_a_time_and_ends_with_its_block(tmp_path):
-    claims = Claims(tmp_path)
-    with claims.claim("x") as mine, claims.claim("x") as other, claims.claim("y") as elsewhere:
-        assert (mine, other, elsewhere) == (True, False, True)
-    with claims.claim("x") as again:
-        assert again
-
-
-@pytest.mark.parametrize(("units", "workers"), [(7, 3), (3, 7), (8, 8), (0, 2)])
-def test_workers_begin_apart(units, workers):
-    starts = [start_of([None] * units, rank, workers) for rank in range(workers)]
-    assert starts == sorted(starts) and all(0 <= start < max(1, units) for start in starts)
-    assert len(set(starts)) == max(1, min(units, workers))
 
 
 # --- runs -----------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ def measure_units(folder: Path, task: Task, metrics: Sequence[Metric]) -> list[U
             f"measure.{task.variant.name}.{job.stem}",
             lambda job=job: not _missing(folder, task, job, metrics),
             lambda job=job: _measure(folder, task, job, metrics),
+            lambda job=job: is_finished(task.output, job),
         )
         for job in task.jobs
     ]

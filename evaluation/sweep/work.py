@@ -27,6 +27,7 @@ class Unit:
     name: str                       # unique; letters, digits, . _ -
     is_done: Callable[[], bool]
     do: Callable[[], None]
+    is_ready: Callable[[], bool] = lambda: True  # whether what it needs is there
 
 
 class Claims:
@@ -50,36 +51,51 @@ class Claims:
                 file.close()
 
 
-def work_off(units: Sequence[Unit], claims: Claims, *, start: int = 0) -> dict[str, str]:
+def work_off(
+    units: Sequence[Unit], claims: Claims, *, start: int = 0, meanwhile: Sequence[Unit] = (),
+) -> dict[str, str]:
     """Do what is left, until all is done, here or elsewhere; one that fails is not tried again here.
 
     Args:
         start: where in the list to begin, so that several workers begin apart.
+        meanwhile: done while others hold all that is left, as far as it is ready then.
     Returns: why each failed unit failed.
     """
     waiting, failed = [*units[start:], *units[:start]], {}
+    spare = list(meanwhile)
     while waiting:
-        left, progress = [], False
-        for unit in waiting:
-            if unit.is_done():
-                continue
-            with claims.claim(unit.name) as mine:
-                if not mine:
-                    left.append(unit)
-                    continue
-                progress = True
-                if unit.is_done():  # by the worker that has just let it go
-                    continue
-                try:
-                    unit.do()
-                except Exception as error:
-                    failed[unit.name] = reason(error)
-                    logger.error("%s failed: %s", unit.name, failed[unit.name],
-                                 exc_info=logger.isEnabledFor(logging.DEBUG))
+        left = [unit for unit in waiting if not unit.is_done() and not _attempt(unit, claims, failed)]
+        if left and len(left) == len(waiting):
+            unit = _take_ready(spare)
+            if unit is None:
+                time.sleep(WAIT_S)
+            else:
+                _attempt(unit, claims, failed)
         waiting = left
-        if waiting and not progress:
-            time.sleep(WAIT_S)
     return failed
+
+
+def _take_ready(units: list[Unit]) -> Unit | None:
+    """The first of `units` that can be done now and is not; it, and what is done, leave the list."""
+    for unit in list(units):
+        if unit.is_ready():
+            units.remove(unit)
+            if not unit.is_done():
+                return unit
+    return None
+
+
+def _attempt(unit: Unit, claims: Claims, failed: dict[str, str]) -> bool:
+    """Do `unit`, or note in `failed` why it could not be done; False if another worker holds it."""
+    with claims.claim(unit.name) as mine:
+        if mine and not unit.is_done():  # by the worker that has just let it go
+            try:
+                unit.do()
+            except Exception as error:
+                failed[unit.name] = reason(error)
+                logger.error("%s failed: %s", unit.name, failed[unit.name],
+                             exc_info=logger.isEnabledFor(logging.DEBUG))
+        return mine
 
 
 def start_of(units: Sequence[Unit], rank: int, world_size: int) -> int:

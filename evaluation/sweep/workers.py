@@ -48,11 +48,12 @@ def labour(
     tasks = [task for task in tasks if task.variant.name in wanted]
     claims, maker = Claims(folder / CLAIMS), Maker(sweep.batch_size)
     make = [unit for task in tasks for unit in maker.units(task)]
-    failed = work_off(make, claims, start=start_of(make, rank, world_size))
+    measure = [unit for task in tasks for unit in measure_units(folder, task, metrics)]
+    failed = work_off(make, claims, start=start_of(make, rank, world_size), meanwhile=measure)
     maker.release()
     record = record_units(folder, watched, sweep.record)
-    failed |= work_off(record, claims, start=start_of(record, rank, world_size))
-    measure = [unit for task in tasks for unit in measure_units(folder, task, metrics)]
+    failed |= work_off(record, claims, start=start_of(record, rank, world_size), meanwhile=measure)
+    measure = [unit for unit in measure if unit.name not in failed]
     return failed | work_off(measure, claims, start=start_of(measure, rank, world_size))
 
 
