@@ -2,14 +2,17 @@
 
     python -m benchmarks speed --policy deep_forcing --output speed.json
     python -m benchmarks stream --measure wan_vae --seconds 600 --video long.mp4
+    python -m benchmarks stream --policy rolling_forcing --measure tiny_vae
     python -m benchmarks speed --policy deep_sink --compare kv_cache.window_frames=21 kv_cache.window_frames=15
     python -m benchmarks sweep --policy self_forcing --measure dit --lengths 5 60 600
     python -m benchmarks exactness --seconds 60
     python -m benchmarks endurance --seconds 600
     python -m benchmarks memory --policy packforcing_4 --seconds 120
 
-The unit of steady time is a prune cycle: the chunks from one prune to the next. A warm-up video runs through every
-window length first. Each task prints a table and writes a JSON with device, versions, revision and command.
+The unit of steady time is a prune cycle: the chunks from one prune to the next, or a clip of a video that is made of
+clips. A warm-up video runs through every window length first. `stream` measures every config; the other tasks take the
+passes of a chunk apart, which the chunkwise pipeline alone allows. Each task prints a table and writes a JSON with
+device, versions, revision and command.
 Exit status: 0 done, 2 bad input, 130 interrupted.
 """
 from __future__ import annotations
@@ -94,7 +97,8 @@ def run_stream(options: argparse.Namespace, base: Setting, device: torch.device)
     for counted in options.measure:
         logger.info("%s: %d chunks, after a warm-up", counted, len(schedule.windows))
         lines[counted] = measure_stream(plan, counted, base.batch, schedule, options.latencies, options.video)
-    words = [
+    words = [f"a chunk shows {plan.loop.chunk_pixel_frames:.4g} pixel frames"]
+    words += [
         f"{name}: first minute {line.first_minute_ms:.1f} ms, last {line.last_minute_ms:.1f} ms a chunk: "
         f"{line.last_over_first:.4f}" for name, line in lines.items()
     ]

@@ -24,7 +24,7 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
     _add_length(speed)
     _add_compare(speed, "two settings that take turns, cycle by cycle")
 
-    stream = _task(tasks, "stream", "the engine's own stream: frames a second as a consumer sees them")
+    stream = _task(tasks, "stream", "the engine's own stream, of any pipeline: frames a second as a consumer sees them")
     _add_measure(stream, without=("dit",))
     _add_length(stream)
     stream.add_argument("--video", type=Path, metavar="FILE", help="write the measured video to this .mp4 meanwhile")

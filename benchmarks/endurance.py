@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from benchmarks.clock import Clock
-from benchmarks.cycles import Schedule
+from benchmarks.cycles import Schedule, chunk_seconds
 from benchmarks.subject import Stages, Subject
 from benchmarks.summary import Speed, allocated_gib, cycle_means, read_memory, start_memory, summarise
 from pipeline.build import RunPlan
@@ -91,8 +91,7 @@ def endure(subject: Subject, schedule: Schedule, clock: Clock) -> Endurance:
 
 def first_and_last_minute(plan: RunPlan, schedule: Schedule, stages: list[Stages]) -> tuple[float, float]:
     """Median cycle of the first measured minute of video, and of the last; of a short video the same cycles."""
-    g = plan.geometry
-    minute = 60 * g.fps / g.pixel_frames(g.chunk_frames, first=False)
+    minute = 60 / chunk_seconds(plan)
     means = cycle_means(schedule, [sum(chunk.values()) for chunk in stages])
     begin, end = schedule.cycles[0].start, schedule.cycles[-1].stop
     first = [ms for cycle, ms in zip(schedule.cycles, means, strict=True) if cycle.stop <= begin + minute] or means[:1]

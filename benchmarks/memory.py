@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,9 +16,10 @@ from benchmarks.cycles import Schedule
 from benchmarks.endurance import first_and_last_minute
 from benchmarks.subject import Stages, Subject
 from benchmarks.summary import Spread, allocated_gib
+from wan.kv_cache.archive import Archive
 from wan.kv_cache.layer import LayerCache
-from wan.kv_cache.store import take
 from wan.recorder import CudaRecorder
+from wan.rope import Turn
 
 TURNS = 20  # times that each part is done
 
@@ -30,10 +31,11 @@ class MemoryCost:
     context_tokens: tuple[int, ...]      # that each chunk of the video attends to, itself included
     chunk_ms: Spread                     # of the measured chunks
     last_over_first: float               # median chunk of the last minute over that of the first
-    part_ms: dict[str, Spread]           # selection, window, gather (a window without rotation), packet
-    share: dict[str, float]              # selection, window, rotation (window over gather), packet
+    part_ms: dict[str, Spread]           # selection, gather (a window whose keys are not turned), window, packet
+    share: dict[str, float]              # selection, window, rotation (window less gather), packet
     nbytes: dict[str, int]               # keys and values: attended, window, archive
     archive_bytes: dict[int, int]        # by chunk, as it grows
+    archive_on_host: bool                # its keys and values are in host memory
     allocated_gib: float | None          # at the end
 
 
@@ -49,11 +51,10 @@ def measure_memory(subject: Subject, schedule: Schedule, clock: Clock) -> Memory
     last = len(schedule.windows) - 1
     for index in range(last):
         stages.append(subject.advance(clock).stage_ms)
-        nbytes = kv_bytes(layers)["archive"]
-        if nbytes not in archive.values():
-            archive[index] = nbytes
+        _note_growth(archive, index, layers)
     latents = subject.denoise()
-    parts = _parts(subject, layers, latents)
+    _note_growth(archive, last, layers)
+    parts = memory_parts(subject, layers, latents)
     times: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(TURNS):
         for name, part in parts.items():
@@ -72,7 +73,8 @@ def measure_memory(subject: Subject, schedule: Schedule, clock: Clock) -> Memory
         context_tokens=tuple(round(frames * tokens) for frames in schedule.windows), chunk_ms=chunk_ms,
         last_over_first=final / first, part_ms={name: Spread.of(ms) for name, ms in times.items()},
         share={name: ms / chunk_ms.median for name, ms in medians.items() if name != "gather"},
-        nbytes=nbytes, archive_bytes=archive, allocated_gib=allocated_gib(plan.device),
+        nbytes=nbytes, archive_bytes=archive, archive_on_host=any(x.is_on_host for x in _archives(layers)),
+        allocated_gib=allocated_gib(plan.device),
     )
 
 
@@ -85,35 +87,47 @@ def kv_bytes(layers: Sequence[LayerCache]) -> dict[str, int]:
     store = layers[0].store
     token = store.keys[:, :1].nbytes + store.values[:, :1].nbytes
     windows = {id(layer.window): layer.window for layer in layers}.values()  # they may share one
-    archives = [layer.archive for layer in layers if layer.archive is not None]
     return {
         "attended": token * sum(layer.past_tokens for layer in layers if layer.plan is not None),
         "window": sum(x.nbytes for window in windows for x in window.slots(0, window.tokens)),
-        "archive": sum(x.nbytes for archive in archives for x in (archive.keys, archive.values, archive.sums)),
+        "archive": sum(x.nbytes for archive in _archives(layers) for x in (archive.keys, archive.values, archive.sums)),
     }
 
 
-def _parts(
+def _archives(layers: Sequence[LayerCache]) -> list[Archive]:
+    return [layer.archive for layer in layers if layer.archive is not None]
+
+
+def _note_growth(archive_bytes: dict[int, int], chunk: int, layers: Sequence[LayerCache]) -> None:
+    """Add the archive's size while `chunk` is made, if it is a new one."""
+    nbytes = kv_bytes(layers)["archive"]
+    if nbytes not in archive_bytes.values():
+        archive_bytes[chunk] = nbytes
+
+
+def memory_parts(
     subject: Subject, layers: Sequence[LayerCache], latents: torch.Tensor,
 ) -> Mapping[str, Callable[[], None]]:
     """What can be done again in the middle of a chunk, recorded as graphs where the pipeline is."""
     plan, packer = subject.plan, subject.pipeline.packer
-    gather = plan.acceleration.compiler(_gather, dynamic=True)
+    nothing = torch.ones(1, 1, 1, 0, device=plan.device)  # a rotation of no channels, whatever the window's length
+    still = dict.fromkeys((0, layers[0].plan.attend.shape[1]), Turn(nothing, nothing))  # of what a window is made of
 
     def selection() -> None:
         for layer in layers:
             plan.policy.plan(layer.view())
+
+    def gather() -> None:
+        for layer in layers:
+            alike = replace(layer.plan, same_times=True)  # so that it takes the rotations that are there
+            layer.window.load(layer.store, alike, layer.archive, layer.average, still)
 
     def window() -> None:
         made = {}
         for layer in layers:
             layer.window.load(layer.store, layer.plan, layer.archive, layer.average, made)
 
-    def plain() -> None:
-        for layer in layers:
-            _load_unturned(layer, gather)
-
-    parts = {"selection": selection, "window": window, "gather": plain}
+    parts = {"selection": selection, "gather": gather, "window": window}  # the last leaves the window as it was
     if packer is not None:
         pixels = subject.pixels_like(latents)
         parts["packet"] = lambda: packer.write(packer.embed(latents, pixels), subject.text)
@@ -122,34 +136,24 @@ def _parts(
             part()  # compiled now
         if plan.acceleration.graphs:
             record = CudaRecorder()
-            parts |= {name: record(parts[name]) for name in ("selection", "window", "gather")}
+            parts |= {name: record(parts[name]) for name in ("selection", "gather", "window")}
     return {name: torch.inference_mode()(part) for name, part in parts.items()}
 
 
-def _load_unturned(layer: LayerCache, gather: Callable[..., None]) -> None:
-    """What WindowBuffer.load does, but for the rotation."""
-    past = layer.plan.attend.shape[1]
-    gather(layer.store.keys, layer.store.values, layer.plan.attend, *layer.window.slots(0, past))
-    if layer.plan.packets is not None:
-        slots, _ = layer.archive.tokens_of(layer.plan)
-        keys, values = (x.flatten(1, 2) for x in (layer.archive.keys, layer.archive.values))
-        gather(keys, values, slots, *layer.window.slots(past, slots.shape[1]))
-
-
-def _gather(
-    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, window_keys: torch.Tensor,
-    window_values: torch.Tensor,
-) -> None:
-    window_keys.copy_(take(keys, slots))
-    window_values.copy_(take(values, slots))
-
-
-def kv_lines(cache_bytes: Mapping[str, int]) -> list[str]:
-    """Keys and values in three lines."""
+def kv_lines(cost: MemoryCost) -> list[str]:
+    """Keys and values in three lines, and how the archive grew."""
+    where = ", in host memory but for the sums of its keys" if cost.archive_on_host else ""
     words = {
         "attended": "attended: sink, packets and recent frames, where they are stored",
         "window": "window: their rotated copies, and room for the chunk",
-        "archive": "archive: all packets that there is room for",
+        "archive": f"archive{where}: all packets that there is room for",
     }
-    return [f"{cache_bytes[name] / 1e9:8.3f} GB  {text}" for name, text in words.items()]
-
+    lines = [f"{cost.nbytes[name] / 1e9:8.3f} GB  {text}" for name, text in words.items()]
+    least, *growths = cost.archive_bytes.values()
+    if growths:
+        lines.append(
+            f"archive: {least / 1e9:.3f} GB at first, {growths[-1] / 1e9:.3f} GB at the end, "
+            f"{growths[-1] / least:.1f} times as much; growths: {len(growths)}, at chunk "
+            + ", ".join(map(str, list(cost.archive_bytes)[1:]))
+        )
+    return lines

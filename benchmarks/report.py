@@ -145,17 +145,16 @@ def window_table(lines: Mapping[str, WindowSweep]) -> str:
 
 
 def memory_table(cost: MemoryCost) -> str:
-    """Time of each part, then keys and values in three lines."""
+    """Time of each part, then keys and values."""
     rows = [("", "ms a chunk (quartiles)", "share of a chunk")]
     rows.append(("chunk", _middle(cost.chunk_ms), "-"))
     for name, ms in cost.part_ms.items():
         share = f"{100 * cost.share[name]:.3f} %" if name in cost.share else "-"
         rows.append((name, _middle(ms, 3), share))
     rows.append(("rotation", "window less gather", f"{100 * cost.share['rotation']:.3f} %"))
-    growth = ", ".join(f"{nbytes / 1e9:.3f} GB from chunk {chunk}" for chunk, nbytes in cost.archive_bytes.items())
     return "\n".join([
         table(rows), f"at most {max(cost.context_tokens):,} tokens of context, {cost.context_tokens[-1]:,} at the end",
-        f"last minute over first: {cost.last_over_first:.4f}", *kv_lines(cost.nbytes), f"archive: {growth}",
+        f"last minute over first: {cost.last_over_first:.4f}", *kv_lines(cost),
     ])
 
 

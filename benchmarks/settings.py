@@ -112,11 +112,6 @@ class Setting:
             path, policy_fields=policy_fields(), build_policy=build_policy,
             overrides=[default, *self.overrides, *flags],
         )
-        if config.pipeline != "chunkwise":
-            raise ConfigError(
-                f"{self.policy}: its pipeline is {config.pipeline}; what is measured here are the passes of a chunk. "
-                "Choose a config whose pipeline is chunkwise."
-            )
         plan = plan_run(
             config, checkpoint=None, use_ema=False, device=device, random_weights=True,
             acceleration=Acceleration(
@@ -135,5 +130,6 @@ class Setting:
             "weights": "random", "dtype": dtype_name(plan.dtype), "acceleration": asdict(plan.acceleration),
             "memory": plan.memory.name, "batch": self.batch,
             "size": f"{g.width}x{g.height}", "fps": g.fps, "chunk_frames": g.chunk_frames,
-            "passes": {"denoising": plan.sampler.num_passes, "context": 1},
+            "pipeline": plan.config.pipeline, "chunk_pixel_frames": plan.loop.chunk_pixel_frames,
+            "passes": {"denoising": plan.sampler.num_passes // plan.loop.joint_chunks, "context": 1},
         }

@@ -1,6 +1,7 @@
 """A whole video as a consumer sees it: the engine's own chunks, decoded beside the transformer where it does that.
 
-A chunk's time is what passes between two chunks of finished frames on the host.
+A chunk's time is what passes between two chunks of finished frames on the host, so this measures any pipeline. The
+chunks that begin a clip anew are handed out as well: their time is that of encoding the overlap and remembering it.
 """
 from __future__ import annotations
 
@@ -41,22 +42,23 @@ def measure_stream(
     engine.prepare([PROMPT])
     requests = [VideoRequest(PROMPT, SampleSeed(0, sample)) for sample in range(batch)]
 
-    def video(chunks: int) -> Iterator[FrameChunk]:
-        return engine.stream(requests, g.whole_chunks(chunks * g.chunk_frames))
+    def video(latent_frames: int) -> Iterator[FrameChunk]:
+        return engine.stream(requests, latent_frames)
 
-    for _ in video(schedule.warm_up + 1):
+    more = plan.loop.joint_chunks * g.chunk_frames  # a chunk to be decoded beside, and those of a joint window
+    for _ in video(schedule.warm_up_frames + more):
         pass
     first = []
     for _ in range(latencies):
         begin = time.perf_counter()
-        chunks = video(1)
+        chunks = video(g.whole_chunks(more))
         frames = next(chunks).frames.shape[1]
         first.append((1000 * (time.perf_counter() - begin), frames))
         chunks.close()
     with ExitStack() as stack:
         writer = stack.enter_context(VideoWriter(kept, fps=g.fps, remedy=REMEDY)) if kept else None
         stages, allocated, begin = [], [], time.perf_counter()
-        for chunk in islice(video(len(schedule.windows) + 1), len(schedule.windows)):  # the last has none beside it
+        for chunk in islice(video(schedule.latent_frames + more), len(schedule.windows)):
             if writer is not None:
                 writer.write(chunk.frames[0])
             now = time.perf_counter()

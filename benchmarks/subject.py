@@ -21,6 +21,7 @@ from benchmarks.settings import Setting
 from pipeline.build import RunPlan
 from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.noise import SampleSeed, SeededNoise
+from utils.config import ConfigError
 from wan.geometry import ChunkSpan
 from wan.model import CausalWanModel, TextContext, randomize
 from wan.vae import WanVAE
@@ -50,9 +51,18 @@ def make_pipeline(plan: RunPlan, setting: Setting) -> ChunkwisePipeline:
 
 
 class Subject:
-    """What is measured: a pipeline, a prompt's embedding, noise, and the decoder of the moment."""
+    """What is measured: a pipeline, a prompt's embedding, noise, and the decoder of the moment.
+
+    Raises:
+        ConfigError: the passes of a chunk cannot be taken apart.
+    """
 
     def __init__(self, setting: Setting, plan: RunPlan):
+        if plan.config.pipeline != "chunkwise":
+            raise ConfigError(
+                f"{setting.policy}: its pipeline is {plan.config.pipeline}; what is measured here are the passes of a "
+                "chunk. Choose a config whose pipeline is chunkwise, or the task stream, which measures every pipeline."
+            )
         a, g = plan.architecture, plan.geometry
         self.setting, self.plan, self.pipeline = setting, plan, make_pipeline(plan, setting)
         seeds = [SampleSeed(0, sample) for sample in range(setting.batch)]

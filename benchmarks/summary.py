@@ -64,7 +64,7 @@ class Speed:
     first_pixel_frames: int | None        # of a video's first chunk
     first_frames_ms: Spread | None        # from the call to those frames on the host; process warm, embeddings known
     memory: Memory
-    window_frames: tuple[int, ...]        # of every chunk of the video, the filling included
+    window_frames: tuple[float, ...]      # of every chunk of the video, the filling included
     every_chunk_ms: tuple[float, ...]
 
 
@@ -101,11 +101,11 @@ def summarise(
     every_ms = [sum(chunk.values()) for chunk in stages]
     steady = [stages[i] for i in schedule.steady]
     cycles = Spread.of(cycle_means(schedule, every_ms))
-    pixel_frames = batch * plan.geometry.pixel_frames(plan.geometry.chunk_frames, first=False)
     lengths = sorted({schedule.windows[i] for i in schedule.steady})
     return Speed(
         counted=COUNTED[counted].words, cycles=len(schedule.cycles), chunks=len(steady), cycle_ms=cycles,
-        chunk_ms=Spread.of([every_ms[i] for i in schedule.steady]), fps=1000 * pixel_frames / cycles.median,
+        chunk_ms=Spread.of([every_ms[i] for i in schedule.steady]),
+        fps=1000 * batch * plan.loop.chunk_pixel_frames / cycles.median,
         stage_ms={name: statistics.fmean(chunk[name] for chunk in steady) for name in steady[0]},
         ms_by_window_frames={
             frames: statistics.median(every_ms[i] for i in schedule.steady if schedule.windows[i] == frames)

@@ -98,6 +98,11 @@ class Loop(ABC):
         """Chunks that are denoised in one pass; all of them read the prompt of the newest."""
         return 1
 
+    @property
+    def chunk_pixel_frames(self) -> float:
+        """Pixel frames that a chunk shows on average, wherever the video neither begins nor ends."""
+        return self.geometry.pixel_frames(self.geometry.chunk_frames, first=False)
+
     @abstractmethod
     def looks(self, latent_frames: int, given_frames: int = 0) -> Iterator[Look]:
         """What is denoised and what becomes memory after `given_frames`, in order."""
@@ -217,6 +222,10 @@ class CausVidOverlapLoop(Loop):
     @property
     def max_frames(self) -> int | None:
         return None
+
+    @property
+    def chunk_pixel_frames(self) -> float:
+        return self.clips.shown_pixel_frames * self.geometry.chunk_frames / self.clips.clip_frames
 
     def latent_frames(self, pixel_frames: int, given_frames: int) -> int:
         if given_frames:

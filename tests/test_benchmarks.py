@@ -24,7 +24,6 @@ from benchmarks.speed import compare, measure
 from benchmarks.subject import Made, Subject
 from benchmarks.summary import Spread
 from utils.config import ConfigError
-from utils.video import read_video
 
 CPU = torch.device("cpu")
 FILLING = [3, 6, 9, 12, 15, 18, 21]
@@ -308,19 +307,6 @@ def test_plot_draws_every_line(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Non
     drawn = {call.kwargs["label"]: call.args[:2] for call in axes.plot.call_args_list}
     assert drawn == lines and axes.set_xscale.called
     figure.savefig.assert_called_once_with(tmp_path / "plot.png", dpi=110)
-
-
-def test_stream_json(tmp_path, model: str) -> None:
-    """Times between finished chunks, whose frames, 9 and then 12 each, are kept; no decoder, no stream."""
-    flags = ("stream", "--model", model, "--latencies", "2", "--video", str(tmp_path / "new" / "long.mp4"))
-    assert pytest.raises(SystemExit, run, tmp_path, *flags, "--measure", "dit") and main([*flags]) == 2  # which one?
-    for counted in ("wan_vae", "tiny_vae"):
-        line = run(tmp_path, *flags, "--measure", counted)["streamed"][counted]
-        speed = line["speed"]
-        assert speed["stage_ms"] == {"between": approx(speed["chunk_ms"]["mean"])} and speed["cycles"] == 12
-        assert (speed["first_pixel_frames"], speed["first_frames_ms"]["count"]) == (9, 2)
-        assert line["last_over_first"] == approx(line["last_minute_ms"] / line["first_minute_ms"])
-        assert len(read_video(tmp_path / "new/long.mp4")) == 9 + 12 * (len(speed["every_chunk_ms"]) - 1)
 
 
 def test_exactness_and_endurance_json(tmp_path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

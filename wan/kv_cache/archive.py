@@ -55,11 +55,12 @@ class Archive:
     start: Tensor   # [M] int64, first latent frame of the packet's chunk; EMPTY where there is none
     known: int      # packets written, counted up to `sizes.counted`
     is_staged: bool
+    is_on_host: bool  # keys and values are in host memory
 
     def __init__(self, shape: CacheShape, sizes: ArchiveSizes, rotation: PacketRotation):
         device, grid, places = shape.device, sizes.grid, sizes.packets or FIRST_PLACES
         self.grid, self.rotation = grid, rotation
-        self._sizes, self._offload = sizes, sizes.offload and device.type == "cuda"
+        self._sizes, self.is_on_host = sizes, sizes.offload and device.type == "cuda"
         heads = (shape.heads, shape.head_dim)
         self._staged = torch.zeros(2, shape.batch, grid.tokens, *heads, device=device, dtype=shape.dtype)
         self.keys, self.values = (self._places((shape.batch, places, grid.tokens, *heads)) for _ in range(2))
@@ -162,7 +163,7 @@ class Archive:
 
     def _places(self, shape: tuple[int, ...]) -> Tensor:
         like = self._staged
-        if self._offload:
+        if self.is_on_host:
             return host_memory(shape, like.dtype, like.device)
         return torch.zeros(shape, device=like.device, dtype=like.dtype)
 

@@ -95,9 +95,11 @@ def _gather_turned_kernel(
     column, inside = head * DIM + channel, (head < ALL) & (channel < DIM)
     source = clip * keys_clip + tl.load(slots + clip * slots_clip + token) * (ALL * DIM) + column
     target = clip * seen_clip + token * (ALL * DIM) + column
-    row = clip * by_clip + token * TIME + channel
-    cos, sin = tl.load(by_cos + row, mask=channel < TIME, other=1), tl.load(by_sin + row, mask=channel < TIME, other=0)
-    key = _turned(tl.load(keys + source, mask=inside).to(tl.float32), cos, sin)
+    key = tl.load(keys + source, mask=inside).to(tl.float32)
+    if TIME > 0:
+        row, turns = clip * by_clip + token * TIME + channel, channel < TIME
+        cos, sin = tl.load(by_cos + row, mask=turns, other=1), tl.load(by_sin + row, mask=turns, other=0)
+        key = _turned(key, cos, sin)
     tl.store(seen_keys + target, key.to(seen_keys.dtype.element_ty), mask=inside)
     value = tl.load(values + source, mask=inside).to(tl.float32)
     tl.store(seen_values + target, value.to(seen_values.dtype.element_ty), mask=inside)

@@ -61,7 +61,8 @@ class WindowBuffer:
             self._load(archive.keys.flatten(1, 2), archive.values.flatten(1, 2), slots, position, past, turns)
         if plan.absorbed is not None:
             first = slice(plan.absorbed.shape[1])
-            self._load(*average.after(store, plan), plan.attend[:, first], plan.position[:, first], 0, {})
+            by = Turn(turns[0].cos[:, first], turns[0].sin[:, first])
+            self._load(*average.after(store, plan), plan.attend[:, first], plan.position[:, first], 0, {0: by})
 
     def _load(
         self, keys: Tensor, values: Tensor, slots: Tensor, position: Tensor, begin: int, turns: dict[int, Turn],
@@ -86,7 +87,8 @@ def gather_turned(
 ) -> None:
     """Copy the rows [B, A] of a store into a window, the keys' first channels turned.
 
-    Shapes: keys, values [B, N, H, D]; by [B, A, 1, time channels]; window_keys, window_values [B, A, H, D], written.
+    Shapes: keys, values [B, N, H, D]; by [B, A, 1, time channels], or [1, 1, 1, 0], which turns none;
+        window_keys, window_values [B, A, H, D], written.
     """
     time = by.cos.shape[-1]
     rows = take(keys, slots)
