@@ -15,6 +15,8 @@ reproduce() {  # reproduce SWEEP FOLDER ARGUMENT...   evaluation/sweeps/SWEEP.ya
     shift 2
     gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
     WORKERS="${WORKERS:-$([ "$gpus" -gt 0 ] && echo "$gpus" || nproc)}"
+    # Else each worker starts as many compilers as there are processors.
+    export TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-$((($(nproc) + WORKERS - 1) / WORKERS))}"
     ${LIMIT_S:+timeout --kill-after=45 "$LIMIT_S"} \
         "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$WORKERS" -m evaluation \
         sweep "evaluation/sweeps/$sweep.yaml" --output_folder "$folder" "$@" || status=$?
