@@ -17,11 +17,11 @@ import torch
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from wan.compiler import Compiler, plain
 from wan.geometry import ChunkSpan, VideoGeometry
-from wan.kv_cache.archive import PacketRotation
-from wan.kv_cache.layer import LayerCache, LayerState, Moment, Turns
+from wan.kv_cache.layer import LayerCache, LayerState, Moment
 from wan.kv_cache.policy import KVPolicy
 from wan.kv_cache.store import CacheShape
 from wan.kv_cache.window import WindowBuffer
+from wan.rope import FrameTurns, space_turn
 
 
 class KVCache:
@@ -37,11 +37,14 @@ class KVCache:
         shared_window: bool = False,
     ):
         window, packets, sizes = None, None, policy.sizes(geometry)
+        head = shape.head_dim, shape.dtype, shape.device
         if shared_window:
             window = WindowBuffer(shape, sizes.window_tokens, compiler)
         if sizes.archive is not None:
-            packets = PacketRotation(shape, sizes.archive.grid)
-        turns = Turns(geometry, shape)
+            grid = sizes.archive.grid
+            centres = torch.tensor(grid.centres, device=shape.device, dtype=torch.float64)
+            packets = FrameTurns(space_turn(grid.rows, grid.columns, *head, covers=grid.space), centres)
+        turns = FrameTurns(space_turn(geometry.rows, geometry.columns, *head))
         self._layers = [
             LayerCache(i, shape, geometry, policy, turns, packets, window, compiler) for i in range(shape.layers)
         ]

@@ -11,39 +11,15 @@ from torch import Tensor
 
 from wan.compiler import Compiler, by_hand
 from wan.geometry import ChunkSpan, VideoGeometry
-from wan.kv_cache.archive import Archive, PacketRotation
+from wan.kv_cache.archive import Archive
 from wan.kv_cache.average import SinkAverage
 from wan.kv_cache.policy import CacheView, KVPolicy, Plan, Votes
 from wan.kv_cache.store import CacheShape, KVStore, narrowed, write
 from wan.kv_cache.votes import QueryVotes
 from wan.kv_cache.window import Window, WindowBuffer
-from wan.rope import Turn, both_turns, space_turn, time_turn, turn
+from wan.rope import FrameTurns, Turn, turn
 
 Tensors = tuple[Tensor, Tensor]  # keys and values of the same slots
-
-
-class Turns:
-    """Rotations of a chunk's tokens; they repeat, so each is made once and keeps its address."""
-
-    def __init__(self, geometry: VideoGeometry, shape: CacheShape):
-        self._frame_tokens, self._shape = geometry.frame_tokens, shape
-        self._frame = space_turn(geometry.rows, geometry.columns, shape.head_dim, shape.dtype, shape.device)
-        self._made: dict[tuple[int, int | None], Turn] = {}
-
-    def space(self, frames: int) -> Turn:
-        """Height and width of `frames` frames' tokens: [L, 1, D]."""
-        if (frames, None) not in self._made:
-            self._made[frames, None] = Turn(*(x.repeat(frames, 1, 1) for x in (self._frame.cos, self._frame.sin)))
-        return self._made[frames, None]
-
-    def window(self, frames: int, position: int) -> Turn:
-        """The same, and time, the first frame being at `position`."""
-        if (frames, position) not in self._made:
-            shape = self._shape
-            moments = torch.arange(position, position + frames, device=shape.device)
-            time = time_turn(moments.repeat_interleave(self._frame_tokens), shape.head_dim, shape.dtype)
-            self._made[frames, position] = both_turns(time, self.space(frames))
-        return self._made[frames, position]
 
 
 @dataclass(frozen=True)
@@ -103,8 +79,8 @@ class LayerCache:
     """One layer's memory. Attention calls `extend` and knows nothing else of the cache."""
 
     def __init__(
-        self, layer: int, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, turns: Turns,
-        packets: PacketRotation | None, window: WindowBuffer | None, compiler: Compiler,
+        self, layer: int, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, turns: FrameTurns,
+        packets: FrameTurns | None, window: WindowBuffer | None, compiler: Compiler,
     ):
         sizes = policy.sizes(geometry)
         self.store = KVStore(shape, sizes.capacity_tokens)
@@ -165,7 +141,7 @@ class LayerCache:
         if self._window_is_shared:
             self.window.load(self.store, self.plan, self.archive)
         past, new = self.past_tokens, keys.shape[1]
-        by = self.archive.rotation.window(self.plan.query_position)
+        by = self.archive.turns.window(self.archive.grid.frames, self.plan.query_position)
         return self.window.seen(self._show(query, keys, values, by, self.window.slots(past, new)), past + new)
 
     def stage_packet(self, keys: Tensor, values: Tensor) -> None:

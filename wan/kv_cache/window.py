@@ -16,7 +16,7 @@ from wan.kv_cache.archive import Archive
 from wan.kv_cache.average import SinkAverage
 from wan.kv_cache.policy import Plan
 from wan.kv_cache.store import CacheShape, KVStore, take, write
-from wan.rope import Turn, time_table, turn
+from wan.rope import Turn, time_turn, turn
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class WindowBuffer:
         self._keys = torch.zeros(size, device=shape.device, dtype=shape.window_dtype or shape.dtype)
         self._values = torch.zeros_like(self._keys)
         self._dtype = shape.dtype
-        self._gather, self._table = compiler(gather_turned, dynamic=True), compiler(time_table, dynamic=True)
+        self._gather, self._turn = compiler(gather_turned, dynamic=True), compiler(time_turn, dynamic=True)
 
     @property
     def tokens(self) -> int:
@@ -68,7 +68,7 @@ class WindowBuffer:
     ) -> None:
         stop = begin + slots.shape[1]
         if begin not in turns:
-            turns[begin] = Turn(*self._table(position, self._keys.shape[-1], self._dtype))
+            turns[begin] = self._turn(position, self._keys.shape[-1], self._dtype)
         self._gather(keys, values, slots, turns[begin], self._keys[:, begin:stop], self._values[:, begin:stop])
 
     def slots(self, past: int, new: int) -> tuple[Tensor, Tensor]:
