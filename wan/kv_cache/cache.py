@@ -56,6 +56,7 @@ class KVCache:
         self._policy, self._frame_tokens = policy, geometry.frame_tokens
         room_tokens = sizes.capacity_tokens - geometry.chunk_frames * geometry.frame_tokens  # beside the next chunk
         self.most_frames = min(sizes.window_tokens, room_tokens) // geometry.frame_tokens  # that one pass may remember
+        self._counted_frames = sizes.capacity_tokens // geometry.frame_tokens + 1  # more look like this many
         self.seen_frames = 0
 
     def layer(self, index: int) -> LayerCache:
@@ -112,8 +113,8 @@ class KVCache:
         self._start.fill_(chunk.start)
         self._chunk_index.fill_(chunk.index)
         self._moment = Moment(
-            chunk=chunk, start=self._start, chunk_index=self._chunk_index, seen_frames=self.seen_frames,
-            seeds=self._seeds, lookahead=lookahead,
+            chunk=chunk, start=self._start, chunk_index=self._chunk_index,
+            seen_frames=min(self.seen_frames, self._counted_frames), seeds=self._seeds, lookahead=lookahead,
         )
         for layer in self._layers:
             if layer.archive is not None:
@@ -136,9 +137,9 @@ class KVCache:
 
     def shapes(self) -> tuple[Any, ...]:
         """All host numbers that shapes and addresses of the chunk that has begun can depend on."""
-        return self._moment.chunk.frames, *(
-            (layer.bounded(self.seen_frames), state.length, state.known_frames, state.known_packets,
-             layer.archive and layer.archive.places, state.plan is not None)
+        return self._moment.chunk.frames, self._moment.seen_frames, *(
+            (state.length, state.known_frames, state.known_packets, layer.archive and layer.archive.places,
+             state.plan is not None)
             for layer, state in zip(self._layers, self.states, strict=True)
         )
 

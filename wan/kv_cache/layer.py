@@ -29,7 +29,7 @@ class Moment:
     chunk: ChunkSpan
     start: Tensor        # [] int64 chunk.start, on the device
     chunk_index: Tensor  # [] int64 chunk.index, on the device
-    seen_frames: int
+    seen_frames: int     # as a CacheView counts them
     seeds: Tensor
     lookahead: bool
     turns: dict[int, Turn] = field(default_factory=dict)  # see WindowBuffer.load
@@ -93,7 +93,6 @@ class LayerCache:
         self.average = SinkAverage(shape, sizes.averaged_tokens) if sizes.averaged_tokens else None
         self.plan: Plan | None = None
         self._rows, self._packet_tokens = geometry.rows, sizes.archive.grid.tokens if sizes.archive else 0
-        self._most_frames = sizes.capacity_tokens // geometry.frame_tokens + 1
         self._layer, self._frame_tokens, self._policy, self._turns = layer, geometry.frame_tokens, policy, turns
         self._stage, self._show, self._both = map(compiler, (stage, show, stage_and_show))
         self._moment: Moment | None = None
@@ -138,8 +137,7 @@ class LayerCache:
     def extend_packet(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
         """Stage the chunk's packet [B, P, H, D] and show it behind what the chunk remembers, after the last pass."""
         self.archive.stage(keys, values)
-        if self._window_is_shared:
-            self.window.load(self.store, self.plan, self.archive)
+        self._load_window(is_first=False)
         past, new = self.past_tokens, keys.shape[1]
         by = self.archive.turns.window(self.archive.grid.frames, self.plan.query_position)
         return self.window.seen(self._show(query, keys, values, by, self.window.slots(past, new)), past + new)
@@ -162,7 +160,7 @@ class LayerCache:
         moment, store, length = self._moment, self.store, self.store.length
         return CacheView(
             layer=self._layer, chunk_index=moment.chunk_index, start=moment.start, chunk_frames=moment.chunk.frames,
-            seen_frames=self.bounded(moment.seen_frames), length=length, frame_tokens=self._frame_tokens,
+            seen_frames=moment.seen_frames, length=length, frame_tokens=self._frame_tokens,
             seeds=moment.seeds, origin=store.origin[:, :length], uses=store.uses[:, :length],
             participation=self._score, lookahead=moment.lookahead,
             packets=self.archive and self.archive.view(moment.chunk, moment.start, self.votes),
@@ -187,10 +185,6 @@ class LayerCache:
         if self.votes is not None:
             self.votes.commit()
 
-    def bounded(self, seen_frames: int) -> int:
-        """How many frames were ever seen, as far as any decision may depend on it."""
-        return min(seen_frames, self._most_frames)
-
     @property
     def state(self) -> LayerState:
         return LayerState(
@@ -213,7 +207,7 @@ class LayerCache:
 
     def forget_newest(self, tokens: int, packets: int) -> None:
         """Forget the last `tokens` slots and `packets`, and every vote: of what stays they are too old to be asked."""
-        self.store.forget_newest(tokens)
+        self.store.length -= tokens
         if self.archive is not None:
             self.archive.forget_newest(packets)
         if self.votes is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wan.compiler import Compiler, plain
+from wan.compiler import Compiler
 from wan.kv_cache.policy import Votes
 from wan.kv_cache.store import CacheShape
 from wan.rope import Turn, phase_dtype, time_turn, turn
@@ -23,7 +23,7 @@ class QueryVotes:
     of the context pass are what `commit` remembers. Sums are float32 (float64 for float64 queries).
     """
 
-    def __init__(self, shape: CacheShape, past_frames: int, compiler: Compiler = plain):
+    def __init__(self, shape: CacheShape, past_frames: int, compiler: Compiler):
         size = (shape.batch, past_frames, shape.heads, shape.head_dim)
         self._past = torch.zeros(size, device=shape.device, dtype=phase_dtype(shape.dtype))
         self._current = self._past[:, :0]

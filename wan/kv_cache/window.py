@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wan.compiler import Compiler, by_hand, plain
+from wan.compiler import Compiler, by_hand
 from wan.kv_cache.archive import Archive
 from wan.kv_cache.average import SinkAverage
 from wan.kv_cache.policy import Plan
@@ -31,7 +31,7 @@ class Window:
 class WindowBuffer:
     """Rotated keys and gathered values; of one layer, or of the layer whose turn it is."""
 
-    def __init__(self, shape: CacheShape, tokens: int, compiler: Compiler = plain):
+    def __init__(self, shape: CacheShape, tokens: int, compiler: Compiler):
         size = (shape.batch, tokens, shape.heads, shape.head_dim)
         self._keys = torch.zeros(size, device=shape.device, dtype=shape.window_dtype or shape.dtype)
         self._values = torch.zeros_like(self._keys)
