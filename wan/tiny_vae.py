@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 from wan.checkpoint import CheckpointError, check_fit, load_strictly, read_tensors
 from wan.stacking import Sum, load_kernels
-from wan.stream import VideoDecoder, load_random
-from wan.vae_passes import Past
+from wan.stream import Past, VideoDecoder, load_random
 
 TinyKind = Literal["taehv", "lighttae"]
 
@@ -68,7 +67,6 @@ class TinyVAE(VideoDecoder):
             CheckpointError: missing, damaged or unsafe file, tensors of another layout, or raw latents of another
                 number of channels than Wan 2.1's.
         """
-        path = Path(path)
         tensors = _read_decoder(path)
         if "decoder.1.weight" not in tensors or tensors["decoder.1.weight"].ndim != 4:
             raise CheckpointError(
@@ -101,9 +99,6 @@ class TinyVAE(VideoDecoder):
         """On the meta device: shapes without data."""
         return cls(_network(latent_channels)["decoder"].to(dtype))
 
-    def new_past(self) -> Past:
-        return {}
-
     def decode_part(self, latent: Tensor, past: Past) -> Tensor:
         """[B, C, F, h, w] normalised -> pixels [B, 3, T, H, W] in [-1, 1]; `past` is advanced.
 
@@ -129,7 +124,7 @@ def check_tiny_vae(path: Path, latent_channels: int) -> None:
         CheckpointError: as `TinyVAE.load`, or a file for another number of latent channels.
     """
     expected = {name: value.shape for name, value in _network(latent_channels).named_parameters()}
-    check_fit(Path(path), _read_decoder(Path(path)), expected)
+    check_fit(path, _read_decoder(path), expected)
 
 
 def _read_decoder(path: Path) -> dict[str, Tensor]:
