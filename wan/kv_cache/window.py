@@ -44,8 +44,8 @@ class WindowBuffer:
         return self._keys.shape[1]
 
     def load(
-        self, store: KVStore, plan: Plan, archive: Archive | None = None, average: SinkAverage | None = None,
-        turns: dict[int, Turn] | None = None,
+        self, store: KVStore, plan: Plan, archive: Archive | None, average: SinkAverage | None,
+        turns: dict[int, Turn] | None,
     ) -> None:
         """Gather what the plan attends to and rotate it to its window time; nothing that is remembered changes.
 
