@@ -131,7 +131,7 @@ class LayerCache:
     def _load_window(self, is_first: bool) -> None:
         """Once a chunk, or before every pass if all layers share the window; then each makes its rotations anew."""
         if is_first or self._window_is_shared:
-            made = None if self._window_is_shared else self._moment.turns
+            made = {} if self._window_is_shared else self._moment.turns
             self.window.load(self.store, self.plan, self.archive, self.average, made)
 
     def extend_packet(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:

@@ -45,14 +45,14 @@ class WindowBuffer:
 
     def load(
         self, store: KVStore, plan: Plan, archive: Archive | None, average: SinkAverage | None,
-        turns: dict[int, Turn] | None,
+        turns: dict[int, Turn],
     ) -> None:
         """Gather what the plan attends to and rotate it to its window time; nothing that is remembered changes.
 
         Packets follow the store's tokens; attention does not mind the order.
         Args: turns: rotations that layers of this chunk have made; used and added to where they share their times.
         """
-        turns = turns if turns is not None and plan.same_times else {}
+        turns = turns if plan.same_times else {}
         past = plan.attend.shape[1]
         if past:
             self._load(store.keys, store.values, plan.attend, plan.position, 0, turns)

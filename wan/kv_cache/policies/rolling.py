@@ -1,4 +1,4 @@
-"""Remember the newest frames: Self Forcing's rolling cache, and its full one, which ends before anything is forgotten."""
+"""Remember the newest frames: Self Forcing's rolling cache, and its full one, which ends before it forgets."""
 from __future__ import annotations
 
 from dataclasses import dataclass
