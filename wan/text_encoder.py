@@ -65,10 +65,6 @@ class TextEncoder:
         config, tensors = _read_encoder(path)
         encoder = _skeleton(config, source=path)  # on meta: weights come one by one, and are never held twice
         load_strictly(encoder, tensors, source=path, device=device, dtype=dtype)
-        if encoder.encoder.embed_tokens.weight is not encoder.shared.weight:
-            raise CheckpointError(
-                f"{path}: the encoder does not read the embedding that was loaded. Use another transformers release."
-            )
         return cls(encoder, words)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -121,7 +117,7 @@ def _skeleton(config: Mapping[str, Any], *, source: Path) -> UMT5EncoderModel:
         raise CheckpointError(
             f"{source}: its config.json describes no umT5 encoder ({type(error).__name__}: {error}). Download it again."
         ) from error
-    # Some transformers releases leave these two untied, and the second one random.
+    # Some transformers releases leave these two untied; untied, the second would count as missing.
     encoder.encoder.set_input_embeddings(encoder.shared)
     return encoder
 

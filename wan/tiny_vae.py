@@ -41,16 +41,15 @@ class TinyVAE(VideoDecoder):
     spatial_stride = 8    # pixels a latent spans along height, and along width
 
     def __init__(
-        self, decoder: nn.Sequential, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+        self, decoder: nn.Sequential, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,),
     ) -> None:
-        """`mean` and `std`, one value a channel, make normalised latents raw, for a decoder that reads those."""
+        """`mean` and `std`, of one value or one a channel, make normalised latents raw, for a decoder that reads those."""
         self._decoder = decoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         first = decoder[1].weight
         self.device, self.dtype = first.device, first.dtype
         self._wide = torch.promote_types(self.dtype, torch.float32)
         self._mean, self._std = (
-            None if values is None else torch.tensor(values, device=self.device, dtype=self._wide).view(-1, 1, 1)
-            for values in (mean, std)
+            torch.tensor(values, device=self.device, dtype=self._wide).view(-1, 1, 1) for values in (mean, std)
         )
 
     @property
@@ -105,9 +104,7 @@ class TinyVAE(VideoDecoder):
         The first latent frame makes four images as the others do, but stands for one pixel frame: the last.
         Returns: float32; of a float64 decoder, float64.
         """
-        z = latent.transpose(1, 2).flatten(0, 1).to(self.device, self._wide)
-        if self._mean is not None and self._std is not None:
-            z = z * self._std + self._mean
+        z = latent.transpose(1, 2).flatten(0, 1).to(self.device, self._wide) * self._std + self._mean
         x = (torch.tanh(z / BOUND) * BOUND).to(self.dtype, memory_format=torch.channels_last)
         first = not past
         for layer in self._decoder:
