@@ -43,7 +43,7 @@ class TinyVAE(VideoDecoder):
     def __init__(
         self, decoder: nn.Sequential, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,),
     ) -> None:
-        """`mean` and `std`, of one value or one a channel, make normalised latents raw, for a decoder that reads those."""
+        """`mean` and `std`, one value or one a channel, make normalised latents raw, for a decoder that reads those."""
         self._decoder = decoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         first = decoder[1].weight
         self.device, self.dtype = first.device, first.dtype

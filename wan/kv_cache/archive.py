@@ -33,7 +33,7 @@ class Archive:
 
     def __init__(self, shape: CacheShape, sizes: ArchiveSizes, turns: FrameTurns):
         device, grid, places = shape.device, sizes.grid, sizes.packets or FIRST_PLACES
-        self.grid, self.turns = grid, turns
+        self.grid, self.turns, self._space = grid, turns, turns.space(grid.frames)
         self._sizes, self._offload = sizes, sizes.offload and device.type == "cuda"
         heads = (shape.heads, shape.head_dim)
         self._staged = torch.zeros(2, shape.batch, grid.tokens, *heads, device=device, dtype=shape.dtype)
@@ -74,7 +74,7 @@ class Archive:
 
     def stage(self, keys: Tensor, values: Tensor) -> None:
         """Take the chunk's packet, keys without RoPE and values [B, P, H, D], in place of any before."""
-        self._staged[0].copy_(turn(keys, self.turns.space(self.grid.frames)))
+        self._staged[0].copy_(turn(keys, self._space))
         self._staged[1].copy_(values)
         self.is_staged = True
 
