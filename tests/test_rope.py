@@ -37,7 +37,7 @@ def test_space_then_time_equals_all_at_once(frame: int) -> None:
     time = time_turn(torch.full((rows * columns,), frame), dim, x.dtype)
     turned = turn(x, space)
     turned[..., :axis_channels(dim)[0]] = turn(turned[..., :axis_channels(dim)[0]], time)
-    assert torch.equal(turned, turn(x, both_turns(time, space)))
+    assert torch.equal(turned, turn(x, both_turns(torch.tensor([frame]), space)))
     for token in range(rows * columns):
         for head in range(heads):
             expected = by_hand(x[0, token, head], (frame, token // columns, token % columns))
@@ -68,7 +68,7 @@ def test_time_and_space_leave_each_other_alone() -> None:
     """Time turns the temporal channels and nothing else, space all others."""
     x, share = torch.randn(1, 4, 2, 32), axis_channels(32)[0]
     space = space_turn(2, 2, 32, x.dtype, x.device)
-    in_space, moved = turn(x, space), turn(x, both_turns(time_turn(torch.arange(4), 32, x.dtype), space))
+    in_space, moved = turn(x, space), turn(x, both_turns(torch.arange(4), space))
     assert torch.equal(in_space[..., :share], x[..., :share])
     assert not torch.equal(in_space[:, 1:, :, share:], x[:, 1:, :, share:])
     assert torch.equal(moved[..., share:], in_space[..., share:])

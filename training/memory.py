@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from wan.geometry import ChunkSpan, PacketGrid, VideoGeometry
 from wan.kv_cache.window import Window
-from wan.rope import Turn, both_turns, space_turn, time_turn, turn
+from wan.rope import Turn, both_turns, space_turn, turn
 
 
 def dense(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -24,12 +24,11 @@ class Rotation:
     """Space and time RoPE of whole frames."""
 
     def __init__(self, geometry: VideoGeometry, head_dim: int, device: torch.device):
-        self._geometry, self._head_dim = geometry, head_dim
         self._space = space_turn(geometry.rows, geometry.columns, head_dim, torch.float32, device)
 
     def of(self, frames: Tensor) -> Turn:
         """Rotation of every token of `frames` [F]."""
-        return _in_frames(frames, self._geometry.frame_tokens, self._head_dim, self._space)
+        return both_turns(frames, self._space.repeated(len(frames)))
 
 
 class WholeClip:
@@ -164,13 +163,12 @@ class PacketRotation:
     """Space and time RoPE of packets, at the centres of what their tokens cover."""
 
     def __init__(self, grid: PacketGrid, head_dim: int, device: torch.device):
-        self._grid, self._head_dim = grid, head_dim
         self._space = space_turn(grid.rows, grid.columns, head_dim, torch.float32, device, covers=grid.space)
         self._centres = torch.tensor(grid.centres, device=device, dtype=torch.float64)
 
     def of(self, start: int) -> Turn:
         """Rotation of every token of the packet of a chunk that begins with latent frame `start`."""
-        return _in_frames(start + self._centres, self._grid.rows * self._grid.columns, self._head_dim, self._space)
+        return both_turns(start + self._centres, self._space.repeated(len(self._centres)))
 
 
 class PackedLayer:
@@ -205,12 +203,6 @@ class PackedLayer:
 
     def commit(self) -> None:
         self._full.append(self._staged)
-
-
-def _in_frames(times: Tensor, frame_tokens: int, head_dim: int, space: Turn) -> Turn:
-    """Rotation of whole frames at `times` [F], each frame's tokens turned by `space` in height and width."""
-    time = time_turn(times.repeat_interleave(frame_tokens), head_dim, torch.float32)
-    return both_turns(time, Turn(*(x.repeat(len(times), 1, 1) for x in (space.cos, space.sin))))
 
 
 def _joined(parts: tuple[Tensor, ...]) -> Tensor:

@@ -1,25 +1,14 @@
-"""Attention layers. Self-attention asks its memory for a window and attends to it densely; it knows neither RoPE nor
-policy.
+"""Attention layers: what projects to queries, keys and values. They know neither memory, nor RoPE, nor policy.
 
-B batch, L chunk tokens, S seen tokens, H heads, D head dim, C = H * D channels.
+B batch, L chunk tokens, H heads, D head dim, C = H * D channels.
 """
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.backends import AttentionBackend
-from wan.kv_cache.window import Window
-
-
-class Memory(Protocol):
-    """What a layer's self-attention needs of its past: a LayerCache, or anything of this shape."""
-
-    def extend(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
-        """Normalised [B, L, H, D] without RoPE -> what attention sees."""
 
 
 class _Attention(nn.Module):

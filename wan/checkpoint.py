@@ -54,8 +54,8 @@ def check_transformer(path: Path, expected: Mapping[str, torch.Size], *, use_ema
     Raises:
         CheckpointError: as `read_transformer`, or with a list of what is missing, unexpected or misshapen.
     """
-    tensors, chosen = read_transformer(Path(path), use_ema=use_ema, meta=True)
-    check_fit(Path(path), tensors, expected)
+    tensors, chosen = read_transformer(path, use_ema=use_ema, meta=True)
+    check_fit(path, tensors, expected)
     return chosen
 
 
@@ -72,8 +72,8 @@ def load_transformer(
     Raises:
         CheckpointError: as `check_transformer`; the model is then left as it was.
     """
-    tensors, _ = read_transformer(Path(path), use_ema=use_ema)
-    load_strictly(model, tensors, source=Path(path), device=device, dtype=dtype, change=change)
+    tensors, _ = read_transformer(path, use_ema=use_ema)
+    load_strictly(model, tensors, source=path, device=device, dtype=dtype, change=change)
 
 
 def read_transformer(path: Path, *, use_ema: bool, meta: bool = False) -> tuple[dict[str, Tensor], bool]:

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wan.checkpoint import CheckpointError, load_strictly
@@ -165,8 +165,5 @@ def load_branch(path: Path, sizes: BranchSizes, *, device: torch.device, dtype: 
     channels = check_branch(path, sizes)
     with torch.device("meta"):
         branch = HighResolutionBranch(sizes, channels)
-    with safe_open(path, "pt") as file:
-        names = file.keys()
-        tensors = {name: file.get_tensor(name) for name in names}
-    load_strictly(branch, tensors, source=path, device=device, dtype=dtype)
+    load_strictly(branch, load_file(path), source=path, device=device, dtype=dtype)
     return branch.eval().requires_grad_(False)

@@ -25,52 +25,30 @@ _NAME = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])(\.[^.]+)?\.weight")  # P
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank changes: layer's weight name -> (A [rank, in], B [out, rank]); the change is scale B A."""
+    """Low-rank changes: layer's weight name -> (A [rank, in], B [out, rank]); the change is alpha / rank B A."""
 
     pairs: Mapping[str, tuple[Tensor, Tensor]]
-    scale: Mapping[str, float]
+    alpha: float | None  # None: the rank
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
         """`weight` [out, in] with its change, float32; any other tensor as it is."""
         if name not in self.pairs:
             return weight
         down, up = (part.float() for part in self.pairs[name])
-        return torch.addmm(weight.float(), up, down, alpha=self.scale[name])
+        scale = 1.0 if self.alpha is None else self.alpha / len(down)
+        return torch.addmm(weight.float(), up, down, alpha=scale)
 
 
-def read_lora(path: Path, *, alpha: float | None = None) -> LoRA:
+def read_lora(path: Path, *, alpha: float | None = None, meta: bool = False) -> LoRA:
     """Read a LoRA.
 
     Args:
         path: a file, or a folder with one.
         alpha: what the change is scaled by, over the rank; None is the rank itself, a scale of 1.
+        meta: headers alone; the tensors have no data.
     Raises:
         CheckpointError: missing or damaged file, no LoRA in it, or a layer with half of one.
     """
-    return _read(Path(path), alpha, meta=False)
-
-
-def check_lora(path: Path, expected: Mapping[str, torch.Size]) -> None:
-    """Compare a LoRA's layers with the model's `expected` shapes without reading its values.
-
-    Raises:
-        CheckpointError: as `read_lora`, or layers that the model does not have or that have another size there.
-    """
-    found = _read(Path(path), None, meta=True).pairs
-    unknown = [name for name in found if name not in expected]
-    misshapen = [
-        f"{name} is {up.shape[0]} x {down.shape[1]}, the model has {' x '.join(map(str, expected[name]))}"
-        for name, (down, up) in found.items()
-        if name in expected and (up.shape[0], down.shape[1]) != tuple(expected[name])
-    ]
-    if lines := listed((("not in the model", unknown), ("another size", misshapen))):
-        raise CheckpointError("\n".join([
-            f"{path}: this LoRA does not fit the model:", *lines,
-            "Give the LoRA that belongs to this base checkpoint, or leave --lora_path out.",
-        ]))
-
-
-def _read(path: Path, alpha: float | None, *, meta: bool) -> LoRA:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in read_tensors(path, subfolder="lora", groups=(GROUP,), meta=meta).items():
         if match := _NAME.fullmatch(name):
@@ -90,8 +68,27 @@ def _read(path: Path, alpha: float | None, *, meta: bool) -> LoRA:
         raise CheckpointError(
             f"{path}: the two halves of {bent[0]} have different ranks. The file is damaged; download it again."
         )
-    pairs = {name: (pair["A"], pair["B"]) for name, pair in parts.items()}
-    return LoRA(pairs, {name: 1.0 if alpha is None else alpha / down.shape[0] for name, (down, _) in pairs.items()})
+    return LoRA({name: (pair["A"], pair["B"]) for name, pair in parts.items()}, alpha)
+
+
+def check_lora(path: Path, expected: Mapping[str, torch.Size]) -> None:
+    """Compare a LoRA's layers with the model's `expected` shapes without reading its values.
+
+    Raises:
+        CheckpointError: as `read_lora`, or layers that the model does not have or that have another size there.
+    """
+    found = read_lora(path, meta=True).pairs
+    unknown = [name for name in found if name not in expected]
+    misshapen = [
+        f"{name} is {up.shape[0]} x {down.shape[1]}, the model has {' x '.join(map(str, expected[name]))}"
+        for name, (down, up) in found.items()
+        if name in expected and (up.shape[0], down.shape[1]) != tuple(expected[name])
+    ]
+    if lines := listed((("not in the model", unknown), ("another size", misshapen))):
+        raise CheckpointError("\n".join([
+            f"{path}: this LoRA does not fit the model:", *lines,
+            "Give the LoRA that belongs to this base checkpoint, or leave --lora_path out.",
+        ]))
 
 
 def _layer(name: str) -> str:

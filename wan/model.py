@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from wan.attention import CrossAttention, Memory, SelfAttention
+from wan.attention import CrossAttention, SelfAttention
 from wan.backends import AttentionBackend, sdpa
 from wan.compiler import Compiler, plain
 from wan.kv_cache.window import Window
@@ -59,6 +59,13 @@ class WanConfig:
 
 
 TextContext = tuple[tuple[Tensor, Tensor], ...]  # a prompt as each block reads it: keys and values [B, T, H, D]
+
+
+class Memory(Protocol):
+    """What a layer's self-attention needs of its past: a LayerCache, or anything of this shape."""
+
+    def extend(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
+        """Normalised [B, L, H, D] without RoPE -> what attention sees."""
 
 
 class LayeredMemory(Protocol):

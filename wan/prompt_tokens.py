@@ -46,7 +46,7 @@ class PromptTokens:
     @classmethod
     def load(cls, path: Path, text_len: int, understands: str | None = None) -> PromptTokens:
         """Raises: as `load_tokenizer`."""
-        return cls(load_tokenizer(Path(path)), text_len, understands)
+        return cls(load_tokenizer(path), text_len, understands)
 
     def count(self, prompt: str) -> int:
         """Tokens of the cleaned prompt, end mark included, before any cutting."""

@@ -8,7 +8,7 @@ B batch, L tokens, H heads, D head dim.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,7 @@ def phase_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """A rotation of pairs of channels, in a form that compilers fuse: x * cos + (x, pairs swapped) * sin.
 
     `cos`, `sin`: [..., L, 1, channels], ready to be broadcast over heads, float32 (float64 for float64 inputs);
@@ -39,10 +38,9 @@ class Turn:
     cos: Tensor
     sin: Tensor
 
-    @property
-    def inverse(self) -> Turn:
-        """The rotation that undoes this one."""
-        return Turn(self.cos, -self.sin)
+    def repeated(self, frames: int) -> Turn:
+        """Of one frame's tokens [n, 1, D] -> of `frames` such frames'."""
+        return Turn(*(x.repeat(frames, 1, 1) for x in self))
 
 
 def turn(x: Tensor, by: Turn) -> Tensor:
@@ -65,12 +63,6 @@ def time_turn(position: Tensor, head_dim: int, dtype: torch.dtype) -> Turn:
     return _turn_by(_angles(position, axis_channels(head_dim)[0]), dtype)
 
 
-def time_table(position: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of `time_turn`."""
-    by = time_turn(position, head_dim, dtype)
-    return by.cos, by.sin
-
-
 def space_turn(
     rows: int, columns: int, head_dim: int, dtype: torch.dtype, device: torch.device, covers: int = 1,
 ) -> Turn:
@@ -87,11 +79,41 @@ def space_turn(
     return Turn(F.pad(by.cos, (time, 0), value=1.0), F.pad(by.sin, (time, 0)))
 
 
-def both_turns(time: Turn, space: Turn) -> Turn:
-    """All channels of a head: from `time` the temporal ones, from `space` the others."""
-    first = time.cos.shape[-1]
-    pairs = ((time.cos, space.cos), (time.sin, space.sin))
-    return Turn(*(torch.cat([temporal, spatial[..., first:]], dim=-1) for temporal, spatial in pairs))
+def both_turns(times: Tensor, space: Turn) -> Turn:
+    """All channels of whole frames at `times` [F], in latent frames: the temporal ones, and from `space` the others.
+
+    Shapes: space [F * n, 1, head_dim], of frames of n tokens; the result is like it.
+    """
+    tokens, _, head_dim = space.cos.shape
+    time = time_turn(times.repeat_interleave(tokens // len(times)), head_dim, space.cos.dtype)
+    pairs, moving = zip(time, space, strict=True), time.cos.shape[-1]
+    return Turn(*(torch.cat([temporal, spatial[..., moving:]], dim=-1) for temporal, spatial in pairs))
+
+
+class FrameTurns:
+    """Rotations of whole frames' tokens; they repeat, so each is made once and keeps its address.
+
+    Args:
+        frame: of one frame in height and width, as `space_turn` makes it.
+        centres: [F] float64, when frames are, in latent frames from the first; None: at 0, 1, ..., however many.
+    """
+
+    def __init__(self, frame: Turn, centres: Tensor | None = None):
+        self._frame, self.centres = frame, centres
+        self._made: dict[tuple[int, int | None], Turn] = {}
+
+    def space(self, frames: int) -> Turn:
+        """Height and width of `frames` frames' tokens: [L, 1, D]."""
+        if (frames, None) not in self._made:
+            self._made[frames, None] = self._frame.repeated(frames)
+        return self._made[frames, None]
+
+    def window(self, frames: int, position: int) -> Turn:
+        """The same, and time, what `centres` count from being at `position`."""
+        if (frames, position) not in self._made:
+            centres = torch.arange(frames, device=self._frame.cos.device) if self.centres is None else self.centres
+            self._made[frames, position] = both_turns(position + centres, self.space(frames))
+        return self._made[frames, position]
 
 
 def _angles(position: Tensor, channels: int) -> Tensor:

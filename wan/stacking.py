@@ -7,11 +7,10 @@ B clips, T frames, H, W size, C channels; frames are channels-last.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Protocol
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -85,16 +84,8 @@ def spread(value: Sum, times: int) -> Tensor:
     return x.reshape(clips, frames * times, 2 * height, 2 * width, channels // times)
 
 
-class StackingKernels(Protocol):
-    """This module, or its Triton twin."""
-
-    stack: Callable[[Sum, Tensor | None, Tensor, bool], tuple[Tensor, Tensor | None]]
-    activate: Callable[[Sum, Tensor], Tensor]
-    spread: Callable[[Sum, int], Tensor]
-
-
-def load_kernels(device: torch.device) -> StackingKernels:
-    """The fastest for a device."""
+def load_kernels(device: torch.device) -> ModuleType:
+    """The module whose `stack`, `activate` and `spread` are the fastest for a device: this one or a twin."""
     if device.type == "meta":
         return import_module("wan.stacking_shapes")
     on_gpu = device.type == "cuda" and find_spec("triton") is not None

@@ -6,12 +6,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wan.checkpoint import load_strictly
+
+
+class Past(dict[nn.Module, Tensor]):
+    """What each layer has to remember of a video's earlier frames; empty before the first."""
 
 
 class VideoDecoder(ABC):
@@ -25,11 +28,7 @@ class VideoDecoder(ABC):
         """C."""
 
     @abstractmethod
-    def new_past(self) -> Any:
-        """What a stream remembers, before its first frame."""
-
-    @abstractmethod
-    def decode_part(self, latents: Tensor, past: Any) -> Tensor:
+    def decode_part(self, latents: Tensor, past: Past) -> Tensor:
         """[B, C, F, h, w] normalised -> pixels [B, 3, T, H, W] in [-1, 1]; `past` is advanced."""
 
     def stream(self) -> StreamDecoder:
@@ -45,7 +44,7 @@ class StreamDecoder:
 
     def __init__(self, decoder: VideoDecoder) -> None:
         self._decoder = decoder
-        self._past = decoder.new_past()
+        self._past = Past()
         self._shape: torch.Size | None = None  # of one latent frame with its batch, once known
         self._broken = False
 

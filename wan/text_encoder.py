@@ -62,20 +62,10 @@ class TextEncoder:
             raise ValueError(
                 f"text encoder dtype {dtype}: umT5 overflows in half precision. Use torch.bfloat16 or torch.float32."
             )
-        path = Path(path)
         config, tensors = _read_encoder(path)
         encoder = _skeleton(config, source=path)  # on meta: weights come one by one, and are never held twice
         load_strictly(encoder, tensors, source=path, device=device, dtype=dtype)
-        if encoder.encoder.embed_tokens.weight is not encoder.shared.weight:
-            raise CheckpointError(
-                f"{path}: the encoder does not read the embedding that was loaded. Use another transformers release."
-            )
         return cls(encoder, words)
-
-    @property
-    def text_dim(self) -> int:
-        """Width of an embedding."""
-        return self._encoder.config.d_model
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embed prompts.
@@ -108,7 +98,7 @@ class TextEncoder:
                 f"token id {int(ids.max())} does not suit an encoder of {weight.shape[0]} ids. "
                 "Give the tokenizer that belongs to this text encoder."
             )
-        embeddings = torch.zeros(*ids.shape, self.text_dim, device=weight.device, dtype=weight.dtype)
+        embeddings = torch.zeros(*ids.shape, weight.shape[1], device=weight.device, dtype=weight.dtype)
         for row, tokens, used in zip(embeddings, ids.to(weight.device), mask.cpu().sum(dim=1), strict=True):
             if length := int(used):
                 row[:length] = self._encoder(input_ids=tokens[None, :length]).last_hidden_state[0]
@@ -127,7 +117,7 @@ def _skeleton(config: Mapping[str, Any], *, source: Path) -> UMT5EncoderModel:
         raise CheckpointError(
             f"{source}: its config.json describes no umT5 encoder ({type(error).__name__}: {error}). Download it again."
         ) from error
-    # Some transformers releases leave these two untied, and the second one random.
+    # Some transformers releases leave these two untied; untied, the second would count as missing.
     encoder.encoder.set_input_embeddings(encoder.shared)
     return encoder
 
@@ -138,7 +128,6 @@ def check_text_encoder(path: Path, text_dim: int) -> None:
     Raises:
         CheckpointError: as `TextEncoder.load`, or embeddings of another width than `text_dim`.
     """
-    path = Path(path)
     config, tensors = _read_encoder(path, meta=True)
     encoder = _skeleton(config, source=path)
     check_fit(path, tensors, {name: parameter.shape for name, parameter in encoder.named_parameters()})
@@ -204,7 +193,7 @@ class EmbeddingCache:
     """
 
     def __init__(self, folder: Path, encoder_id: str, text_len: int) -> None:
-        self._folder = Path(folder)
+        self._folder = folder
         self._encoder_id = encoder_id
         self._text_len = text_len
 

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 from wan.checkpoint import CheckpointError, check_fit, load_strictly, read_tensors
 from wan.stacking import Sum, load_kernels
-from wan.stream import VideoDecoder, load_random
-from wan.vae_passes import Past
+from wan.stream import Past, VideoDecoder, load_random
 
 TinyKind = Literal["taehv", "lighttae"]
 
@@ -42,16 +41,15 @@ class TinyVAE(VideoDecoder):
     spatial_stride = 8    # pixels a latent spans along height, and along width
 
     def __init__(
-        self, decoder: nn.Sequential, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+        self, decoder: nn.Sequential, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,),
     ) -> None:
-        """`mean` and `std`, one value a channel, make normalised latents raw, for a decoder that reads those."""
+        """`mean` and `std`, one value or one a channel, make normalised latents raw, for a decoder that reads those."""
         self._decoder = decoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         first = decoder[1].weight
         self.device, self.dtype = first.device, first.dtype
         self._wide = torch.promote_types(self.dtype, torch.float32)
         self._mean, self._std = (
-            None if values is None else torch.tensor(values, device=self.device, dtype=self._wide).view(-1, 1, 1)
-            for values in (mean, std)
+            torch.tensor(values, device=self.device, dtype=self._wide).view(-1, 1, 1) for values in (mean, std)
         )
 
     @property
@@ -68,7 +66,6 @@ class TinyVAE(VideoDecoder):
             CheckpointError: missing, damaged or unsafe file, tensors of another layout, or raw latents of another
                 number of channels than Wan 2.1's.
         """
-        path = Path(path)
         tensors = _read_decoder(path)
         if "decoder.1.weight" not in tensors or tensors["decoder.1.weight"].ndim != 4:
             raise CheckpointError(
@@ -101,18 +98,13 @@ class TinyVAE(VideoDecoder):
         """On the meta device: shapes without data."""
         return cls(_network(latent_channels)["decoder"].to(dtype))
 
-    def new_past(self) -> Past:
-        return {}
-
     def decode_part(self, latent: Tensor, past: Past) -> Tensor:
         """[B, C, F, h, w] normalised -> pixels [B, 3, T, H, W] in [-1, 1]; `past` is advanced.
 
         The first latent frame makes four images as the others do, but stands for one pixel frame: the last.
         Returns: float32; of a float64 decoder, float64.
         """
-        z = latent.transpose(1, 2).flatten(0, 1).to(self.device, self._wide)
-        if self._mean is not None and self._std is not None:
-            z = z * self._std + self._mean
+        z = latent.transpose(1, 2).flatten(0, 1).to(self.device, self._wide) * self._std + self._mean
         x = (torch.tanh(z / BOUND) * BOUND).to(self.dtype, memory_format=torch.channels_last)
         first = not past
         for layer in self._decoder:
@@ -129,7 +121,7 @@ def check_tiny_vae(path: Path, latent_channels: int) -> None:
         CheckpointError: as `TinyVAE.load`, or a file for another number of latent channels.
     """
     expected = {name: value.shape for name, value in _network(latent_channels).named_parameters()}
-    check_fit(Path(path), _read_decoder(Path(path)), expected)
+    check_fit(path, _read_decoder(path), expected)
 
 
 def _read_decoder(path: Path) -> dict[str, Tensor]:

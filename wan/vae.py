@@ -22,9 +22,9 @@ from wan.checkpoint import CheckpointError, NetworkFiles, check_fit, load_strict
 from wan.names import strip_wrappers
 from wan.recorder import Recorder
 from wan.stacking import load_kernels
-from wan.stream import VideoDecoder, load_random
-from wan.vae_decoder import FastDecoder, StreamPast
-from wan.vae_passes import Past, VaePasses
+from wan.stream import Past, VideoDecoder, load_random
+from wan.vae_decoder import FastDecoder
+from wan.vae_passes import VaePasses
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of latents, one value a channel
 
@@ -60,7 +60,6 @@ class WanVAE(VideoDecoder):
         Raises:
             CheckpointError: missing, damaged or unsafe file, weights that do not fit, or statistics of another length.
         """
-        path = Path(path)
         config, tensors = _read_vae(path)
         if statistics is not None:
             config = {**config, **dict(zip(("latents_mean", "latents_std"), map(list, statistics), strict=True))}
@@ -74,14 +73,14 @@ class WanVAE(VideoDecoder):
 
         Its architecture is that of `path` (a config.json is enough), or Wan 2.1's if nothing is there.
         """
-        model = _skeleton_of(Path(path))
+        model = _skeleton_of(path)
         load_random(model, seed, device=device, dtype=dtype)
         return cls(model)
 
     @classmethod
     def skeleton(cls, path: Path, dtype: torch.dtype) -> WanVAE:
         """A VAE on the meta device, of the same architecture as `random`'s: shapes without data."""
-        return cls(torch.nn.Module.to(_skeleton_of(Path(path)), dtype))
+        return cls(torch.nn.Module.to(_skeleton_of(path), dtype))
 
     @property
     def device(self) -> torch.device:
@@ -117,7 +116,7 @@ class WanVAE(VideoDecoder):
             ValueError: a frame count or size that the strides do not divide.
         """
         self._check_pixels(pixels)
-        past, stride = {}, self.temporal_stride
+        past, stride = Past(), self.temporal_stride
         parts = pixels.transpose(1, 2).split([1] + [stride] * (pixels.shape[1] // stride), dim=2)
         means = torch.cat([self._passes.encode(part.to(self.device, self.dtype), past)[0] for part in parts], dim=2)
         return ((means.float() - self._mean) / self._std).transpose(1, 2).contiguous()
@@ -153,10 +152,7 @@ class WanVAE(VideoDecoder):
             self._fast = FastDecoder(self._model, load_kernels(self.device), recorder)
             self.part_frames = part_frames
 
-    def new_past(self) -> Past | StreamPast:
-        return {} if self._fast is None else StreamPast()
-
-    def decode_part(self, latents: Tensor, past: Past | StreamPast) -> Tensor:
+    def decode_part(self, latents: Tensor, past: Past) -> Tensor:
         """[B, C, F, h, w] normalised -> pixels [B, 3, T, H, W]; `past` is advanced."""
         z = (latents.to(self.device, torch.float32) * self._std + self._mean).to(self.dtype)
         if self._fast is None:
@@ -173,7 +169,6 @@ def check_vae(path: Path, *, latent_channels: int, temporal_stride: int, spatial
     Raises:
         CheckpointError: as `WanVAE.load`, or a VAE of other channels or strides.
     """
-    path = Path(path)
     config, tensors = _read_vae(path, meta=True)
     model = _skeleton(config, source=path)
     check_fit(path, tensors, {name: parameter.shape for name, parameter in model.named_parameters()})

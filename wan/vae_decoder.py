@@ -9,7 +9,7 @@ B clips, F latent frames, T pixel frames, C channels; activations are [B, T, H, 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -18,27 +18,19 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanRes
 from torch import Tensor, nn
 
 from wan.recorder import Recorder, Replays
-from wan.stacking import PAST, StackingKernels, Sum
+from wan.stacking import PAST, Sum
+from wan.stream import Past
 
 PART_FRAMES = 1  # frames before the last doubling of the frame rate that go through the rest together
 
 
-@dataclass(eq=False)
-class StreamPast:
-    """Where one video stands; its frames are in the decoder's buffers while it is the one being decoded."""
-
-    begun: bool = False
-    saved: dict[nn.Module, Tensor] = field(default_factory=dict)  # while another video is
-
-    def clear(self) -> None:
-        """Nothing was decoded."""
-        self.begun, self.saved = False, {}
-
-
 class FastDecoder:
-    """Decodes raw latents, one stream at a time fastest; streams may take turns."""
+    """Decodes raw latents, one stream at a time fastest; streams may take turns.
 
-    def __init__(self, model: AutoencoderKLWan, kernels: StackingKernels, recorder: Recorder | None):
+    A stream's past is the decoder's own buffers while it is the one being decoded, and copies of them afterwards.
+    """
+
+    def __init__(self, model: AutoencoderKLWan, kernels: ModuleType, recorder: Recorder | None):
         self._decoder, self._kernels = model.decoder, kernels
         self._weights = {
             module: _stacked_weight(module, thin=module is self._decoder.conv_out)
@@ -50,32 +42,34 @@ class FastDecoder:
         ]
         self._last_doubling = doubling[-1] if doubling else 0  # parts begin behind this level's resnets
         self._past: dict[nn.Module, Tensor] = {}
-        self._owner: weakref.ref[StreamPast] | None = None
+        self._owner: weakref.ref[Past] | None = None
         self._size: tuple[int, ...] | None = None
         self._replays = Replays(recorder)
 
-    def __call__(self, latents: Tensor, past: StreamPast) -> Tensor:
+    def __call__(self, latents: Tensor, past: Past) -> Tensor:
         """The next raw latents [B, C, F, h, w] of a stream, in the model's dtype -> pixels [B, T, H, W, 3]."""
+        first = not past
         self._activate(past, (len(latents), *latents.shape[3:]))
-        first, past.begun = not past.begun, True
-        return self._replays((first, latents.shape), lambda x: self._decode(x, first=first), latents)
+        pixels = self._replays((first, latents.shape), lambda x: self._decode(x, first=first), latents)
+        past.update(self._past)
+        return pixels
 
-    def _activate(self, past: StreamPast, size: tuple[int, ...]) -> None:
+    def _activate(self, past: Past, size: tuple[int, ...]) -> None:
         """Put the buffers into the state of this stream, of so many clips, rows and columns."""
         owner = self._owner() if self._owner else None
         if owner is past:
             return
-        if owner is not None and owner.begun:
-            owner.saved = {module: buffer.clone() for module, buffer in self._past.items()}
+        if owner:
+            owner.update({module: buffer.clone() for module, buffer in self._past.items()})
         if size != self._size:  # other buffers, so that what was recorded with these is void
             self._size = size
             self._past.clear()
             self._replays.clear()
         for buffer in self._past.values():
             buffer.zero_()
-        for module, saved in past.saved.items():
-            self._past.setdefault(module, torch.empty_like(saved)).copy_(saved)
-        past.saved, self._owner = {}, weakref.ref(past)
+        for module, saved in past.items():
+            past[module] = self._past.setdefault(module, torch.empty_like(saved)).copy_(saved)
+        self._owner = weakref.ref(past)
 
     def _decode(self, latents: Tensor, *, first: bool) -> Tensor:
         """Raw latents [B, C, F, h, w] in the model's dtype -> pixels [B, T, H, W, 3], not clamped.

@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanMidBlock, WanRes
 from einops import rearrange
 from torch import Tensor, nn
 
-Past = dict[nn.Module, Tensor]  # what each layer has to remember of earlier frames; empty before the first
+from wan.stream import Past
 
 
 def normalise_activate(x: Tensor, gamma: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def normalise_activate(x: Tensor, gamma: Tensor) -> Tensor:
 class VaePasses:
     """Encoder and decoder passes; latents here are raw, as the network makes them.
 
-    With `past`, an empty dict at first, a video may come in parts of any length; without, it is whole. Equal to
+    With `past`, empty at first, a video may come in parts of any length; without, it is whole. Equal to
     the one-frame-at-a-time passes of the authors and of diffusers up to rounding.
 
     Args: activate: `normalise_activate`, or something faster that computes the same.

@@ -15,35 +15,10 @@ from wan.geometry import ChunkSpan, PacketGrid
 from wan.kv_cache.policy import ArchiveSizes, PacketView, Plan
 from wan.kv_cache.store import CacheShape
 from wan.kv_cache.votes import QueryVotes
-from wan.rope import Turn, both_turns, phase_dtype, space_turn, time_turn, turn
+from wan.rope import FrameTurns, Turn, phase_dtype, turn
 
 EMPTY = torch.iinfo(torch.int64).max  # the start of a packet that is not there
 FIRST_PLACES = 64                     # of an archive without limit; doubled whenever they are taken
-
-
-class PacketRotation:
-    """Where the tokens of a packet sit; the same for every layer and chunk."""
-
-    def __init__(self, shape: CacheShape, grid: PacketGrid):
-        self.grid, self._head_dim, self._dtype = grid, shape.head_dim, shape.dtype
-        frame = space_turn(grid.rows, grid.columns, shape.head_dim, shape.dtype, shape.device, covers=grid.space)
-        self.space = Turn(*(x.repeat(grid.frames, 1, 1) for x in (frame.cos, frame.sin)))
-        self.centres = torch.tensor(grid.centres, device=shape.device, dtype=torch.float64)  # [T], see PacketView
-        self._made: dict[int, Turn] = {}
-
-    def window(self, position: int) -> Turn:
-        """Height and width, and time, the chunk's first frame being at `position`."""
-        if position not in self._made:
-            moments = (position + self.centres).repeat_interleave(self.grid.rows * self.grid.columns)
-            self._made[position] = both_turns(time_turn(moments, self._head_dim, self._dtype), self.space)
-        return self._made[position]
-
-    def pool(self, x: Tensor) -> Tensor:
-        """Means [B, P, H, D] over what each packet token covers of a chunk [B, F, rows, columns, H, D]."""
-        covers, grid = self.grid.space, self.grid
-        x = x[:, :, :grid.rows * covers, :grid.columns * covers]
-        x = x.unflatten(3, (grid.columns, covers)).unflatten(2, (grid.rows, covers)).mean(dim=(3, 5))
-        return torch.stack([part.mean(dim=1) for part in x.split(grid.time, dim=1)], dim=1).flatten(1, 3)
 
 
 class Archive:
@@ -57,9 +32,9 @@ class Archive:
     is_staged: bool
     is_on_host: bool  # keys and values are in host memory
 
-    def __init__(self, shape: CacheShape, sizes: ArchiveSizes, rotation: PacketRotation):
+    def __init__(self, shape: CacheShape, sizes: ArchiveSizes, turns: FrameTurns):
         device, grid, places = shape.device, sizes.grid, sizes.packets or FIRST_PLACES
-        self.grid, self.rotation = grid, rotation
+        self.grid, self.turns, self._space = grid, turns, turns.space(grid.frames)
         self._sizes, self.is_on_host = sizes, sizes.offload and device.type == "cuda"
         heads = (shape.heads, shape.head_dim)
         self._staged = torch.zeros(2, shape.batch, grid.tokens, *heads, device=device, dtype=shape.dtype)
@@ -100,15 +75,15 @@ class Archive:
 
     def stage(self, keys: Tensor, values: Tensor) -> None:
         """Take the chunk's packet, keys without RoPE and values [B, P, H, D], in place of any before."""
-        self._staged[0].copy_(turn(keys, self.rotation.space))
+        self._staged[0].copy_(turn(keys, self._space))
         self._staged[1].copy_(values)
         self.is_staged = True
 
     def pool(self, keys: Tensor, values: Tensor, rows: int, space: Turn) -> None:
         """Stage the means of a whole chunk's keys, height and width turned by `space`, and values [B, L, H, D]."""
         wide, in_rows = space.cos.dtype, (self.grid.chunk_frames, rows, -1)
-        free = turn(keys.to(wide), space.inverse)
-        self.stage(*(self.rotation.pool(x.unflatten(1, in_rows)) for x in (free, values.to(wide))))
+        free = turn(keys.to(wide), Turn(space.cos, -space.sin))
+        self.stage(*(_means(x.unflatten(1, in_rows), self.grid) for x in (free, values.to(wide))))
 
     def forget_newest(self, packets: int) -> None:
         """Forget the packets written last, as if their chunks had never been."""
@@ -131,7 +106,7 @@ class Archive:
     def view(self, chunk: ChunkSpan, start: Tensor, votes: QueryVotes) -> PacketView:
         """What a policy may see while `chunk`, which begins with latent frame `start` [], asks with `votes`."""
         return PacketView(
-            self.known, self.start, self.rotation.centres, chunk.frames == self.grid.chunk_frames,
+            self.known, self.start, self.turns.centres, chunk.frames == self.grid.chunk_frames,
             lambda share: self.affinity(votes, start, share),
         )
 
@@ -142,7 +117,7 @@ class Archive:
         their sums are all it needs. `share` of the heads count, the first ones.
         Source: PackForcing, arXiv:2603.25730, appendix G; without its sampling of queries.
         """
-        begin = (torch.minimum(self.start, start) - start).unsqueeze(1) + self.rotation.centres
+        begin = (torch.minimum(self.start, start) - start).unsqueeze(1) + self.turns.centres
         scores = votes.score(
             self.sums.flatten(1, 2), begin.flatten().unsqueeze(0), torch.zeros_like(start), "denoising",
             max(1, int(self.sums.shape[3] * share)),
@@ -166,6 +141,13 @@ class Archive:
         if self.is_on_host:
             return host_memory(shape, like.dtype, like.device)
         return torch.zeros(shape, device=like.device, dtype=like.dtype)
+
+
+def _means(x: Tensor, grid: PacketGrid) -> Tensor:
+    """Means [B, P, H, D] over what each packet token covers of a chunk [B, F, rows, columns, H, D]."""
+    x = x[:, :, :grid.rows * grid.space, :grid.columns * grid.space]
+    x = x.unflatten(3, (grid.columns, grid.space)).unflatten(2, (grid.rows, grid.space)).mean(dim=(3, 5))
+    return torch.stack([part.mean(dim=1) for part in x.split(grid.time, dim=1)], dim=1).flatten(1, 3)
 
 
 class _Pinned:

@@ -17,11 +17,11 @@ import torch
 import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from wan.compiler import Compiler, plain
 from wan.geometry import ChunkSpan, VideoGeometry
-from wan.kv_cache.archive import PacketRotation
-from wan.kv_cache.layer import LayerCache, LayerState, Moment, Turns
+from wan.kv_cache.layer import LayerCache, LayerState, Moment
 from wan.kv_cache.policy import KVPolicy
 from wan.kv_cache.store import CacheShape
 from wan.kv_cache.window import WindowBuffer
+from wan.rope import FrameTurns, space_turn
 
 
 class KVCache:
@@ -37,11 +37,14 @@ class KVCache:
         shared_window: bool = False,
     ):
         window, packets, sizes = None, None, policy.sizes(geometry)
+        head = shape.head_dim, shape.dtype, shape.device
         if shared_window:
             window = WindowBuffer(shape, sizes.window_tokens, compiler)
         if sizes.archive is not None:
-            packets = PacketRotation(shape, sizes.archive.grid)
-        turns = Turns(geometry, shape)
+            grid = sizes.archive.grid
+            centres = torch.tensor(grid.centres, device=shape.device, dtype=torch.float64)
+            packets = FrameTurns(space_turn(grid.rows, grid.columns, *head, covers=grid.space), centres)
+        turns = FrameTurns(space_turn(geometry.rows, geometry.columns, *head))
         self._layers = [
             LayerCache(i, shape, geometry, policy, turns, packets, window, compiler) for i in range(shape.layers)
         ]
@@ -53,6 +56,7 @@ class KVCache:
         self._policy, self._frame_tokens = policy, geometry.frame_tokens
         room_tokens = sizes.capacity_tokens - geometry.chunk_frames * geometry.frame_tokens  # beside the next chunk
         self.most_frames = min(sizes.window_tokens, room_tokens) // geometry.frame_tokens  # that one pass may remember
+        self._counted_frames = sizes.capacity_tokens // geometry.frame_tokens + 1  # more look like this many
         self.seen_frames = 0
 
     def layer(self, index: int) -> LayerCache:
@@ -109,8 +113,8 @@ class KVCache:
         self._start.fill_(chunk.start)
         self._chunk_index.fill_(chunk.index)
         self._moment = Moment(
-            chunk=chunk, start=self._start, chunk_index=self._chunk_index, seen_frames=self.seen_frames,
-            seeds=self._seeds, lookahead=lookahead,
+            chunk=chunk, start=self._start, chunk_index=self._chunk_index,
+            seen_frames=min(self.seen_frames, self._counted_frames), seeds=self._seeds, lookahead=lookahead,
         )
         for layer in self._layers:
             if layer.archive is not None:
@@ -133,9 +137,9 @@ class KVCache:
 
     def shapes(self) -> tuple[Any, ...]:
         """All host numbers that shapes and addresses of the chunk that has begun can depend on."""
-        return self._moment.chunk.frames, *(
-            (layer.bounded(self.seen_frames), state.length, state.known_frames, state.known_packets,
-             layer.archive and layer.archive.places, state.plan is not None)
+        return self._moment.chunk.frames, self._moment.seen_frames, *(
+            (state.length, state.known_frames, state.known_packets, layer.archive and layer.archive.places,
+             state.plan is not None)
             for layer, state in zip(self._layers, self.states, strict=True)
         )
 

@@ -11,39 +11,15 @@ from torch import Tensor
 
 from wan.compiler import Compiler, by_hand
 from wan.geometry import ChunkSpan, VideoGeometry
-from wan.kv_cache.archive import Archive, PacketRotation
+from wan.kv_cache.archive import Archive
 from wan.kv_cache.average import SinkAverage
 from wan.kv_cache.policy import CacheView, KVPolicy, Plan, Votes
 from wan.kv_cache.store import CacheShape, KVStore, narrowed, write
 from wan.kv_cache.votes import QueryVotes
 from wan.kv_cache.window import Window, WindowBuffer
-from wan.rope import Turn, both_turns, space_turn, time_turn, turn
+from wan.rope import FrameTurns, Turn, turn
 
 Tensors = tuple[Tensor, Tensor]  # keys and values of the same slots
-
-
-class Turns:
-    """Rotations of a chunk's tokens; they repeat, so each is made once and keeps its address."""
-
-    def __init__(self, geometry: VideoGeometry, shape: CacheShape):
-        self._frame_tokens, self._shape = geometry.frame_tokens, shape
-        self._frame = space_turn(geometry.rows, geometry.columns, shape.head_dim, shape.dtype, shape.device)
-        self._made: dict[tuple[int, int | None], Turn] = {}
-
-    def space(self, frames: int) -> Turn:
-        """Height and width of `frames` frames' tokens: [L, 1, D]."""
-        if (frames, None) not in self._made:
-            self._made[frames, None] = Turn(*(x.repeat(frames, 1, 1) for x in (self._frame.cos, self._frame.sin)))
-        return self._made[frames, None]
-
-    def window(self, frames: int, position: int) -> Turn:
-        """The same, and time, the first frame being at `position`."""
-        if (frames, position) not in self._made:
-            shape = self._shape
-            moments = torch.arange(position, position + frames, device=shape.device)
-            time = time_turn(moments.repeat_interleave(self._frame_tokens), shape.head_dim, shape.dtype)
-            self._made[frames, position] = both_turns(time, self.space(frames))
-        return self._made[frames, position]
 
 
 @dataclass(frozen=True)
@@ -53,7 +29,7 @@ class Moment:
     chunk: ChunkSpan
     start: Tensor        # [] int64 chunk.start, on the device
     chunk_index: Tensor  # [] int64 chunk.index, on the device
-    seen_frames: int
+    seen_frames: int     # as a CacheView counts them
     seeds: Tensor
     lookahead: bool
     turns: dict[int, Turn] = field(default_factory=dict)  # see WindowBuffer.load
@@ -103,8 +79,8 @@ class LayerCache:
     """One layer's memory. Attention calls `extend` and knows nothing else of the cache."""
 
     def __init__(
-        self, layer: int, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, turns: Turns,
-        packets: PacketRotation | None, window: WindowBuffer | None, compiler: Compiler,
+        self, layer: int, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, turns: FrameTurns,
+        packets: FrameTurns | None, window: WindowBuffer | None, compiler: Compiler,
     ):
         sizes = policy.sizes(geometry)
         self.store = KVStore(shape, sizes.capacity_tokens)
@@ -117,7 +93,6 @@ class LayerCache:
         self.average = SinkAverage(shape, sizes.averaged_tokens) if sizes.averaged_tokens else None
         self.plan: Plan | None = None
         self._rows, self._packet_tokens = geometry.rows, sizes.archive.grid.tokens if sizes.archive else 0
-        self._most_frames = sizes.capacity_tokens // geometry.frame_tokens + 1
         self._layer, self._frame_tokens, self._policy, self._turns = layer, geometry.frame_tokens, policy, turns
         self._stage, self._show, self._both = map(compiler, (stage, show, stage_and_show))
         self._moment: Moment | None = None
@@ -156,16 +131,15 @@ class LayerCache:
     def _load_window(self, is_first: bool) -> None:
         """Once a chunk, or before every pass if all layers share the window; then each makes its rotations anew."""
         if is_first or self._window_is_shared:
-            made = None if self._window_is_shared else self._moment.turns
+            made = {} if self._window_is_shared else self._moment.turns
             self.window.load(self.store, self.plan, self.archive, self.average, made)
 
     def extend_packet(self, query: Tensor, keys: Tensor, values: Tensor) -> Window:
         """Stage the chunk's packet [B, P, H, D] and show it behind what the chunk remembers, after the last pass."""
         self.archive.stage(keys, values)
-        if self._window_is_shared:
-            self.window.load(self.store, self.plan, self.archive)
+        self._load_window(is_first=False)
         past, new = self.past_tokens, keys.shape[1]
-        by = self.archive.rotation.window(self.plan.query_position)
+        by = self.archive.turns.window(self.archive.grid.frames, self.plan.query_position)
         return self.window.seen(self._show(query, keys, values, by, self.window.slots(past, new)), past + new)
 
     def stage_packet(self, keys: Tensor, values: Tensor) -> None:
@@ -186,7 +160,7 @@ class LayerCache:
         moment, store, length = self._moment, self.store, self.store.length
         return CacheView(
             layer=self._layer, chunk_index=moment.chunk_index, start=moment.start, chunk_frames=moment.chunk.frames,
-            seen_frames=self.bounded(moment.seen_frames), length=length, frame_tokens=self._frame_tokens,
+            seen_frames=moment.seen_frames, length=length, frame_tokens=self._frame_tokens,
             seeds=moment.seeds, origin=store.origin[:, :length], uses=store.uses[:, :length],
             participation=self._score, lookahead=moment.lookahead,
             packets=self.archive and self.archive.view(moment.chunk, moment.start, self.votes),
@@ -211,10 +185,6 @@ class LayerCache:
         if self.votes is not None:
             self.votes.commit()
 
-    def bounded(self, seen_frames: int) -> int:
-        """How many frames were ever seen, as far as any decision may depend on it."""
-        return min(seen_frames, self._most_frames)
-
     @property
     def state(self) -> LayerState:
         return LayerState(
@@ -237,7 +207,7 @@ class LayerCache:
 
     def forget_newest(self, tokens: int, packets: int) -> None:
         """Forget the last `tokens` slots and `packets`, and every vote: of what stays they are too old to be asked."""
-        self.store.forget_newest(tokens)
+        self.store.length -= tokens
         if self.archive is not None:
             self.archive.forget_newest(packets)
         if self.votes is not None:

@@ -78,10 +78,6 @@ class KVStore:
         """Forget everything; the buffers stay where they are."""
         self.length = 0
 
-    def forget_newest(self, tokens: int) -> None:
-        """Forget the last `tokens` slots."""
-        self.length -= tokens
-
     def copy_from(self, other: KVStore) -> None:
         """Take over another store's memory."""
         self.length = other.length

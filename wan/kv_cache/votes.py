@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wan.compiler import Compiler, plain
+from wan.compiler import Compiler
 from wan.kv_cache.policy import Votes
 from wan.kv_cache.store import CacheShape
-from wan.rope import Turn, phase_dtype, time_table, time_turn, turn
+from wan.rope import Turn, phase_dtype, time_turn, turn
 
 
 class QueryVotes:
@@ -23,13 +23,13 @@ class QueryVotes:
     of the context pass are what `commit` remembers. Sums are float32 (float64 for float64 queries).
     """
 
-    def __init__(self, shape: CacheShape, past_frames: int, compiler: Compiler = plain):
+    def __init__(self, shape: CacheShape, past_frames: int, compiler: Compiler):
         size = (shape.batch, past_frames, shape.heads, shape.head_dim)
         self._past = torch.zeros(size, device=shape.device, dtype=phase_dtype(shape.dtype))
         self._current = self._past[:, :0]
         self.known_frames = 0  # remembered frames that vote; a host int that decides shapes
         self._participation = compiler(participation, dynamic=True)
-        self._table, self._asked = compiler(time_table, dynamic=True), compiler(asked, dynamic=True)
+        self._turn, self._asked = compiler(time_turn, dynamic=True), compiler(asked, dynamic=True)
 
     def reset(self) -> None:
         """Forget every vote."""
@@ -66,7 +66,7 @@ class QueryVotes:
         sums, keys = sums[..., :heads, :], keys[..., :heads, :]
         heads, head_dim = keys.shape[-2:]
         query = self._asked(sums, frame)
-        by = Turn(*self._table(origin - start, head_dim, sums.dtype))
+        by = self._turn(origin - start, head_dim, sums.dtype)
         return self._participation(keys, by, query) / (head_dim**0.5 * heads)
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wan.compiler import Compiler, by_hand, plain
+from wan.compiler import Compiler, by_hand
 from wan.kv_cache.archive import Archive
 from wan.kv_cache.average import SinkAverage
 from wan.kv_cache.policy import Plan
 from wan.kv_cache.store import CacheShape, KVStore, take, write
-from wan.rope import Turn, time_table, turn
+from wan.rope import Turn, time_turn, turn
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Window:
 class WindowBuffer:
     """Rotated keys and gathered values; of one layer, or of the layer whose turn it is."""
 
-    def __init__(self, shape: CacheShape, tokens: int, compiler: Compiler = plain):
+    def __init__(self, shape: CacheShape, tokens: int, compiler: Compiler):
         size = (shape.batch, tokens, shape.heads, shape.head_dim)
         self._keys = torch.zeros(size, device=shape.device, dtype=shape.window_dtype or shape.dtype)
         self._values = torch.zeros_like(self._keys)
         self._dtype = shape.dtype
-        self._gather, self._table = compiler(gather_turned, dynamic=True), compiler(time_table, dynamic=True)
+        self._gather, self._turn = compiler(gather_turned, dynamic=True), compiler(time_turn, dynamic=True)
 
     @property
     def tokens(self) -> int:
@@ -44,15 +44,15 @@ class WindowBuffer:
         return self._keys.shape[1]
 
     def load(
-        self, store: KVStore, plan: Plan, archive: Archive | None = None, average: SinkAverage | None = None,
-        turns: dict[int, Turn] | None = None,
+        self, store: KVStore, plan: Plan, archive: Archive | None, average: SinkAverage | None,
+        turns: dict[int, Turn],
     ) -> None:
         """Gather what the plan attends to and rotate it to its window time; nothing that is remembered changes.
 
         Packets follow the store's tokens; attention does not mind the order.
         Args: turns: rotations that layers of this chunk have made; used and added to where they share their times.
         """
-        turns = turns if turns is not None and plan.same_times else {}
+        turns = turns if plan.same_times else {}
         past = plan.attend.shape[1]
         if past:
             self._load(store.keys, store.values, plan.attend, plan.position, 0, turns)
@@ -69,7 +69,7 @@ class WindowBuffer:
     ) -> None:
         stop = begin + slots.shape[1]
         if begin not in turns:
-            turns[begin] = Turn(*self._table(position, self._keys.shape[-1], self._dtype))
+            turns[begin] = self._turn(position, self._keys.shape[-1], self._dtype)
         self._gather(keys, values, slots, turns[begin], self._keys[:, begin:stop], self._values[:, begin:stop])
 
     def slots(self, past: int, new: int) -> tuple[Tensor, Tensor]:

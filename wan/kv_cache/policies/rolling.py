@@ -1,4 +1,4 @@
-"""Remember the newest frames: Self Forcing's rolling cache."""
+"""Remember the newest frames: Self Forcing's rolling cache, and its full one, which ends before it forgets."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -25,3 +25,18 @@ class RollingWindow(KVPolicy):
     def plan(self, view: CacheView) -> Plan:
         past_frames = min(view.num_frames, self.window_frames - view.chunk_frames)
         return Plan.of(view, sink=view.first(0), tail=view.last(past_frames), positions="original")
+
+
+@register("full")
+@dataclass(frozen=True, kw_only=True)
+class FullHistory(RollingWindow):
+    """Keep and see every frame at its true position.
+
+    The video ends where the window does: past `window_frames` there is nothing that could be forgotten.
+
+    Source: Self Forcing, arXiv:2506.08009, with `local_attn_size: -1`.
+    """
+
+    @property
+    def max_frames(self) -> int | None:
+        return self.window_frames
