@@ -143,7 +143,7 @@ class Engine:
                 chunk = next(chunks, None)
             if chunk is None:
                 return
-            if chunk.splice.restarts:
+            if chunk.restarts:
                 stream = self._new_stream()
                 decoder = OnceDecoder(stream, clock)
             yield self._lane.begin(chunk, decoder, clock)
