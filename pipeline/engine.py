@@ -42,12 +42,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class VideoRequest:
-    """One video: what to show, with which noise, and what to continue."""
+    """One video: what to show, and with which noise."""
 
     text: str
     seed: SampleSeed
-    source: Path | None = None  # an image or a video; its frames begin the result
-    later: Later = ()           # prompts that follow, each with the second at which it begins
+    later: Later = ()  # prompts that follow, each with the second at which it begins
 
 
 class Engine:

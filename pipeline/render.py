@@ -47,7 +47,7 @@ class Job:
 
     @property
     def request(self) -> VideoRequest:
-        return VideoRequest(self.item.text, self.seed, self.item.source, self.item.later)
+        return VideoRequest(self.item.text, self.seed, self.item.later)
 
 
 @dataclass
