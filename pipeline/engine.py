@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,8 +35,6 @@ from wan.stream import StreamDecoder
 from wan.text_encoder import EmbeddingCache, TextEncoder, embed_prompts
 from wan.tiny_vae import TinyVAE
 from wan.vae import WanVAE
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
