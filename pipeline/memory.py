@@ -134,8 +134,8 @@ def _transformer_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
     a, g = dataclasses.replace(plan.architecture, num_layers=1), plan.geometry
     shape = dataclasses.replace(plan.cache_shape(batch), layers=1, device=META)
     chunks, limit = plan.policy.sizes(g).window_tokens // (g.frame_tokens * g.chunk_frames) + 3, plan.policy.max_frames
-    frames = g.whole_chunks(chunks * g.chunk_frames)
-    spans = g.chunks(frames if limit is None else min(frames, limit))
+    spans = g.chunks(g.whole_chunks(chunks * g.chunk_frames))
+    spans = [span for span in spans if limit is None or span.stop <= limit]
     with META, torch.inference_mode(), FastKernels(), LiveBytes() as live:
         model = CausalWanModel(a).to(plan.dtype)
         if plan.acceleration.fp8:
