@@ -61,9 +61,9 @@ class RunPlan:
     dtype: torch.dtype
     use_ema: bool  # only where the checkpoint has something to choose from
     random_weights: bool  # seeded noise instead of files, for benchmarks
-    tiny_decoder: TinyDecoder | None = None  # None: the VAE decodes
-    branch: TrainedBranch | None = None      # of a compressor that was trained
-    acceleration: Acceleration = EAGER
+    tiny_decoder: TinyDecoder | None  # None: the VAE decodes
+    branch: TrainedBranch | None      # of a compressor that was trained
+    acceleration: Acceleration
     memory: MemoryPreset = FULL
 
     @property
