@@ -57,19 +57,14 @@ class RunPlan:
     sampler: FewStepSampler
     loop: Loop
     device: torch.device
+    decoder_device: torch.device  # where latents become pixels, and the source's pixels latents
     dtype: torch.dtype
     use_ema: bool  # only where the checkpoint has something to choose from
     random_weights: bool  # seeded noise instead of files, for benchmarks
-    tiny_decoder: TinyDecoder | None = None  # None: the VAE decodes
-    branch: TrainedBranch | None = None      # of a compressor that was trained
-    acceleration: Acceleration = EAGER
-    vae_device: torch.device | None = None  # None: `device`
+    tiny_decoder: TinyDecoder | None  # None: the VAE decodes
+    branch: TrainedBranch | None      # of a compressor that was trained
+    acceleration: Acceleration
     memory: MemoryPreset = FULL
-
-    @property
-    def decoder_device(self) -> torch.device:
-        """Where latents become pixels, and the source's pixels latents."""
-        return self.vae_device or self.device
 
     @property
     def decoder_latents(self) -> int:
@@ -172,7 +167,7 @@ def plan_run(
         decoder: one of pipeline.decoder.NAMES; `wan` is the VAE's own.
         decoder_path: weights of a tiny decoder that replace those that the model names.
         acceleration: as asked for.
-        vae_device: from `choose_vae_device`.
+        vae_device: from `choose_vae_device`; None: `device`.
     Raises:
         ConfigError: a model or size that cannot be used, or files that are missing, with the command that gets them.
         wan.checkpoint.CheckpointError: a checkpoint that is damaged or belongs to another network.
@@ -204,10 +199,11 @@ def plan_run(
     dtype = choose_dtype(config.dtype, device)
     plan = RunPlan(
         config=config, spec=spec, architecture=architecture, geometry=geometry, policy=policy, sampler=sampler,
-        loop=loop, device=device, dtype=dtype, use_ema=use_ema or spec.use_ema, random_weights=random_weights,
+        loop=loop, device=device, decoder_device=vae_device or device, dtype=dtype,
+        use_ema=use_ema or spec.use_ema, random_weights=random_weights,
         tiny_decoder=choose_decoder(spec, decoder, decoder_path, random_weights),
         branch=choose_branch(policy, geometry, architecture, spec),
-        acceleration=acceleration.resolved(device, dtype, architecture.head_dim), vae_device=vae_device,
+        acceleration=acceleration.resolved(device, dtype, architecture.head_dim),
     )
     chosen = False if random_weights else check_files(plan, named=checkpoint is not None)
     return dataclasses.replace(plan, use_ema=plan.use_ema and chosen)

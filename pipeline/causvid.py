@@ -16,7 +16,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from pipeline.chunkwise import Chunk, ChunkwisePipeline, Splice
+from pipeline.chunkwise import Chunk, ChunkwisePipeline
 from pipeline.noise import NoiseSource
 from pipeline.packets import Decode
 from pipeline.sampler import FewStepSampler
@@ -105,38 +105,35 @@ class CausVidOverlapPipeline(ChunkwisePipeline):
         """As ChunkwisePipeline, without given frames; each chunk says how its pixels are shown.
 
         Raises:
-            RuntimeError: nobody decoded a clip's last chunk before the next clip was asked for.
+            RuntimeError: a second clip is asked for, and there is no `decode`.
         """
         if initial_latent is not None:
             raise ValueError("clips have a fixed length, so the first one cannot begin with given frames.")
         track = self.prompt_track(embeddings, switches)
-        newest: list[Tensor] = []   # the clip's latents so far
-        pixels: list[Tensor] = []   # of the chunk that the next clip's first frame is taken from
+        g, shown_frames = self.geometry, self.clips.shown_pixel_frames
+        newest: list[Tensor] = []    # the clip's latents so far
+        last: Tensor | None = None   # [B, 1, 3, H, W], the pixel frame that the next clip begins with
         for number, (given, generated) in enumerate(self.clips.spans(num_frames)):
             begins = number * self.clips.step_frames
-            overlap = self._overlap(newest, pixels) if number else None
+            overlap = self._overlap(newest, last) if number else None
             self.cache.reset(seeds)
             track.restart(begins)
-            newest, pixels = [], []
+            newest, last = [], None
             for chunk in chain(self.given(given, overlap, track), self.generate(generated, track, noise)):
                 newest.append(chunk.latents)
-                yield self._in_video(chunk, begins, pixels)
-
-    def _in_video(self, chunk: Chunk, begins: int, pixels: list[Tensor]) -> Chunk:
-        """Where a clip's chunk stands in the video, and which of its pixel frames are shown."""
-        g, span, before = self.geometry, chunk.span, self.geometry.pixel_frames(chunk.span.start)
-        left = self.clips.shown_pixel_frames - before
-        takes = 0 <= left < g.pixel_frames(span.stop) - before  # the pixel frame that the next clip begins with
-        splice = Splice(
-            restarts=span.start == 0, shown_frames=max(0, left),
-            watch=(lambda decoded: pixels.append(decoded[:, left:left + 1])) if takes else None,
-        )
-        return replace(chunk, span=replace(span, start=begins + span.start), splice=splice)
+                span, before = chunk.span, g.pixel_frames(chunk.span.start)
+                left = shown_frames - before  # pixel frames that the clip still shows
+                yield replace(
+                    chunk, span=replace(span, start=begins + span.start), restarts=span.start == 0,
+                    shown_frames=max(0, left),
+                )
+                if decode is not None and 0 <= left < g.pixel_frames(span.stop) - before:
+                    last = decode(chunk.latents)[:, left:left + 1]
 
     @torch.inference_mode()
-    def _overlap(self, newest: Sequence[Tensor], pixels: Sequence[Tensor]) -> Tensor:
+    def _overlap(self, newest: Sequence[Tensor], last: Tensor | None) -> Tensor:
         """Latents [B, overlap, C, h, w] that the next clip begins with."""
-        if not pixels:
+        if last is None:
             raise RuntimeError("the next clip begins with a pixel frame of this one: decode each chunk as it comes.")
         own = torch.cat(list(newest), dim=1)[:, -self.clips.overlap_frames:]
-        return torch.cat([self.encode(pixels[0].clamp(-1, 1)).to(own), own[:, 1:]], dim=1)
+        return torch.cat([self.encode(last.clamp(-1, 1)).to(own), own[:, 1:]], dim=1)

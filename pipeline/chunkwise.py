@@ -20,22 +20,14 @@ from wan.model import CausalWanModel, TextContext
 
 
 @dataclass(frozen=True)
-class Splice:
-    """How a chunk's pixels join the video where decoding does not simply run on."""
-
-    restarts: bool = False            # a new stream of the decoder begins with this chunk
-    shown_frames: int | None = None   # only so many of its pixel frames are shown; None is all
-    watch: Callable[[Tensor], None] | None = None  # is given all its pixels [B, T, 3, H, W] before the next chunk
-
-
-@dataclass(frozen=True)
 class Chunk:
     """Finished latent frames."""
 
     span: ChunkSpan
-    latents: Tensor      # [B, F, C, h, w] clean, in the dtype of the noise
-    given: bool = False  # an image or a clip to continue, not generated
-    splice: Splice = Splice()
+    latents: Tensor                  # [B, F, C, h, w] clean, in the dtype of the noise
+    given: bool = False              # an image or a clip to continue, not generated
+    restarts: bool = False           # a new stream of the decoder begins with this chunk
+    shown_frames: int | None = None  # only so many of its pixel frames are shown; None is all
 
 
 class ChunkwisePipeline:
@@ -61,7 +53,8 @@ class ChunkwisePipeline:
             num_frames: latent frames in all, the given ones included; whole chunks after the given ones.
             seeds: one per sample, for policies that choose at random.
             switches: later prompts, in order; `on_switch` says what becomes of the memory.
-            decode: makes a chunk's pixels, for a policy that compresses them; None: the compressor decodes by itself.
+            decode: makes the pixels of the chunks, in order, and gives those of the newest again; for a policy that
+                compresses them. None: the compressor decodes by itself.
         Yields: given chunks, then generated ones, in order, each as soon as it is known; what it leaves in memory
             is made when the next is asked for.
         Raises:

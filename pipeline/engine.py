@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,17 +36,14 @@ from wan.text_encoder import EmbeddingCache, TextEncoder, embed_prompts
 from wan.tiny_vae import TinyVAE
 from wan.vae import WanVAE
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class VideoRequest:
-    """One video: what to show, with which noise, and what to continue."""
+    """One video: what to show, and with which noise."""
 
     text: str
     seed: SampleSeed
-    source: Path | None = None  # an image or a video; its frames begin the result
-    later: Later = ()           # prompts that follow, each with the second at which it begins
+    later: Later = ()  # prompts that follow, each with the second at which it begins
 
 
 class Engine:
@@ -143,7 +139,7 @@ class Engine:
                 chunk = next(chunks, None)
             if chunk is None:
                 return
-            if chunk.splice.restarts:
+            if chunk.restarts:
                 stream = self._new_stream()
                 decoder = OnceDecoder(stream, clock)
             yield self._lane.begin(chunk, decoder, clock)

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.causvid import CausVidOverlapPipeline, Clips
 from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.graphs import GraphedPipeline
-from pipeline.rolling_forcing import RollingForcingPipeline
+from pipeline.rolling_forcing import RollingForcingPipeline, joint_span, windows
 from pipeline.sampler import FewStepSampler
 from pipeline.timeline import OnSwitch
 from wan.geometry import ChunkSpan, VideoGeometry
@@ -189,10 +189,8 @@ class RollingForcingLoop(Loop):
 
     def looks(self, latent_frames: int, given_frames: int = 0) -> Iterator[Look]:
         spans, levels = self.geometry.chunks(latent_frames, prefilled=given_frames), self.sampler.num_passes
-        for window in range(len(spans) + levels - 1):
-            inside = spans[max(0, window - levels + 1):window + 1]
-            joint = ChunkSpan(inside[0].index, inside[0].start, sum(span.frames for span in inside))
-            yield Look(joint, remembered=inside[0] if window >= levels - 1 else None, lookahead=True)
+        for window, inside in enumerate(windows(spans, levels)):
+            yield Look(joint_span(inside), remembered=inside[0] if window >= levels - 1 else None, lookahead=True)
 
     def pipeline(
         self, model: CausalWanModel, cache: KVCache, encode: Encode, recorder: Recorder | None = None,

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 META = torch.device("meta")
 RESERVE = 2**30  # of a GPU, for what no tensor shows: CUDA's context, libraries' work spaces, gaps between blocks
 PLENTY = 3       # a device so many times as large as networks and cache needs no closer look
+FULL_CHUNKS = 5  # the last before a window is full, the pruning ones after it, and one to spare
 ENCODER = "text_encoder"
 
 
@@ -125,11 +126,16 @@ def _fixed_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
 
 
 def _transformer_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
-    """Work space of a pass: one layer, chunk by chunk until the window has been full and pruned."""
+    """Work space of a pass: one layer, chunk by chunk until the window has been full and pruned.
+
+    While the window fills the cache runs alone: what it makes and keeps counts, and any pass of the network over a
+    fuller window needs as much or more.
+    """
     a, g = dataclasses.replace(plan.architecture, num_layers=1), plan.geometry
     shape = dataclasses.replace(plan.cache_shape(batch), layers=1, device=META)
     chunks, limit = plan.policy.sizes(g).window_tokens // (g.frame_tokens * g.chunk_frames) + 3, plan.policy.max_frames
-    frames = g.whole_chunks(chunks * g.chunk_frames)
+    spans = g.chunks(g.whole_chunks(chunks * g.chunk_frames))
+    spans = [span for span in spans if limit is None or span.stop <= limit]
     with META, torch.inference_mode(), FastKernels(), LiveBytes() as live:
         model = CausalWanModel(a).to(plan.dtype)
         if plan.acceleration.fp8:
@@ -138,12 +144,16 @@ def _transformer_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
         text = model.embed_text(torch.empty(batch, a.text_len, a.text_dim, dtype=plan.dtype))
         live.restart()
         begin = live.now
-        for span in g.chunks(frames if limit is None else min(frames, limit)):
+        for place, span in enumerate(spans):
             cache.begin(span)
-            noise = torch.empty(batch, span.frames, a.in_dim, g.latent_height, g.latent_width)
-            times = torch.empty(batch, span.frames)
-            latents = plan.sampler.clean(noise, model(noise, times, text, cache), 0)
-            model.remember(latents, times, text, cache)
+            if place < len(spans) - FULL_CHUNKS:
+                size = batch, span.frames * g.frame_tokens, a.num_heads, a.head_dim
+                cache.layer(0).extend(*(torch.empty(size, dtype=plan.dtype) for _ in range(3)))
+            else:
+                noise = torch.empty(batch, span.frames, a.in_dim, g.latent_height, g.latent_width)
+                times = torch.empty(batch, span.frames)
+                latents = plan.sampler.clean(noise, model(noise, times, text, cache), 0)
+                model.remember(latents, times, text, cache)
             cache.commit()
     return {"transformer_work": live.peak - begin}
 

@@ -82,12 +82,10 @@ class DecoderLane:
     def begin(self, chunk: Chunk, decoder: OnceDecoder, clock: StageClock) -> Decoding:
         """Queue all work from latents to frames on the host, after what is queued for the transformer now."""
         with self._entered(chunk.latents), clock.stage("vae"):
-            splice, pixels = chunk.splice, decoder.decode(chunk.latents)
-            if splice.watch is not None:
-                splice.watch(pixels)
+            pixels = decoder.decode(chunk.latents)
             good_latents = chunk.latents.isfinite().all().to(pixels.device, non_blocking=True)
             finite = to_host(torch.stack([good_latents, pixels.isfinite().all()]))
-            frames = to_host(to_uint8(pixels[:, :splice.shown_frames]))
+            frames = to_host(to_uint8(pixels[:, :chunk.shown_frames]))
             done = _mark(pixels.device)
         return Decoding(chunk, frames, finite, done)
 

@@ -40,16 +40,6 @@ class PacketCache(Protocol):
         """What has `extend_packet` and `stage_packet`, as a LayerCache."""
 
 
-@dataclass(frozen=True)
-class _PacketMemory:
-    """The memory of a packet's pass through the network: it attends to what its chunk does, and is staged beside it."""
-
-    cache: PacketCache
-
-    def layer(self, index: int) -> SimpleNamespace:
-        return SimpleNamespace(extend=self.cache.layer(index).extend_packet)
-
-
 Decode = Callable[[Tensor], Tensor]  # latents [B, F, C, h, w] -> pixels [B, T, 3, H, W] in [-1, 1], as a stream
 
 
@@ -96,7 +86,9 @@ class Packer:
         """Stage keys and values of `tokens` in every layer."""
         if self._compression.stream == "forward":
             t = torch.full(tokens.shape[:2], self._time, device=tokens.device)
-            self._model.remember_tokens(tokens, t, text, _PacketMemory(self._cache))
+            # It attends to what its chunk does, and is staged beside it.
+            memory = SimpleNamespace(layer=lambda index: SimpleNamespace(extend=self._cache.layer(index).extend_packet))
+            self._model.remember_tokens(tokens, t, text, memory)
             return
         for index, block in enumerate(self._model.blocks):
             self._cache.layer(index).stage_packet(*block.self_attn.project(tokens.flatten(1, 2))[1:])

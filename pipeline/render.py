@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Job:
 
     @property
     def request(self) -> VideoRequest:
-        return VideoRequest(self.item.text, self.seed, self.item.source, self.item.later)
+        return VideoRequest(self.item.text, self.seed, self.item.later)
 
 
 @dataclass
@@ -123,17 +124,11 @@ def batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
 
     A job that continues an image or video runs alone.
     """
-    def alike(job: Job, other: Job) -> bool:
-        moments = ([time for time, _ in j.item.later] for j in (job, other))
-        return job.item.source is None and other.item.source is None and next(moments) == next(moments)
+    def kind(job: Job) -> object:
+        return [time for time, _ in job.item.later] if job.item.source is None else id(job)
 
-    grouped: list[list[Job]] = []
-    for job in jobs:
-        if grouped and len(grouped[-1]) < size and alike(job, grouped[-1][-1]):
-            grouped[-1].append(job)
-        else:
-            grouped.append([job])
-    return grouped
+    alike = [list(group) for _, group in groupby(jobs, kind)]
+    return [group[first:first + size] for group in alike for first in range(0, len(group), size)]
 
 
 def render(

@@ -19,24 +19,30 @@ from wan.geometry import ChunkSpan
 from wan.model import TextContext
 
 
+def windows(spans: Sequence[ChunkSpan], levels: int) -> Iterator[list[ChunkSpan]]:
+    """The chunks of each window, oldest first: it fills, rolls, and empties. In window w, chunk b is at pass w - b."""
+    for window in range(len(spans) + levels - 1):
+        yield list(spans[max(0, window - levels + 1):window + 1])
+
+
+def joint_span(inside: Sequence[ChunkSpan]) -> ChunkSpan:
+    """The chunks of a window as one."""
+    return ChunkSpan(inside[0].index, inside[0].start, sum(span.frames for span in inside))
+
+
 class RollingForcingPipeline(ChunkwisePipeline):
     """Streams chunks as they leave the window; the first one after as many forwards as there are noise levels."""
 
     def generate(self, spans: Sequence[ChunkSpan], track: PromptTrack, noise: NoiseSource) -> Iterator[Chunk]:
-        """As ChunkwisePipeline's. The window reads the prompt of its newest chunk.
-
-        In window w, chunk b is at pass w - b. Ramp-up (the window fills) and tail (nothing enters any more) follow.
-        """
+        """As ChunkwisePipeline's. The window reads the prompt of its newest chunk."""
         levels = self.sampler.num_passes
         noisy: list[Tensor] = []  # of the window's chunks, oldest first
-        for window in range(len(spans) + levels - 1):
-            first = max(0, window - levels + 1)
-            inside = spans[first:window + 1]
-            passes = [window - first - place for place in range(len(inside))]
+        for window, inside in enumerate(windows(spans, levels)):
+            passes = [min(window, levels - 1) - place for place in range(len(inside))]
             text = track.text
             if window < len(spans):
-                text = track.text_at(spans[window].start)
-                noisy.append(noise.draw(spans[window], 0))
+                text = track.text_at(inside[-1].start)
+                noisy.append(noise.draw(inside[-1], 0))
             clean = self.denoise_jointly(inside, passes, noisy, text)
             if passes[0] == levels - 1:
                 span, latents = inside[0], clean[0]
@@ -59,12 +65,10 @@ class RollingForcingPipeline(ChunkwisePipeline):
             inside: its chunks, oldest first. passes: which of the sampler's passes each is at.
             noisy: its latents [B, F, C, h, w], each at its noise level.
         """
-        frames = [span.frames for span in inside]
-        joint = ChunkSpan(index=inside[0].index, start=inside[0].start, frames=sum(frames))
-        self.cache.begin(joint, lookahead=True)
+        self.cache.begin(joint_span(inside), lookahead=True)
         times = [self._times(x, self.sampler.times[index]) for index, x in zip(passes, noisy, strict=True)]
         flow = self.model(torch.cat(list(noisy), dim=1), torch.cat(times, dim=1), text, self.cache)
         return [
             self.sampler.clean(x, part, index)
-            for x, part, index in zip(noisy, flow.split(frames, dim=1), passes, strict=True)
+            for x, part, index in zip(noisy, flow.split([span.frames for span in inside], dim=1), passes, strict=True)
         ]

@@ -97,6 +97,16 @@ def test_averages_of_a_sink_are_counted() -> None:
     assert "kv_average" not in memory.estimate_bytes(tiny_plan(), 1)
 
 
+def test_a_window_that_no_whole_chunks_fill_is_estimated() -> None:
+    """Policy full goes as far as its window: in chunks of 2 up to 20 of 21 frames, as with a window of 20."""
+    sizes = []
+    for frames in (20, 21):
+        overrides = (f"kv_cache.window_frames={frames}", "num_frame_per_block=2")
+        plan = Setting(policy="full", model="tiny", overrides=overrides).plan(CPU)
+        sizes.append(memory.estimate_bytes(plan, 1)["transformer_work"])
+    assert sizes[0] == sizes[1]
+
+
 def test_presets_make_the_same_video() -> None:
     """Latents and frames, bit for bit (the plain decoder takes one latent a call anyway), but for memories in 8-bit
     floats: the first chunk has none, and a rounding of 1/16 of each remembered value at most leaves later ones near.

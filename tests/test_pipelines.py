@@ -292,13 +292,11 @@ def causvid_reference(slow: Slow, draws: Draws, rollouts: int, clip: int, overla
 
 def show(pipeline: CausVidOverlapPipeline, text: torch.Tensor, frames: int, draws: Draws) -> tuple[torch.Tensor, list]:
     """Pixel frames [T, 3, h, w] as an engine shows them, and the chunks."""
-    codec, shown, chunks = None, [], []
-    for chunk in pipeline(text, frames, draws, seeds=[0]):
-        codec = ToyCodec() if chunk.splice.restarts else codec
-        pixels = codec.decode(chunk.latents)
-        if chunk.splice.watch:
-            chunk.splice.watch(pixels)
-        shown.append(pixels[0, :chunk.splice.shown_frames])
+    codec, decoded, shown, chunks = None, [], [], []
+    for chunk in pipeline(text, frames, draws, seeds=[0], decode=lambda latents: decoded[-1]):
+        codec = ToyCodec() if chunk.restarts else codec
+        decoded.append(codec.decode(chunk.latents))
+        shown.append(decoded[-1][0, :chunk.shown_frames])
         chunks.append(chunk)
     return torch.cat(shown), chunks
 
