@@ -94,7 +94,8 @@ def test_a_gather_is_a_window_whose_keys_are_not_turned(model: str, policy: str)
     """Of what is attended to, averages included; building the window again gives the same bits as before."""
     name, _, original = policy.partition(" ")
     packed = ["kv_cache.compressor=kv_pool", "kv_cache.space_reduction=2", "kv_cache.top_chunks=3"]
-    overrides = [] if name != "packforcing" else packed + ["kv_cache.positions=original"] * bool(original)
+    where_born = ["kv_cache.positions=original", "kv_cache.mid_span=block"] if original else []
+    overrides = packed + where_born if name == "packforcing" else []
     setting = Setting(policy=name, model=model, overrides=tuple(overrides))
     subject = Subject(setting, setting.plan(torch.device("cpu")))
     layers = [subject.pipeline.cache.layer(index) for index in range(2)]
