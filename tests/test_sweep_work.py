@@ -4,6 +4,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.sweep.work import Claims, Unit, start_of, work_off
+from utils.config import REPOSITORY
 
 FORK = multiprocessing.get_context("fork")         # for workers that call no library with threads of its own
 WAIT_S = 60
@@ -95,3 +97,16 @@ def test_workers_begin_apart(units, workers):
     starts = [start_of([None] * units, rank, workers) for rank in range(workers)]
     assert starts == sorted(starts) and all(0 <= start < max(1, units) for start in starts)
     assert len(set(starts)) == max(1, min(units, workers))
+
+
+@pytest.mark.parametrize("threads", [None, "1"])
+def test_the_scripts_start_a_worker_for_every_processor(tmp_path, threads):
+    """Whatever number of threads each is allowed; a stub in Python's place says how it was called."""
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\n[ "$1" = -c ] && echo 0 || echo "$@"\n')
+    stub.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "WORKERS")}
+    environment |= {"PYTHON": str(stub)} | ({"OMP_NUM_THREADS": threads} if threads else {})
+    script = REPOSITORY / "evaluation" / "reproduce" / "tiny.sh"
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True)
+    assert f"--nproc_per_node={len(os.sched_getaffinity(0))} " in done.stdout

@@ -8,15 +8,16 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../utils/environment.sh"
 environment requirements.txt evaluation/requirements.txt
+PROCESSORS="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)"  # which would count threads where those are set
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
 reproduce() {  # reproduce SWEEP FOLDER ARGUMENT...   evaluation/sweeps/SWEEP.yaml -> outputs/FOLDER, its report
     local sweep="$1" folder="outputs/$2" status=0 gpus
     shift 2
     gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
-    WORKERS="${WORKERS:-$([ "$gpus" -gt 0 ] && echo "$gpus" || nproc)}"
+    WORKERS="${WORKERS:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo "$PROCESSORS")}"
     # Else each worker starts as many compilers as there are processors.
-    export TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-$((($(nproc) + WORKERS - 1) / WORKERS))}"
+    export TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-$(((PROCESSORS + WORKERS - 1) / WORKERS))}"
     ${LIMIT_S:+timeout --kill-after=45 "$LIMIT_S"} \
         "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$WORKERS" -m evaluation \
         sweep "evaluation/sweeps/$sweep.yaml" --output_folder "$folder" "$@" || status=$?

@@ -16,7 +16,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 if [ "$size" = reduced ]; then
     reproduce tiny tiny --device cpu "$@"
 else
-    WORKERS="${WORKERS:-$(($(nproc) < 16 ? $(nproc) : 16))}"  # one GPU for all: making is short, measuring is on the CPU
+    WORKERS="${WORKERS:-$((PROCESSORS < 16 ? PROCESSORS : 16))}"  # one GPU for all: making is short, measuring is on the CPU
     reproduce tiny tiny_full --device cuda:0 --set seconds=[60] "prompts.captions=[{split: test, count: 64}]" \
         batch_size=64 record.seconds=60 "$@"
 fi
