@@ -1,6 +1,10 @@
 """Which attention kernel is chosen, by capability, dtype, head size and what is installed; no device is asked."""
 from __future__ import annotations
 
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,3 +111,28 @@ def test_dividing_never_takes_more_waves() -> None:
                 first, tiles = (-(-n // TILE) * pairs for n in (whole, tokens))
                 once = -(-tiles // processors)
                 assert -(-first // processors) + -(-(tiles - first) * parts // processors) / parts <= once
+
+
+@pytest.mark.parametrize(("dtype", "seen", "expected"), [
+    (BF16, 4680, [(4680, 1)]),                 # too few keys to be worth it
+    (BF16, 24_960, [(4224, 1), (456, 8)]),     # whole waves, and the rest in parts
+    (torch.float8_e4m3fn, 4680, [(4680, 1)]),
+    (torch.float8_e4m3fn, 24_960, [(4680, 2)]),  # 8-bit sums over 16,384 keys at most, for every query
+    (torch.float8_e4m3fn, 32_769, [(4680, 3)]),
+])
+def test_how_fa3_is_called(monkeypatch: pytest.MonkeyPatch, dtype, seen, expected) -> None:
+    """Queries and parts of each call, of the paper's sizes on 132 multiprocessors; a stand-in notes them."""
+    calls = []
+
+    def kernel(query, keys, values, *, out, softmax_scale, num_splits) -> None:
+        assert out.dtype == BF16 and out.shape == query.shape and softmax_scale == 128**-0.5
+        calls.append((query.shape[1], num_splits))
+
+    module = ModuleType("fa3_fwd_interface")
+    module.__spec__ = ModuleSpec("fa3_fwd_interface", None)
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", module)
+    monkeypatch.setattr(torch.ops, "fa3_fwd", SimpleNamespace(fwd=kernel), raising=False)
+    monkeypatch.setattr(backends, "processors_of", lambda device: 132)
+    query, keys = (torch.empty(1, tokens, 12, 128, dtype=dtype, device="meta") for tokens in (4680, seen))
+    backends._load_fa3()(query, keys, keys)
+    assert calls == expected

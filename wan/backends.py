@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 TILE = 128         # query tokens of one head that an FA3 program takes at a time
 SPLIT_KEYS = 8192  # from here on it pays to split the keys of the queries that do not fill a wave of programs
 MOST_PARTS = 8     # into so many; more add up longer than they save
+NARROW_KEYS = 16384  # most keys that 8-bit sums run over: they keep few bits, so long ones lose more than they save
 # Each that refuses a shape or dtype leaves it to the next.
 _CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
@@ -84,7 +85,9 @@ def _load_fa3() -> AttentionBackend:
     def fa3(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         clips, tokens, heads, dim = query.shape
         whole, parts = tokens, 1
-        if keys.shape[1] >= SPLIT_KEYS:
+        if query.dtype.itemsize == 1:
+            whole, parts = 0, ceil(keys.shape[1] / NARROW_KEYS)
+        elif keys.shape[1] >= SPLIT_KEYS:
             whole, parts = divide(tokens, clips * heads, processors_of(query.device))
         out = torch.empty(query.shape, device=query.device, dtype=torch.bfloat16)
         for some, splits in ((slice(whole), 1), (slice(whole, None), parts)):
