@@ -8,6 +8,7 @@
     python -m benchmarks exactness --seconds 60
     python -m benchmarks endurance --seconds 600
     python -m benchmarks memory --policy packforcing_4 --seconds 120
+    python -m benchmarks attention
 
 The unit of steady time is a prune cycle: the chunks from one prune to the next, or a clip of a video that is made of
 clips. A warm-up video runs through every window length first. `stream` measures every config; the other tasks take the
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.arguments import parse_arguments, setting_of
+from benchmarks.attention import measure_attention
 from benchmarks.clock import clock_of
 from benchmarks.cycles import LEAST_CYCLES, Schedule, chunk_seconds, schedule_of_cycles, schedule_of_seconds
 from benchmarks.endurance import endure
@@ -37,6 +39,7 @@ from benchmarks.exactness import EXACT, REFERENCE, compare_latents
 from benchmarks.memory import measure_memory
 from benchmarks.plots import Panel, draw
 from benchmarks.report import (
+    attention_table,
     comparison_table,
     difference_table,
     environment,
@@ -189,6 +192,12 @@ def run_memory(options: argparse.Namespace, base: Setting, device: torch.device)
     return memory_table(cost), {"setting": base.describe(plan), "seconds": options.seconds, "memory": cost}
 
 
+def run_attention(options: argparse.Namespace, base: Setting, device: torch.device) -> Result:
+    plan = base.plan(device)
+    lines = measure_attention(plan, schedule_of_cycles(plan, LEAST_CYCLES), clock_of(device))
+    return attention_table(lines), {"setting": base.describe(plan), "kernels": lines}
+
+
 def _schedule(options: argparse.Namespace, plan: RunPlan) -> Schedule:
     if options.seconds is not None:
         return schedule_of_seconds(plan, options.seconds)
@@ -231,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(__doc__, arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     tasks = {"speed": run_speed, "stream": run_stream, "sweep": run_sweep, "exactness": run_exactness,
-             "endurance": run_endurance, "memory": run_memory}
+             "endurance": run_endurance, "memory": run_memory, "attention": run_attention}
     begin = time.perf_counter()
     try:
         _check_file("--output", options.output, ".json")

@@ -53,6 +53,8 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
 
     memory = _task(tasks, "memory", "what remembering costs: choosing, windows, compressing; bytes")
     memory.add_argument("--seconds", type=float, default=120.0, help="length of the video (default %(default)s)")
+
+    _task(tasks, "attention", "one layer's attention: time and error of every kernel that is there")
     return parser.parse_args(arguments)
 
 
@@ -90,7 +92,7 @@ def _task(tasks: argparse._SubParsersAction, name: str, words: str) -> argparse.
     add("--batch", type=int, default=1, help="videos made side by side (default %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--output", type=Path, default=Path(f"outputs/benchmarks/{name}.json"), help="JSON (default %(default)s)")
-    add("--revision", help="what the JSON says of the code where there is no git")
+    add("--revision", help="what the JSON says of the code, in place of what git tells")
     return parser
 
 

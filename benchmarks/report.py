@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.attention import KernelSpeed
 from benchmarks.exactness import Differences
 from benchmarks.memory import MemoryCost, kv_lines
 from benchmarks.speed import Comparison
@@ -34,14 +35,14 @@ class Environment:
 
 
 def environment(device: torch.device, revision: str | None) -> Environment:
-    """Args: revision: what to say where git cannot tell."""
+    """Args: revision: what to say in place of what git tells."""
     versions = {"torch": torch.__version__}
     if device.type == "cuda":
         versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
     versions |= installed_versions(PACKAGES)
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()
-    return Environment(name, versions, torch.get_num_threads(), git_revision() or revision)
+    return Environment(name, versions, torch.get_num_threads(), revision or git_revision())
 
 
 def git_revision(folder: Path = REPOSITORY) -> str | None:
@@ -156,6 +157,17 @@ def memory_table(cost: MemoryCost) -> str:
         table(rows), f"at most {max(cost.context_tokens):,} tokens of context, {cost.context_tokens[-1]:,} at the end",
         f"last minute over first: {cost.last_over_first:.4f}", *kv_lines(cost),
     ])
+
+
+def attention_table(lines: Sequence[KernelSpeed]) -> str:
+    """A row a kernel and window."""
+    rows = [("kernel", "frames seen", "queries x keys", "ms a call (quartiles)", "TFLOP/s", "error")]
+    for line in lines:
+        rows.append((
+            line.kernel, f"{line.window_frames:g}", f"{line.query_tokens:,} x {line.key_tokens:,}",
+            _middle(line.call_ms, 3), f"{line.tflops:.3g}", f"{line.relative_error:.2e}",
+        ))
+    return table(rows)
 
 
 def difference_table(pairs: Mapping[str, Differences]) -> str:
