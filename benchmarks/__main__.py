@@ -11,9 +11,9 @@
     python -m benchmarks attention
 
 The unit of steady time is a prune cycle: the chunks from one prune to the next, or a clip of a video that is made of
-clips. A warm-up video runs through every window length first. `stream` measures every config; the other tasks take the
-passes of a chunk apart, which the chunkwise pipeline alone allows. Each task prints a table and writes a JSON with
-device, versions, revision and command.
+clips. A warm-up video runs through every window length first. `stream` measures every config that forgets; the other
+tasks take the passes of a chunk apart, which the chunkwise pipeline alone allows. Each task prints a table and writes a
+JSON with device, versions, revision and command.
 Exit status: 0 done, 2 bad input, 130 interrupted.
 """
 from __future__ import annotations
@@ -51,7 +51,7 @@ from benchmarks.report import (
 )
 from benchmarks.settings import Setting
 from benchmarks.speed import compare, measure
-from benchmarks.subject import Subject
+from benchmarks.subject import Subject, refuse_other_pipelines
 from benchmarks.summary import cycle_means
 from benchmarks.sweep import sweep_lengths, sweep_windows
 from pipeline.build import RunPlan
@@ -194,6 +194,7 @@ def run_memory(options: argparse.Namespace, base: Setting, device: torch.device)
 
 def run_attention(options: argparse.Namespace, base: Setting, device: torch.device) -> Result:
     plan = base.plan(device)
+    refuse_other_pipelines(base, plan)
     lines = measure_attention(plan, schedule_of_cycles(plan, LEAST_CYCLES), clock_of(device))
     return attention_table(lines), {"setting": base.describe(plan), "kernels": lines}
 

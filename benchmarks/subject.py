@@ -50,6 +50,15 @@ def make_pipeline(plan: RunPlan, setting: Setting) -> ChunkwisePipeline:
     return plan.pipeline(model, setting.batch, vae, branch)
 
 
+def refuse_other_pipelines(setting: Setting, plan: RunPlan) -> None:
+    """Raise ConfigError unless the plan's video is made chunk by chunk, each in passes of its own."""
+    if plan.config.pipeline != "chunkwise":
+        raise ConfigError(
+            f"{setting.policy}: its pipeline is {plan.config.pipeline}; what is measured here are the passes of a "
+            "chunk. Choose a config whose pipeline is chunkwise, or the task stream, which measures every pipeline."
+        )
+
+
 class Subject:
     """What is measured: a pipeline, a prompt's embedding, noise, and the decoder of the moment.
 
@@ -58,11 +67,7 @@ class Subject:
     """
 
     def __init__(self, setting: Setting, plan: RunPlan):
-        if plan.config.pipeline != "chunkwise":
-            raise ConfigError(
-                f"{setting.policy}: its pipeline is {plan.config.pipeline}; what is measured here are the passes of a "
-                "chunk. Choose a config whose pipeline is chunkwise, or the task stream, which measures every pipeline."
-            )
+        refuse_other_pipelines(setting, plan)
         a, g = plan.architecture, plan.geometry
         self.setting, self.plan, self.pipeline = setting, plan, make_pipeline(plan, setting)
         seeds = [SampleSeed(0, sample) for sample in range(setting.batch)]

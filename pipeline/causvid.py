@@ -46,7 +46,12 @@ class Clips:
             raise ValueError(
                 "pipeline=causvid_overlap makes clips of whole chunks. Set independent_first_frame: false."
             )
-        if not 0 < self.overlap_frames < self.clip_frames or self.overlap_frames % chunk or self.clip_frames % chunk:
+        if self.clip_frames % chunk or self.clip_frames < 2 * chunk:
+            raise ValueError(
+                f"kv_cache.window_frames={self.clip_frames}: clips are whole chunks of {chunk} latent frames, two at "
+                f"least. Such as --set kv_cache.window_frames={max(2, self.clip_frames // chunk) * chunk}"
+            )
+        if not 0 < self.overlap_frames < self.clip_frames or self.overlap_frames % chunk:
             raise ValueError(
                 f"overlap_frames={self.overlap_frames} of clips of {self.clip_frames} latent frames must be whole "
                 f"chunks of {chunk}, at least one, and leave at least one. Such as --set overlap_frames={chunk}"

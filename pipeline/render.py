@@ -96,10 +96,13 @@ def is_finished(folder: OutputFolder, job: Job) -> bool:
     return folder.state(job.stem, job.fingerprint) == "finished"
 
 
-def refuse_other_settings(folder: OutputFolder, jobs: Sequence[Job]) -> None:
+def refuse_other_settings(
+    folder: OutputFolder, jobs: Sequence[Job], *, otherwise: str = "redo them with --overwrite",
+) -> None:
     """Raise ConfigError if a finished video of the same name was made with other settings.
 
     Before anything loads, before each video and before it takes its name: another run may have made it meanwhile.
+    Args: otherwise: what else than another folder helps.
     """
     other = [job for job in jobs if folder.state(job.stem, job.fingerprint) == "other_settings"]
     if other:
@@ -107,7 +110,7 @@ def refuse_other_settings(folder: OutputFolder, jobs: Sequence[Job]) -> None:
         raise ConfigError(
             f"{folder.folder} holds {len(other)} finished video(s) of the same name made with other settings, such as "
             f"{stem}.mp4: {differences(folder.record(stem) or {}, other[0].identity)} (all its settings: "
-            f"{folder.sidecar_path(stem)}). Choose another --output_folder, or redo them with --overwrite."
+            f"{folder.sidecar_path(stem)}). Choose another --output_folder, or {otherwise}."
         )
 
 

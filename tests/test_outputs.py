@@ -1,6 +1,7 @@
 """Laws of the output folder: names never collide, and only a finished video looks finished."""
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -227,6 +228,17 @@ def test_a_torn_last_line_costs_only_itself(tmp_path, caplog):
 
 
 # files and hashes -------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
+    """The system does not say which file it was that found no room."""
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("utils.files.flush_to_disk", no_room)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a.json'"):
+        write_atomically(tmp_path / "a.json", b"new")
+    assert not list(tmp_path.iterdir())
 
 
 def test_atomic_write_keeps_the_old_file_on_failure(tmp_path, monkeypatch):

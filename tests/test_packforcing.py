@@ -270,7 +270,7 @@ def test_packets_take_the_time_they_are_given(span: str, step: float) -> None:
 @pytest.mark.parametrize("settings, message", [
     ({"recent_frames": 4}, "recent_frames=4 must be whole chunks of 3 frames.* Use 3"),
     ({"archive_chunks": 2}, "Raise it to at least 3, or to 0"),
-    ({"space_reduction": 9}, "space of 1 to 4"),
+    ({"space_reduction": 9}, "space_reduction of 1 to 4"),
     ({"sink_frames": -1}, "sink_frames=-1"),
     ({"sink_frames": 5}, "sink_frames=5 must be whole chunks of 3 frames.* Use 6"),
     ({"positions": "original", "mid_span": "squeeze"}, "mid_span=squeeze has no effect with positions=original"),

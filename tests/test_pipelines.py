@@ -367,6 +367,7 @@ def test_chunks_must_be_decoded_as_they_come() -> None:
     ({"policy": "rolling", "window_frames": 21}, 3, "kv_cache.policy=full"),
     ({"policy": "full", "window_frames": 21}, 4, "overlap_frames=4 .*whole chunks of 3"),
     ({"policy": "full", "window_frames": 21}, 21, "overlap_frames=21"),
+    ({"policy": "full", "window_frames": 20}, 3, "window_frames=20: clips are whole chunks of 3 .*window_frames=18"),
 ])
 def test_clips_that_cannot_be_made_are_refused(settings: dict, overlap: int, words: str) -> None:
     """Policy and overlap are checked before anything is loaded."""

@@ -148,11 +148,13 @@ def move_into_place(temporary: Path, path: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all. Errors: OSError; the old file then still stands."""
+    """Write `data` to `path`, whole or not at all. Errors: OSError that names it; the old file then still stands."""
     temporary = temp_path(path)
     try:
         temporary.write_bytes(data)
         move_into_place(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)  # which a full disk does not say
         raise

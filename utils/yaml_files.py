@@ -31,7 +31,7 @@ def read_file(path: Path) -> Layer:
         root = yaml.compose(text, Loader=yaml.SafeLoader)  # nodes know their lines, which OmegaConf drops
         if not isinstance(root, yaml.MappingNode):
             found = "is empty" if root is None else f"holds a {'list' if root.id == 'sequence' else 'single value'}"
-            raise ConfigError(f"{path}: {found}; write lines of `key: value`, such as `extends: base.yaml`.")
+            raise ConfigError(f"{path}: {found}; write lines of `key: value`.")
         values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}{_unread(root) or f': {_fault(error)}'}.") from error

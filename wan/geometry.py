@@ -118,8 +118,9 @@ class VideoGeometry:
         most = min(self.rows, self.columns)
         if time < 1 or not 1 <= space <= most:
             raise ValueError(
-                f"a compressed token of {time} frames by {space}x{space} tokens does not fit frames of "
-                f"{self.rows}x{self.columns} tokens. Use time of at least 1 and space of 1 to {most}."
+                f"time_reduction={time} and space_reduction={space}: a compressed token of {time} frames by "
+                f"{space}x{space} tokens does not fit frames of {self.rows}x{self.columns} tokens. Use a "
+                f"time_reduction of at least 1 and a space_reduction of 1 to {most}."
             )
         return PacketGrid(self.chunk_frames, time, space, self.rows // space, self.columns // space)
 

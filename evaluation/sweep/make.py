@@ -54,7 +54,7 @@ def make_tasks(
     check_number(len(items), len(sweep.seeds) * len(variants))
     made = [_task(sweep, variant, items, folder, device, random_weights) for variant in variants]
     for task in made:
-        refuse_other_settings(task.output, task.jobs)
+        refuse_other_settings(task.output, task.jobs, otherwise=f"delete {task.output.folder} to have them redone")
     return made
 
 

@@ -116,7 +116,7 @@ def test_cuda_without_a_gpu(refused):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("", ["bad.yaml: is empty", "extends: base.yaml"]),
+        ("", ["bad.yaml: is empty", "lines of `key: value`"]),
         ("- 1\n", ["bad.yaml: holds a list"]),
         ("a: [1\nb: 2\n", ["bad.yaml:2: not valid YAML"]),
         (BASE + "height: 32\nheight: 64\n", [":3: not valid YAML", "duplicate key height"]),
