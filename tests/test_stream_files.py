@@ -44,7 +44,7 @@ def test_a_full_disk_names_the_flag_of_this_command(
 
 
 @pytest.mark.parametrize("flags, said", [
-    ("--metrics pictur", "--metrics pictur: unknown. Did you mean picture?"),
+    ("--metrics pictur", "metric 'pictur' is unknown. Did you mean picture?"),
     ("--workers 0 --metrics picture", "--workers 0 is too small. Ask for 1 or more"),
     ("--metrics picture --video none.mp4", "no such video: none.mp4"),
     ("--metrics picture --video .", "no such video: ."),

@@ -95,7 +95,7 @@ def test_prompts_of_a_file_keep_their_numbers(write):
     ({"prompts": {"captions": [{"split": "nope", "count": 1}]}}, "split='nope' is unknown"),
     ({"prompts": {"file": "prompts/showcase.txt", "count": 99999}}, "Lower prompts.first or prompts.count"),
     ({"prompts": {"file": "prompts/none.txt"}}, "no such file"),
-    ({"metrics": ["vbenchh"]}, "vbenchh: unknown"),
+    ({"metrics": ["vbenchh"]}, "metric 'vbenchh' is unknown"),
     ({"tables": {"t": {"title": "T", "methods": ["x"]}}}, "'x' is none of this sweep's variants"),
     ({"tables": {"t": {"title": "T", "columns": [{"metric": "drift", "label": "d"}]}}}, "name@granularity"),
     ({"tables": {"t": {"title": "T", "columns": [{"metric": "drifft@whole", "label": "d"}]}}},

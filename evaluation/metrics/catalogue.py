@@ -56,7 +56,7 @@ def make_metrics(names: Sequence[str], choices: Choices) -> list[Metric]:
     for name in wanted:
         if name not in EVERY:
             known = [*groups, *EVERY]
-            raise ConfigError(f"metrics: {name!r} is unknown.{nearest(name, known)} Known: {', '.join(known)}.")
+            raise ConfigError(f"metric {name!r} is unknown.{nearest(name, known)} Known: {', '.join(known)}.")
         try:
             made.append(_made(name, choices))
         except ConfigError as error:
