@@ -21,7 +21,6 @@ from typing import NoReturn
 
 import torch
 
-import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.acceleration import MODES
 from pipeline.build import RunPlan, plan_run
 from pipeline.decoder import NAMES as DECODERS

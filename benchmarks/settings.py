@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.acceleration import Acceleration
 from pipeline.build import EMBEDDED, REAL, RunPlan, plan_run
 from pipeline.memory import fit_memory

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from pipeline.build import plan_run
 from pipeline.loops import Loop
 from utils.config import REPOSITORY, ConfigError, load_config

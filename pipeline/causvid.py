@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from math import ceil
 
 import torch
@@ -24,6 +24,7 @@ from pipeline.timeline import OnSwitch, PromptSwitch
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.cache import KVCache
 from wan.model import CausalWanModel
+from wan.recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,9 @@ class CausVidOverlapPipeline(ChunkwisePipeline):
 
     def __init__(
         self, model: CausalWanModel, sampler: FewStepSampler, geometry: VideoGeometry, cache: KVCache,
-        on_switch: OnSwitch, clips: Clips, encode: Callable[[Tensor], Tensor],
+        on_switch: OnSwitch, clips: Clips, encode: Callable[[Tensor], Tensor], recorder: Recorder | None = None,
     ):
-        super().__init__(model, sampler, geometry, cache, on_switch=on_switch)
+        super().__init__(model, sampler, geometry, cache, on_switch, recorder)
         self.clips, self.encode = clips, encode
 
     def __call__(
@@ -124,7 +125,9 @@ class CausVidOverlapPipeline(ChunkwisePipeline):
             self.cache.reset(seeds)
             track.restart(begins)
             newest, last = [], None
-            for chunk in chain(self.given(given, overlap, track), self.generate(generated, track, noise)):
+            chunks = chain(self.given(given, overlap, track), self.generate(generated, track, noise))
+            # Not asked for more, a clip's last chunk is not remembered: the next clip's memory begins empty.
+            for chunk in islice(chunks, len(given) + len(generated)):
                 newest.append(chunk.latents)
                 span, before = chunk.span, g.pixel_frames(chunk.span.start)
                 left = shown_frames - before  # pixel frames that the clip still shows

@@ -5,18 +5,21 @@ Source: Self Forcing, arXiv:2506.08009, Algorithm 2; Deep Forcing changes the ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from pipeline.noise import NoiseSource
+from pipeline.noise import NoiseAhead, NoiseSource
 from pipeline.packets import Decode, Packer
+from pipeline.passes import PassRunner
 from pipeline.sampler import FewStepSampler
 from pipeline.timeline import OnSwitch, PromptSwitch, PromptTrack
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.cache import KVCache
 from wan.model import CausalWanModel, TextContext
+from wan.recorder import Recorder, Replay
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,13 @@ class ChunkwisePipeline:
 
     def __init__(
         self, model: CausalWanModel, sampler: FewStepSampler, geometry: VideoGeometry, cache: KVCache,
-        on_switch: OnSwitch = "keep",
+        on_switch: OnSwitch = "keep", recorder: Recorder | None = None,
     ):
+        """Args: `recorder` makes CUDA graphs of the passes; None: they run as they are."""
         self.model, self.sampler, self.geometry, self.cache = model, sampler, geometry, cache
         self.on_switch = on_switch
+        self._noise = NoiseAhead(sampler.num_passes, threaded=recorder is not None)
+        self._run = PassRunner(cache, None if recorder is None else partial(self._record, recorder))
         self.packer: Packer | None = None  # compresses chunks, for policies that keep packets
 
     def __call__(
@@ -98,27 +104,38 @@ class ChunkwisePipeline:
     def denoise(self, span: ChunkSpan, text: TextContext, noise: NoiseSource) -> Tensor:
         """Begin the chunk and run its denoising passes; memory is untouched. Returns x0 [B, F, C, h, w]."""
         self.cache.begin(span)
-        return self._denoise(lambda index: noise.draw(span, index), text)
+        latents = self._run("denoise", self._denoise, self._noise.take(noise, span), text)
+        self._noise.prepare(noise, replace(span, index=span.index + 1, start=span.stop))
+        return latents
 
     @torch.inference_mode()
     def remember(self, latents: Tensor, text: TextContext) -> None:
         """The context pass: clean keys and values of the chunk that has begun become memory."""
-        self._see_clean(latents, text)
-        if self.packer is not None:
-            self.packer.remember(latents, text)
-        self.cache.commit()
+        self._run("see clean", self._see_clean, [latents], text)
+        packet = None if self.packer is None else self.packer.compress(latents)  # its past is not the cache's
+        self._run("commit", self._commit, [] if packet is None else [packet], text)
 
-    def _denoise(self, noise: Callable[[int], Tensor], text: TextContext) -> Tensor:
-        """All denoising passes; `noise` of pass 0 is what it starts from, of a later one what is mixed in."""
-        x = noise(0)
+    def _denoise(self, *noise: Tensor, text: TextContext) -> Tensor:
+        """All denoising passes; the first noise is what they start from, the others are mixed in."""
+        x = noise[0]
         for index, time in enumerate(self.sampler.times):
             x0 = self.sampler.clean(x, self.model(x, self._times(x, time), text, self.cache), index)
             if index + 1 < self.sampler.num_passes:
-                x = self.sampler.renoise(x0, noise(index + 1), index + 1)
+                x = self.sampler.renoise(x0, noise[index + 1], index + 1)
         return x0
 
     def _see_clean(self, latents: Tensor, text: TextContext) -> None:
         self.model.remember(latents, self._times(latents, self.sampler.context_time), text, self.cache)
+
+    def _commit(self, *packet: Tensor, text: TextContext) -> None:
+        """`packet`: tokens of the chunk that has been seen clean, if it leaves any."""
+        for tokens in packet:
+            self.packer.write(tokens, text)
+        self.cache.commit()
+
+    def _record(self, recorder: Recorder, function: Callable[[], None]) -> Replay:
+        self._noise.wait()
+        return recorder(function)
 
     def _times(self, x: Tensor, time: float) -> Tensor:
         return torch.full(x.shape[:2], time, device=x.device)

@@ -59,7 +59,7 @@ def video_length(plan: RunPlan, pixel_frames: int, *, given_frames: int) -> Leng
             "forgets, such as --policy rolling or configs/deep_forcing.yaml, or pay for the memory with "
             f"--set kv_cache.policy=full --set kv_cache.window_frames={whole}."
         )
-    return Length(pixel_frames, asked, whole)
+    return Length(pixel_frames, asked, given_frames, whole)
 
 
 def check_timelines(plan: RunPlan, items: Sequence[PromptItem], length: Length, *, given_frames: int) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pipeline.causvid import CausVidOverlapPipeline, Clips
 from pipeline.chunkwise import ChunkwisePipeline
-from pipeline.graphs import GraphedPipeline
 from pipeline.rolling_forcing import RollingForcingPipeline, joint_span, windows
 from pipeline.sampler import FewStepSampler
 from pipeline.timeline import OnSwitch
@@ -35,7 +34,7 @@ class Look:
     span: ChunkSpan
     remembered: ChunkSpan | None  # what becomes memory then: the span itself, its first chunk, or nothing yet
     lookahead: bool = False       # it is denoised jointly and does not become memory as a whole
-    given: bool = False           # nothing is denoised: the span enters the memory alone
+    given: bool = False           # nothing is denoised: the span is known and enters the memory
     restarts: bool = False        # the memory is emptied before
     begins: int = 0               # latent frame of the video that frame 0 of the span's count is
 
@@ -46,6 +45,7 @@ class Length:
 
     pixel_frames: int   # what the file is cut to
     asked_frames: int   # fewest latent frames that hold them
+    given_frames: int   # latent frames that are known beforehand
     latent_frames: int  # whole chunks, given frames included
 
     @property
@@ -105,10 +105,14 @@ class Loop(ABC):
 
     @abstractmethod
     def looks(self, latent_frames: int, given_frames: int = 0) -> Iterator[Look]:
-        """What is denoised and what becomes memory after `given_frames`, in order."""
+        """What is denoised and what becomes memory, in order; `given_frames` do first."""
+
+    def _given(self, frames: int) -> Iterator[Look]:
+        """The looks that put so many given frames into memory."""
+        return (Look(span, remembered=span, given=True) for span in self.geometry.prefill_chunks(frames))
 
     def walk(
-        self, latent_frames: int, *, side: int = 1, draw: Callable[..., Tensor] = torch.ones,
+        self, latent_frames: int, *, given_frames: int = 0, side: int = 1, draw: Callable[..., Tensor] = torch.ones,
     ) -> Iterator[tuple[Look, LayerCache]]:
         """Run the policy on a cache of one layer and frames of `side` x `side` tokens, without a network.
 
@@ -128,7 +132,7 @@ class Loop(ABC):
             cache.layer(0).extend(*(draw(1, span.frames * unit.frame_tokens, 1, 12) for _ in range(3)))
             return cache.layer(0)
 
-        for look in self.looks(latent_frames):
+        for look in self.looks(latent_frames, given_frames):
             if look.restarts:
                 cache.reset([0])
             if not look.given:
@@ -138,35 +142,29 @@ class Loop(ABC):
                     run(look.remembered)
                 cache.commit()
 
-    def windows(self, latent_frames: int) -> Iterator[float]:
+    def windows(self, latent_frames: int, given_frames: int = 0) -> Iterator[float]:
         """Frames' worth of tokens that attention sees of each span that is denoised."""
         archive = self.policy.sizes(self.geometry).archive
         side = 1 if archive is None else archive.grid.space
-        for look, layer in self.walk(latent_frames, side=side):
+        for look, layer in self.walk(latent_frames, given_frames=given_frames, side=side):
             frames = layer.plan.attend.shape[1] // side**2 + look.span.frames
             packets = 0 if layer.plan.packets is None else layer.plan.packets.shape[1]
             yield frames + packets * archive.grid.tokens / self.geometry.frame_tokens if packets else frames
 
-    @abstractmethod
     def pipeline(
         self, model: CausalWanModel, cache: KVCache, encode: Encode, recorder: Recorder | None = None,
     ) -> ChunkwisePipeline:
-        """What runs it."""
+        """What runs it; with a `recorder` its passes become CUDA graphs."""
+        return ChunkwisePipeline(model, self.sampler, self.geometry, cache, self.on_switch, recorder)
 
 
 class ChunkwiseLoop(Loop):
     """Chunk after chunk: Self Forcing, and every cache policy on top of it."""
 
     def looks(self, latent_frames: int, given_frames: int = 0) -> Iterator[Look]:
+        yield from self._given(given_frames)
         for span in self.geometry.chunks(latent_frames, prefilled=given_frames):
             yield Look(span, remembered=span)
-
-    def pipeline(
-        self, model: CausalWanModel, cache: KVCache, encode: Encode, recorder: Recorder | None = None,
-    ) -> ChunkwisePipeline:
-        if recorder is not None:
-            return GraphedPipeline(model, self.sampler, self.geometry, cache, recorder, on_switch=self.on_switch)
-        return ChunkwisePipeline(model, self.sampler, self.geometry, cache, on_switch=self.on_switch)
 
 
 class RollingForcingLoop(Loop):
@@ -188,6 +186,7 @@ class RollingForcingLoop(Loop):
         return self.sampler.num_passes
 
     def looks(self, latent_frames: int, given_frames: int = 0) -> Iterator[Look]:
+        yield from self._given(given_frames)
         spans, levels = self.geometry.chunks(latent_frames, prefilled=given_frames), self.sampler.num_passes
         for window, inside in enumerate(windows(spans, levels)):
             yield Look(joint_span(inside), remembered=inside[0] if window >= levels - 1 else None, lookahead=True)
@@ -195,7 +194,7 @@ class RollingForcingLoop(Loop):
     def pipeline(
         self, model: CausalWanModel, cache: KVCache, encode: Encode, recorder: Recorder | None = None,
     ) -> ChunkwisePipeline:
-        return RollingForcingPipeline(model, self.sampler, self.geometry, cache, on_switch=self.on_switch)
+        return RollingForcingPipeline(model, self.sampler, self.geometry, cache, self.on_switch, recorder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +244,7 @@ class CausVidOverlapLoop(Loop):
         self, model: CausalWanModel, cache: KVCache, encode: Encode, recorder: Recorder | None = None,
     ) -> ChunkwisePipeline:
         return CausVidOverlapPipeline(
-            model, self.sampler, self.geometry, cache, on_switch=self.on_switch, clips=self.clips, encode=encode,
+            model, self.sampler, self.geometry, cache, self.on_switch, self.clips, encode, recorder,
         )
 
 

@@ -13,10 +13,12 @@ import torch
 
 from pipeline.build import RunPlan
 from pipeline.presets import PRESETS
+from pipeline.timeline import forget
 from utils.config import ConfigError
 from utils.footprint import FastKernels, LiveBytes
 from wan.checkpoint import CheckpointError, weight_files
 from wan.fp8 import quantise_layers
+from wan.geometry import ChunkSpan
 from wan.kv_cache.archive import FIRST_PLACES
 from wan.kv_cache.cache import KVCache
 from wan.model import CausalWanModel
@@ -126,34 +128,44 @@ def _fixed_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
 
 
 def _transformer_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
-    """Work space of a pass: one layer, chunk by chunk until the window has been full and pruned.
+    """Work space of a pass: one layer, in the loop's own spans until the window has been full and pruned; then what a
+    change of prompt computes anew.
 
     While the window fills the cache runs alone: what it makes and keeps counts, and any pass of the network over a
     fuller window needs as much or more.
     """
     a, g = dataclasses.replace(plan.architecture, num_layers=1), plan.geometry
     shape = dataclasses.replace(plan.cache_shape(batch), layers=1, device=META)
-    chunks, limit = plan.policy.sizes(g).window_tokens // (g.frame_tokens * g.chunk_frames) + 3, plan.policy.max_frames
-    spans = g.chunks(g.whole_chunks(chunks * g.chunk_frames))
-    spans = [span for span in spans if limit is None or span.stop <= limit]
+    frames, limit = plan.policy.sizes(g).window_tokens // g.frame_tokens + 3 * g.chunk_frames, plan.policy.max_frames
+    looks = plan.loop.looks(g.whole_chunks(frames if limit is None else min(frames, limit)))
+    looks = [look for look in looks if limit is None or look.span.stop <= limit]
+    quick = len(looks) - FULL_CHUNKS - plan.loop.joint_chunks + 1  # of a joint window the last ones empty it
     with META, torch.inference_mode(), FastKernels(), LiveBytes() as live:
         model = CausalWanModel(a).to(plan.dtype)
         if plan.acceleration.fp8:
             quantise_layers(model)
         cache = KVCache(shape, g, plan.policy, shared_window=plan.memory.shared_window)
         text = model.embed_text(torch.empty(batch, a.text_len, a.text_dim, dtype=plan.dtype))
-        live.restart()
-        begin = live.now
-        for place, span in enumerate(spans):
-            cache.begin(span)
-            if place < len(spans) - FULL_CHUNKS:
+
+        def see(span: ChunkSpan, *, lookahead: bool = False, is_quick: bool = False) -> None:
+            cache.begin(span, lookahead=lookahead)
+            if is_quick:
                 size = batch, span.frames * g.frame_tokens, a.num_heads, a.head_dim
                 cache.layer(0).extend(*(torch.empty(size, dtype=plan.dtype) for _ in range(3)))
             else:
                 noise = torch.empty(batch, span.frames, a.in_dim, g.latent_height, g.latent_width)
-                times = torch.empty(batch, span.frames)
-                latents = plan.sampler.clean(noise, model(noise, times, text, cache), 0)
-                model.remember(latents, times, text, cache)
+                plan.sampler.clean(noise, model(noise, torch.empty(batch, span.frames), text, cache), 0)
+
+        live.restart()
+        begin = live.now
+        for place, look in enumerate(looks):
+            see(look.span, lookahead=look.lookahead, is_quick=place < quick)
+            if look.lookahead and look.remembered is not None:
+                see(look.remembered, is_quick=place < quick)
+            if look.remembered is not None:
+                cache.commit()
+        for span in cache.spans_again(0, forget(cache, plan.loop.on_switch)):
+            see(span)
             cache.commit()
     return {"transformer_work": live.peak - begin}
 

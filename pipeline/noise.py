@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,3 +51,34 @@ class SeededNoise:
         if self.device.type != "cuda":
             return noise.to(self.device)
         return noise.pin_memory().to(self.device, non_blocking=True)  # from pinned memory: no host sync in the passes
+
+
+class NoiseAhead:
+    """Draws the noise of whole chunks. Where passes are replayed, that of the next one in a thread: drawing takes the
+    host longer than a replay leaves it idle.
+    """
+
+    def __init__(self, passes: int, *, threaded: bool):
+        self._passes = passes
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="noise") if threaded else None
+        self._next: tuple[NoiseSource, ChunkSpan, Future[list[Tensor]]] | None = None
+
+    def take(self, noise: NoiseSource, span: ChunkSpan) -> list[Tensor]:
+        """The noise of every pass of `span`."""
+        ahead, self._next = self._next, None
+        if ahead is not None and ahead[0] is noise and ahead[1] == span:
+            return ahead[2].result()
+        return self._draw(noise, span)
+
+    def prepare(self, noise: NoiseSource, span: ChunkSpan) -> None:
+        """Begin to draw what is probably asked for next."""
+        if self._thread is not None:
+            self._next = noise, span, self._thread.submit(self._draw, noise, span)
+
+    def wait(self) -> None:
+        """Return when no drawing is going on: it allocates, which would disturb a recording."""
+        if self._next is not None:
+            self._next[2].result()
+
+    def _draw(self, noise: NoiseSource, span: ChunkSpan) -> list[Tensor]:
+        return [noise.draw(span, index) for index in range(self._passes)]

@@ -84,7 +84,7 @@ class Packer:
 
     def write(self, tokens: Tensor, text: TextContext) -> None:
         """Stage keys and values of `tokens` in every layer."""
-        if self._compression.stream == "forward":
+        if self._compression.compressed_kv == "forward":
             t = torch.full(tokens.shape[:2], self._time, device=tokens.device)
             # It attends to what its chunk does, and is staged beside it.
             memory = SimpleNamespace(layer=lambda index: SimpleNamespace(extend=self._cache.layer(index).extend_packet))
@@ -119,7 +119,8 @@ def choose_branch(
     compression = policy.compression
     if compression is None or compression.compressor != "dual":
         return None
-    path = REPOSITORY / Path(compression.weights).expanduser() if compression.weights else spec.compressor
+    named = compression.compressor_weights
+    path = REPOSITORY / Path(named).expanduser() if named else spec.compressor
     if path is None:
         raise ConfigError(
             f"kv_cache.compressor=dual needs a trained compressor, and the model {spec.name} has none. Name a file "

@@ -14,7 +14,7 @@ PREVIEW_CHUNKS = 24
 def describe(plan: RunPlan, length: Length, batch: int) -> str:
     """The resolved plan in words, for --dry_run."""
     g, sizes = plan.geometry, plan.policy.sizes(plan.geometry)
-    windows = list(islice(plan.loop.windows(length.latent_frames), PREVIEW_CHUNKS + 1))
+    windows = list(islice(plan.loop.windows(length.latent_frames, length.given_frames), PREVIEW_CHUNKS + 1))
     shown = ", ".join(f"{frames:g}" for frames in windows[:PREVIEW_CHUNKS])
     shown += ", ..." if len(windows) > PREVIEW_CHUNKS else ""
     times = ", ".join(f"{time:g}" for time in plan.sampler.times)

@@ -8,6 +8,7 @@ Source: Rolling Forcing, arXiv:2509.25161, and the authors' code; the memory is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,9 +67,11 @@ class RollingForcingPipeline(ChunkwisePipeline):
             noisy: its latents [B, F, C, h, w], each at its noise level.
         """
         self.cache.begin(joint_span(inside), lookahead=True)
+        clean = self._run(("jointly", *passes), partial(self._denoise_jointly, passes), noisy, text)
+        return list(clean.split([span.frames for span in inside], dim=1))
+
+    def _denoise_jointly(self, passes: Sequence[int], *noisy: Tensor, text: TextContext) -> Tensor:
         times = [self._times(x, self.sampler.times[index]) for index, x in zip(passes, noisy, strict=True)]
-        flow = self.model(torch.cat(list(noisy), dim=1), torch.cat(times, dim=1), text, self.cache)
-        return [
-            self.sampler.clean(x, part, index)
-            for x, part, index in zip(noisy, flow.split([span.frames for span in inside], dim=1), passes, strict=True)
-        ]
+        flow = self.model(torch.cat(noisy, dim=1), torch.cat(times, dim=1), text, self.cache)
+        parts = flow.split([x.shape[1] for x in noisy], dim=1)
+        return torch.cat([self.sampler.clean(*part) for part in zip(noisy, parts, passes, strict=True)], dim=1)

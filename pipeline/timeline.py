@@ -85,22 +85,27 @@ class PromptTrack:
 
     @torch.inference_mode()
     def _change_memory(self) -> None:
-        if self._on_switch == "keep":
-            return
-        if self._on_switch == "reset_sink":
-            self._cache.forget_all()
-            frames = 0 if self._newest is None else self._newest.shape[1]
-        else:
-            frames = self._cache.forget_newest()
-        if self._on_switch == "flush_recent" or frames == 0:
-            return
+        frames = min(forget(self._cache, self._on_switch), 0 if self._newest is None else self._newest.shape[1])
         spans = self._cache.spans_again(self._stop - frames, frames)
+        if not spans:
+            return
         for span, x in zip(spans, self._newest[:, -frames:].split([s.frames for s in spans], dim=1), strict=True):
             self._cache.begin(span)
             self._see_clean(x, self.text)
             if self._packer is not None and self._cache.archives:
                 self._packer.write(self._packed[span.start], self.text)
             self._cache.commit()
+
+
+def forget(cache: KVCache, on_switch: OnSwitch) -> int:
+    """What of the memory a change of prompt costs; returns how many of the newest frames are remembered again, if there
+    are so many.
+    """
+    if on_switch == "reset_sink":
+        cache.forget_all()
+        return cache.most_frames
+    frames = 0 if on_switch == "keep" else cache.forget_newest()
+    return frames if on_switch == "recache" else 0
 
 
 def switch_frames(

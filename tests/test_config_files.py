@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import wan.kv_cache.policies  # noqa: F401  registers the policies
 from evaluation.sweep.settings import Prompts, Sweep
 from utils.config import REPOSITORY, ConfigError, load_config, load_model_spec
 from utils.yaml_files import load_structured

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.chunkwise import ChunkwisePipeline
-from pipeline.graphs import GraphedPipeline
+from pipeline.loops import make_loop
 from pipeline.noise import SampleSeed
+from pipeline.sampler import FewStepSampler
 from wan import compiler
 from wan.compiler import inductor
 from wan.kv_cache.cache import KVCache
@@ -69,10 +70,10 @@ class TapeRecorder:
         return replay
 
 
-def graphed(tiny: Tiny, policy: KVPolicy, batch: int = 2) -> GraphedPipeline:
-    plain = tiny.pipeline(policy, batch)
-    fast = GraphedPipeline(plain.model, plain.sampler, plain.geometry, plain.cache, TapeRecorder())
-    return tiny.with_packer(fast, policy)
+def graphed(tiny: Tiny, policy: KVPolicy, batch: int = 2) -> tuple[ChunkwisePipeline, TapeRecorder]:
+    plain, tape = tiny.pipeline(policy, batch), TapeRecorder()
+    fast = ChunkwisePipeline(plain.model, plain.sampler, plain.geometry, plain.cache, recorder=tape)
+    return tiny.with_packer(fast, policy), tape
 
 
 def host_state(cache: KVCache) -> list[tuple]:
@@ -87,7 +88,7 @@ def test_replayed_chunks_equal_eager_ones(policy: KVPolicy) -> None:
     even beginnings replay.
     """
     tiny = make_tiny()
-    fast, eager = graphed(tiny, policy), tiny.pipeline(policy, 2)
+    (fast, tape), eager = graphed(tiny, policy), tiny.pipeline(policy, 2)
     for video in range(3):
         runs = [
             pipeline(tiny.text(video, 2), FRAMES, tiny.noise(*SEEDS), [s.key() for s in SEEDS])
@@ -101,13 +102,13 @@ def test_replayed_chunks_equal_eager_ones(policy: KVPolicy) -> None:
                 for mine, its in zip(*(store._columns() for store in stores), strict=True):
                     assert torch.equal(mine[:, :stores[1].length], its[:, :stores[1].length])
         assert host_state(fast.cache) == host_state(eager.cache) and fast.cache.seen_frames == FRAMES
-    assert fast._record.replayed >= fast._record.recorded > 2
+    assert tape.replayed >= tape.recorded > 2
 
 
 def test_replays_come_and_go_from_common_states(policy: KVPolicy) -> None:
     """Each chunk begins from another pipeline's memory, its own left behind half-done; what was chosen is known."""
     tiny = make_tiny()
-    fast, eager = graphed(tiny, policy), tiny.pipeline(policy, 2)
+    (fast, tape), eager = graphed(tiny, policy), tiny.pipeline(policy, 2)
     text, noise = eager.model.embed_text(tiny.text(1, 2)), tiny.noise(*SEEDS)
     for _ in range(3):
         eager.cache.reset([1, 2])
@@ -122,19 +123,40 @@ def test_replays_come_and_go_from_common_states(policy: KVPolicy) -> None:
                 assert (mine.chosen is None) == (its.chosen is None)
                 assert mine.chosen is None or torch.equal(mine.chosen, its.chosen)
             eager.remember(latents, text)
-    assert fast._record.replayed > 10
+    assert tape.replayed > 10
 
 
 def test_given_frames_and_other_chunks_have_graphs_of_their_own() -> None:
     """A context pass that plans differs from one that follows denoising, and a first frame alone from a chunk."""
     policy = policy_of(EVERY_POLICY["deep_forcing"])
     tiny = make_tiny(independent_first_frame=True)
-    fast, eager = graphed(tiny, policy, 1), tiny.pipeline(policy, 1)
+    (fast, _), eager = graphed(tiny, policy, 1), tiny.pipeline(policy, 1)
     for given in (None, torch.randn(1, 4, 3, 4, 6), None, torch.randn(1, 4, 3, 4, 6), None, torch.randn(1, 4, 3, 4, 6)):
         ours, plain = (
             tiny.run(policy, 31, pipeline=pipeline, initial_latent=given) for pipeline in (fast, eager)
         )
         assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("name, settings", [
+    ("rolling_forcing", EVERY_POLICY["anchored"]), ("causvid_overlap", {"policy": "full", "window_frames": 12}),
+])
+def test_other_loops_are_replayed_as_well(name: str, settings: dict) -> None:
+    """Joint windows and clips, bit for bit; two videos, of which the second replays beginnings, too."""
+    tiny, policy, tape = make_tiny(), policy_of(settings), TapeRecorder()
+    sampler = FewStepSampler([1000, 500], shift=5.0, warp=True)
+    loop = make_loop(name, geometry=tiny.geometry, policy=policy, sampler=sampler, on_switch="keep", overlap_frames=3)
+    made = []
+    for recorder in (None, tape):
+        pipeline = loop.pipeline(tiny.model, tiny.cache(policy, 2), lambda pixels: pixels[..., :4, :6] / 2, recorder)
+        for video in range(2):
+            chunks = pipeline(
+                tiny.text(video, 2), FRAMES, tiny.noise(*SEEDS), [s.key() for s in SEEDS],
+                decode=lambda latents: latents.repeat_interleave(4, dim=1),
+            )
+            made.append(torch.cat([chunk.latents for chunk in chunks], dim=1))
+    assert torch.equal(torch.stack(made[2:]), torch.stack(made[:2]))
+    assert tape.recorded > 4 and tape.replayed > 4
 
 
 def test_a_shared_window_equals_one_for_each_layer(policy: KVPolicy) -> None:

@@ -107,6 +107,19 @@ def test_a_window_that_no_whole_chunks_fill_is_estimated() -> None:
     assert sizes[0] == sizes[1]
 
 
+def test_what_a_loop_computes_jointly_is_counted() -> None:
+    """Rolling Forcing's pass holds five chunks, LongLive's change of prompt three: so much more work space than one."""
+    def work(policy: str, *overrides: str) -> int:
+        plan = Setting(policy=policy, model="tiny", overrides=overrides).plan(CPU)
+        return memory.estimate_bytes(plan, 1)["transformer_work"]
+
+    assert work("rolling_forcing") > 3.5 * work("rolling_forcing", "pipeline=chunkwise")
+    kept, anew = (work("longlive", f"on_switch={way}") for way in ("keep", "recache"))
+    assert 1.5 * kept < anew < 3 * kept
+    assert work("longlive", "on_switch=flush_recent") == kept
+    assert work("packforcing_4", "on_switch=recache") == work("packforcing_4")  # chunk by chunk, for packets
+
+
 def test_presets_make_the_same_video() -> None:
     """Latents and frames, bit for bit (the plain decoder takes one latent a call anyway), but for memories in 8-bit
     floats: the first chunk has none, and a rounding of 1/16 of each remembered value at most leaves later ones near.

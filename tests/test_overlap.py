@@ -9,9 +9,8 @@ import torch
 from test_graphs import TapeRecorder
 
 from benchmarks.settings import Setting
-from pipeline.chunkwise import Chunk
+from pipeline.chunkwise import Chunk, ChunkwisePipeline
 from pipeline.engine import Engine, VideoRequest
-from pipeline.graphs import GraphedPipeline
 from pipeline.noise import SampleSeed
 from pipeline.overlap import DecoderLane, Decoding, FrameChunk, handed_out
 from utils.config import ConfigError
@@ -96,7 +95,8 @@ def test_late_frames_are_the_same(engine: Engine, replayed: bool) -> None:
     expected = [video(engine, text) for text in PROMPTS]
     if replayed:
         own = engine.pipeline_for(1)
-        engine._pipeline = 1, GraphedPipeline(own.model, own.sampler, own.geometry, own.cache, TapeRecorder())
+        fast = ChunkwisePipeline(own.model, own.sampler, own.geometry, own.cache, recorder=TapeRecorder())
+        engine._pipeline = 1, fast
     lane, engine._lane = engine._lane, LateLane(CPU, CPU, aside=False)
     try:
         made = [video(engine, text) for text in PROMPTS]

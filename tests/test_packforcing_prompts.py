@@ -66,7 +66,7 @@ def test_a_new_prompt_takes_packets_with_their_chunks(settings: dict, on_switch:
         made.append(latents)
     before, remembered = archived(ours), ours.cache.layer(0).store.length // tiny.geometry.frame_tokens
     tracks[0].text_at(3 * chunks)
-    tail = policy.tail_frames(remembered, True)
+    tail = policy.tail_frames(remembered, True, 3)
     old = {start for start in before if start < 3 * chunks - tail}
     if on_switch == "reset_sink":
         other.cache.forget_all()
@@ -97,3 +97,20 @@ def test_a_new_prompt_takes_packets_with_their_chunks(settings: dict, on_switch:
         assert_seen_once(ours, policy)
         for pipeline in (ours, other):
             pipeline.remember(a, texts[1])
+
+
+@pytest.mark.parametrize("given", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("sink_frames", [0, 3, 6])
+def test_no_frame_is_lost_after_given_ones(given: int, sink_frames: int) -> None:
+    """After an image or a clip chunks begin between the sink's multiples: still each frame is whole or in a packet."""
+    policy = policy_of(PACK | {"sink_frames": sink_frames, "recent_frames": 6, "archive_chunks": 0})
+    tiny = make_tiny(height=64)
+    pipeline, odd = tiny.pipeline(policy), given % 3
+    clip = torch.randn(1, given, 3, 8, 6)
+    for frames in range(given + 3, given + 25, 3):
+        tiny.run(policy, frames, pipeline=pipeline, initial_latent=clip)
+        store = pipeline.cache.layer(0).store
+        whole = set(store.origin[0, :store.length].tolist())
+        packed = {start + i for start in archived(pipeline) for i in range(3)}
+        lost = set(range(frames)) - whole - packed
+        assert lost == set() or (sink_frames == 0 and lost == set(range(odd)))  # no sink, and no whole chunk

@@ -356,6 +356,16 @@ def test_a_shorter_video_is_the_beginning_of_a_longer_one() -> None:
     assert torch.equal(long[:len(short)], short)
 
 
+def test_a_clips_last_chunk_is_not_remembered() -> None:
+    """The next clip begins with an empty memory: a pass in vain. Clips of four and of two chunks, one of them given."""
+    tiny = make_tiny()
+    pipeline, passes = causvid(tiny, 12, 3), []
+    remember = tiny.model.remember
+    tiny.model.remember = lambda *args: passes.append(1) or remember(*args)
+    show(pipeline, tiny.text(), 15, Draws(tiny))
+    assert len(passes) == 3 + 1
+
+
 def test_chunks_must_be_decoded_as_they_come() -> None:
     """A second clip cannot begin without the first one's pixels."""
     tiny = make_tiny()

@@ -15,6 +15,7 @@ from pipeline.timeline import PromptSwitch, switch_frames
 from utils.prompts import PromptError, load_prompts
 from utils.timelines import TimelineError
 from wan.geometry import ChunkSpan
+from wan.kv_cache.cache import KVCache
 from wan.kv_cache.policy import KVPolicy
 
 SWITCHES = ("keep", "recache", "flush_recent", "reset_sink")
@@ -114,9 +115,41 @@ def memory_around(tiny: Tiny, policy: KVPolicy, on_switch: str, chunks: int) -> 
 
     before, cache = look(), pipeline.cache
     frames = len(before[0][1]) // tiny.geometry.frame_tokens
-    tail = policy.tail_frames(frames, cache.seen_frames > frames)
+    tail = policy.tail_frames(frames, cache.seen_frames > frames, 3)
     track.text_at(3 * chunks)
     return before, look(), tail
+
+
+def window_times(cache: KVCache, span: ChunkSpan) -> dict[int, int]:
+    """Latent frame -> its window time, of what `span` sees and of itself, for tokens in their frames' order."""
+    cache.begin(span)
+    tokens = span.frames * make_tiny().geometry.frame_tokens
+    for index in range(SMALL.num_layers):
+        cache.layer(index).extend(*(torch.ones(1, tokens, SMALL.num_heads, SMALL.head_dim) for _ in range(3)))
+    layer = cache.layer(0)
+    seen = zip(layer.store.origin[0, layer.plan.attend[0]].tolist(), layer.plan.position[0].tolist(), strict=True)
+    return dict(seen) | {span.start + i: layer.plan.query_position + i for i in range(span.frames)}
+
+
+@pytest.mark.parametrize("chunks", range(4, 12))
+@pytest.mark.parametrize("name", ["rolling", "naive_sink", "deep_sink", "deep_sink_contiguous", "deep_forcing"])
+def test_frames_computed_anew_stand_where_they_stood(tiny: Tiny, name: str, chunks: int) -> None:
+    """Computed jointly, each frame is as far from the sinks and from the others as a chunk would have seen it; after a
+    prune these are other distances, but never wider ones.
+    """
+    policy = policy_of(EVERY_POLICY[name])
+    cache = tiny.cache(policy)
+    for index in range(chunks):
+        before = window_times(cache, ChunkSpan(index, 3 * index, 3))
+        cache.commit()
+    again = cache.spans_again(3 * chunks - (frames := cache.forget_newest()), frames)
+    after = window_times(cache, again[0])
+    assert len(again) == 1 and frames >= 3
+    known = sorted(before.keys() & after.keys())
+    assert known[-3:] == [3 * chunks - 3, 3 * chunks - 2, 3 * chunks - 1]
+    places = [[times[frame] - times[known[-1]] for frame in known] for times in (before, after)]
+    assert name == "deep_forcing" or places[0] == places[1]
+    assert name == "naive_sink" or max(after.values()) - min(after.values()) < policy.window_frames + 3
 
 
 @pytest.mark.parametrize("chunks", [1, 3, 4, 9])

@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 Replay = Callable[[], None]
+Result = TypeVar("Result")
 
 
 class Recorder(Protocol):
@@ -37,29 +38,34 @@ class CudaRecorder:
 
 
 class Replays:
-    """Calls functions of one tensor; what is met again under the same key is recorded, and replayed from then on.
+    """Does work by key: what is met again under the same one is recorded, and replayed from then on.
 
-    The key stands for the function, its shapes, and all else that it depends on.
+    The key stands for the work, the shapes and addresses of what it reads, and all else that it depends on.
     """
 
     def __init__(self, recorder: Recorder | None):
         self._record = recorder
         self._met: set[Hashable] = set()
-        self._recorded: dict[Hashable, tuple[Replay, Tensor, list[Tensor]]] = {}
+        self._recorded: dict[Hashable, tuple[Replay, list[Any]]] = {}
+        self._places: dict[Hashable, Tensor] = {}
 
     def clear(self) -> None:
         self._met.clear()
         self._recorded.clear()
+        self._places.clear()
 
-    def __call__(self, key: Hashable, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """function(x); the result is overwritten by the next call with the same key."""
+    def place(self, name: Hashable, x: Tensor) -> Tensor:
+        """A copy of x at the address that recorded work knows by this name; x itself where nothing is recorded."""
+        return x if self._record is None else self._places.setdefault(name, torch.empty_like(x)).copy_(x)
+
+    def __call__(self, key: Hashable, work: Callable[[], Result]) -> Result:
+        """What `work` returns; its tensors are written again by the next call with the same key."""
         if self._record is None or key not in self._met:
             self._met.add(key)
-            return function(x)
+            return work()
         if key not in self._recorded:
-            place, results = x.clone(), []
-            self._recorded[key] = self._record(lambda: results.append(function(place))), place, results
-        replay, place, results = self._recorded[key]
-        place.copy_(x)
+            results = []
+            self._recorded[key] = self._record(lambda: results.append(work())), results
+        replay, results = self._recorded[key]
         replay()
         return results[0]

@@ -50,7 +50,8 @@ class FastDecoder:
         """The next raw latents [B, C, F, h, w] of a stream, in the model's dtype -> pixels [B, T, H, W, 3]."""
         first = not past
         self._activate(past, (len(latents), *latents.shape[3:]))
-        pixels = self._replays((first, latents.shape), lambda x: self._decode(x, first=first), latents)
+        latents = self._replays.place(latents.shape, latents)
+        pixels = self._replays((first, latents.shape), lambda: self._decode(latents, first=first))
         past.update(self._past)
         return pixels
 

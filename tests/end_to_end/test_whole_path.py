@@ -144,6 +144,7 @@ def test_image_begins_the_video(cli: CommandLine):
     Image.fromarray(picture).save(cli.folder / "half.png")
     options = ["--i2v", "--data_path", cli.folder / "half.png", "--num_output_frames", 7]
     assert cli("--prompt", PROMPTS[0], *options) == 0
+    assert cli("--prompt", PROMPTS[0], *options, "--dry_run") == 0
     about, pixels = only(cli)
     assert about["source"] == str(cli.folder / "half.png") and about["latent_frames"] == 7 and len(pixels) == 25
     assert cli("--prompt", PROMPTS[0], *options, "--set", "independent_first_frame=true", out="apart") == 0

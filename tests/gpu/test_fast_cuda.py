@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pipeline.chunkwise import ChunkwisePipeline
-from pipeline.graphs import GraphedPipeline
 from pipeline.noise import SampleSeed
 from wan import stacking
 from wan.backends import installed, load_backend, sdpa
@@ -43,7 +42,7 @@ def pair(name: str, compiler: Compiler, dtype: torch.dtype = torch.bfloat16):
     ]
     common = tiny.pipeline(policy_of(EVERY_POLICY[name]))
     parts = (common.model, common.sampler, common.geometry)
-    pipelines = GraphedPipeline(*parts, caches[0], CudaRecorder()), ChunkwisePipeline(*parts, caches[1])
+    pipelines = ChunkwisePipeline(*parts, caches[0], recorder=CudaRecorder()), ChunkwisePipeline(*parts, caches[1])
     return tiny, *(tiny.with_packer(pipeline, policy_of(EVERY_POLICY[name])) for pipeline in pipelines)
 
 

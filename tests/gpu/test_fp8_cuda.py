@@ -11,7 +11,6 @@ from test_fp8 import twin
 from torch.testing import assert_close
 
 from pipeline.chunkwise import ChunkwisePipeline
-from pipeline.graphs import GraphedPipeline
 from wan.backends import installed, load_backend, sdpa
 from wan.compiler import inductor
 from wan.fp8 import LEAST_CAPABILITY, Fp8Linear, gelu_quantise, quantise, quantise_layers
@@ -64,7 +63,7 @@ def test_compiled_graphs_of_it_equal_compiled_passes_bit_for_bit() -> None:
     tiny.model.accelerate(inductor)
     caches = [KVCache(tiny.cache_shape(1), tiny.geometry, policy, compiler=inductor) for _ in range(2)]
     sampler = tiny.pipeline(policy).sampler
-    fast = GraphedPipeline(tiny.model, sampler, tiny.geometry, caches[0], CudaRecorder())
+    fast = ChunkwisePipeline(tiny.model, sampler, tiny.geometry, caches[0], recorder=CudaRecorder())
     plain = ChunkwisePipeline(tiny.model, sampler, tiny.geometry, caches[1])
     for _ in range(3):
         ours, theirs = (tiny.run(policy, 12, pipeline=pipeline) for pipeline in (fast, plain))

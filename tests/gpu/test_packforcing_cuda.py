@@ -10,7 +10,7 @@ from conftest import make_tiny, policy_of
 from test_packforcing import PACK
 from torch.testing import assert_close
 
-from pipeline.graphs import GraphedPipeline
+from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.packets import Packer
 from pipeline.sampler import FewStepSampler
 from training.compressor import CompressorStage, make_branch
@@ -55,7 +55,7 @@ def test_packets_beside_replayed_passes(vae: Path, compressor: str) -> None:
     tiny.model.to(CUDA)
     policy = policy_of(PACK | {"compressor": compressor, "offload": True})
     plain, base = tiny.pipeline(policy), tiny.pipeline(policy)
-    pipelines = [plain, GraphedPipeline(base.model, base.sampler, base.geometry, base.cache, CudaRecorder())]
+    pipelines = [plain, ChunkwisePipeline(base.model, base.sampler, base.geometry, base.cache, recorder=CudaRecorder())]
     decoder, made = WanVAE.load(vae, device=CUDA, dtype=torch.float32), []
     for pipeline in pipelines:
         grid = policy.sizes(tiny.geometry).archive.grid

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wan.geometry import ChunkSpan, PacketGrid
+from wan.geometry import PacketGrid
 from wan.kv_cache.policy import ArchiveSizes, PacketView, Plan
 from wan.kv_cache.store import CacheShape
 from wan.kv_cache.votes import QueryVotes
@@ -103,12 +103,9 @@ class Archive:
         self._count += 1
         self.known, self.is_staged = min(self.known + 1, self._sizes.counted), False
 
-    def view(self, chunk: ChunkSpan, start: Tensor, votes: QueryVotes) -> PacketView:
-        """What a policy may see while `chunk`, which begins with latent frame `start` [], asks with `votes`."""
-        return PacketView(
-            self.known, self.start, self.turns.centres, chunk.frames == self.grid.chunk_frames,
-            lambda share: self.affinity(votes, start, share),
-        )
+    def view(self, start: Tensor, votes: QueryVotes) -> PacketView:
+        """What a policy may see while a chunk, which begins with latent frame `start` [], asks with `votes`."""
+        return PacketView(self.known, self.start, self.turns.centres, lambda share: self.affinity(votes, start, share))
 
     def affinity(self, votes: QueryVotes, start: Tensor, share: float) -> Tensor:
         """Query-key products [B, M] of the chunk's queries and each packet's keys, summed over both, mean over heads.

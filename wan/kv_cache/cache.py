@@ -1,20 +1,18 @@
 """The life of the cache: begin -> extend (every pass, every layer) -> commit.
 
-It owns stores, windows and votes, asks the policy once per chunk and layer, and is the only caller of
-temporal rotation. Passes stage beyond the memory; only `commit` changes it, so a chunk that is aborted
-or done again with other noise or another prompt leaves no trace.
-
-B batch, L chunk tokens, H heads, D head dim.
+Here is what all layers share during a video: the chunk in the making, seeds, frames seen. One LayerCache each does
+the rest. Passes stage beyond the memory; only `commit` changes it, so a chunk that is aborted or done again with
+other noise or another prompt leaves no trace.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-import wan.kv_cache.policies  # noqa: F401  (registers every policy)
 from wan.compiler import Compiler, plain
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.layer import LayerCache, LayerState, Moment
@@ -22,6 +20,14 @@ from wan.kv_cache.policy import KVPolicy
 from wan.kv_cache.store import CacheShape
 from wan.kv_cache.window import WindowBuffer
 from wan.rope import FrameTurns, space_turn
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """What of the memory lives on the host."""
+
+    layers: list[LayerState]
+    is_over: bool  # no chunk is in the making
 
 
 class KVCache:
@@ -46,7 +52,7 @@ class KVCache:
             packets = FrameTurns(space_turn(grid.rows, grid.columns, *head, covers=grid.space), centres)
         turns = FrameTurns(space_turn(geometry.rows, geometry.columns, *head))
         self._layers = [
-            LayerCache(i, shape, geometry, policy, turns, packets, window, compiler) for i in range(shape.layers)
+            LayerCache(i, shape, geometry, policy, sizes, turns, packets, window, compiler) for i in range(shape.layers)
         ]
         self._chunk_frames = geometry.chunk_frames
         self._seeds = torch.zeros(shape.batch, device=shape.device, dtype=torch.int64)
@@ -86,7 +92,7 @@ class KVCache:
         Returns: how many frames that was.
         """
         remembered = self._layers[0].store.length // self._frame_tokens
-        frames = self._policy.tail_frames(remembered, self.seen_frames > remembered)
+        frames = self._policy.tail_frames(remembered, self.seen_frames > remembered, self._chunk_frames)
         for layer in self._layers:
             layer.forget_newest(frames * self._frame_tokens, frames // self._chunk_frames)
         self._moment, self.seen_frames = None, self.seen_frames - frames
@@ -94,6 +100,8 @@ class KVCache:
 
     def spans_again(self, start: int, frames: int) -> list[ChunkSpan]:
         """How `frames` frames from `start` on are remembered again: jointly, or by chunks if these leave packets."""
+        if not frames:
+            return []
         size = frames if self._layers[0].archive is None else self._chunk_frames
         edges = [start, *range(start + (frames - 1) % size + 1, start + frames + 1, size)]
         return [ChunkSpan(0, begin, end - begin) for begin, end in pairwise(edges)]
@@ -137,21 +145,21 @@ class KVCache:
 
     def shapes(self) -> tuple[Any, ...]:
         """All host numbers that shapes and addresses of the chunk that has begun can depend on."""
-        return self._moment.chunk.frames, self._moment.seen_frames, *(
+        return self._moment.chunk.frames, self._moment.seen_frames, self._moment.lookahead, *(
             (state.length, state.known_frames, state.known_packets, layer.archive and layer.archive.places,
              state.plan is not None)
-            for layer, state in zip(self._layers, self.states, strict=True)
+            for layer, state in zip(self._layers, self.state.layers, strict=True)
         )
 
     @property
-    def states(self) -> list[LayerState]:
-        return [layer.state for layer in self._layers]
+    def state(self) -> CacheState:
+        return CacheState([layer.state for layer in self._layers], is_over=self._moment is None)
 
-    def replayed(self, states: Sequence[LayerState], *, committed: bool) -> None:
-        """The device did again what once led to `states`: the host follows, from the same `shapes`."""
-        for layer, state in zip(self._layers, states, strict=True):
-            layer.state = state
-        if committed:
+    def follow(self, state: CacheState) -> None:
+        """The device did, from the same `shapes`, what once led to `state`: now the host knows as well."""
+        for layer, known in zip(self._layers, state.layers, strict=True):
+            layer.state = known
+        if state.is_over and self._moment is not None:
             self._end()
 
     def _end(self) -> None:

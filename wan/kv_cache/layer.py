@@ -13,7 +13,7 @@ from wan.compiler import Compiler, by_hand
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.archive import Archive
 from wan.kv_cache.average import SinkAverage
-from wan.kv_cache.policy import CacheView, KVPolicy, Plan, Votes
+from wan.kv_cache.policy import CacheSizes, CacheView, KVPolicy, Plan, Votes
 from wan.kv_cache.store import CacheShape, KVStore, narrowed, write
 from wan.kv_cache.votes import QueryVotes
 from wan.kv_cache.window import Window, WindowBuffer
@@ -37,26 +37,29 @@ class Moment:
 
 @dataclass(frozen=True)
 class LayerState:
-    """What of a layer's memory lives on the host; device tensors are in buffers that stay where they are."""
+    """What of a layer's memory lives on the host; what is remembered is in buffers that stay where they are."""
 
     length: int         # slots in use
     known_frames: int   # remembered frames that vote
     known_packets: int  # compressed chunks, as far as they are counted
     plan: Plan | None   # of the chunk in the making
+    sums: Tensor | None  # staged votes
+
+
+def query_sums(query: Tensor, space: Turn, voting_frames: int) -> Tensor | None:
+    """Sums [B, voting_frames, H, D] of a query [B, L, H, D] over each frame; None if no frame votes."""
+    if not voting_frames:
+        return None
+    return turn(query, space).unflatten(1, (voting_frames, -1)).sum(dim=2, dtype=space.cos.dtype)
 
 
 def stage(
     query: Tensor, keys: Tensor, values: Tensor, space: Turn, slots: Tensors, voting_frames: int,
 ) -> Tensor | None:
-    """Write a pass's keys, time-free, and values [B, L, H, D] to `slots`.
-
-    Returns: sums [B, voting_frames, H, D] of the query over each frame; None if no frame votes.
-    """
+    """Write a pass's keys, time-free, and values [B, L, H, D] to `slots`; returns the query's sums."""
     write(slots[0], turn(keys, space))
     write(slots[1], values)
-    if not voting_frames:
-        return None
-    return turn(query, space).unflatten(1, (voting_frames, -1)).sum(dim=2, dtype=space.cos.dtype)
+    return query_sums(query, space, voting_frames)
 
 
 def show(query: Tensor, keys: Tensor, values: Tensor, by: Turn, slots: Tensors) -> Tensor:
@@ -79,10 +82,9 @@ class LayerCache:
     """One layer's memory. Attention calls `extend` and knows nothing else of the cache."""
 
     def __init__(
-        self, layer: int, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, turns: FrameTurns,
-        packets: FrameTurns | None, window: WindowBuffer | None, compiler: Compiler,
+        self, layer: int, shape: CacheShape, geometry: VideoGeometry, policy: KVPolicy, sizes: CacheSizes,
+        turns: FrameTurns, packets: FrameTurns | None, window: WindowBuffer | None, compiler: Compiler,
     ):
-        sizes = policy.sizes(geometry)
         self.store = KVStore(shape, sizes.capacity_tokens)
         self._window_is_shared = window is not None
         self.window = window or WindowBuffer(shape, sizes.window_tokens, compiler)
@@ -93,8 +95,9 @@ class LayerCache:
         self.average = SinkAverage(shape, sizes.averaged_tokens) if sizes.averaged_tokens else None
         self.plan: Plan | None = None
         self._rows, self._packet_tokens = geometry.rows, sizes.archive.grid.tokens if sizes.archive else 0
-        self._layer, self._frame_tokens, self._policy, self._turns = layer, geometry.frame_tokens, policy, turns
-        self._stage, self._show, self._both = map(compiler, (stage, show, stage_and_show))
+        self._layer, self._policy, self._turns = layer, policy, turns
+        self._frame_tokens, self._chunk_frames = geometry.frame_tokens, geometry.chunk_frames
+        self._sum, self._stage, self._show, self._both = map(compiler, (query_sums, stage, show, stage_and_show))
         self._moment: Moment | None = None
 
     def begin(self, moment: Moment) -> None:
@@ -113,10 +116,11 @@ class LayerCache:
             raise RuntimeError("no chunk has begun: call KVCache.begin(chunk) before the model's forward.")
         frames, new, is_first = self._moment.chunk.frames, keys.shape[1], self.plan is None
         space, voting = self._turns.space(frames), frames if self.votes else 0
-        # what only looks ahead has no room in the store: it is staged at the window's end
-        stored = self.window.slots(self.window.tokens - new, new) if self._moment.lookahead else self.store.slots(new)
+        if is_first and self._moment.lookahead:  # never remembered, so nothing is staged
+            self._vote(self._sum(query, space, voting))
+        elif is_first:
+            self._vote(self._stage(query, keys, values, space, self.store.slots(new), voting))
         if is_first:
-            self._vote(self._stage(query, keys, values, space, stored, voting))
             self.plan = self._checked_plan()
         self._load_window(is_first)
         past = self.past_tokens
@@ -124,7 +128,7 @@ class LayerCache:
         if is_first or self._moment.lookahead:
             query = self._show(query, keys, values, by, seen)
         else:
-            sums, query = self._both(query, keys, values, space, by, stored, seen, voting)
+            sums, query = self._both(query, keys, values, space, by, self.store.slots(new), seen, voting)
             self._vote(sums)
         return self.window.seen(query, past + new)
 
@@ -153,17 +157,17 @@ class LayerCache:
 
     def _vote(self, sums: Tensor | None) -> None:
         if self.votes is not None:
-            self.votes.stage(sums)
+            self.votes.staged = sums
 
     def view(self) -> CacheView:
         """What the policy may see now."""
         moment, store, length = self._moment, self.store, self.store.length
         return CacheView(
-            layer=self._layer, chunk_index=moment.chunk_index, start=moment.start, chunk_frames=moment.chunk.frames,
-            seen_frames=moment.seen_frames, length=length, frame_tokens=self._frame_tokens,
-            seeds=moment.seeds, origin=store.origin[:, :length], uses=store.uses[:, :length],
-            participation=self._score, lookahead=moment.lookahead,
-            packets=self.archive and self.archive.view(moment.chunk, moment.start, self.votes),
+            layer=self._layer, chunk_index=moment.chunk_index, start=moment.start, span_frames=moment.chunk.frames,
+            chunk_frames=self._chunk_frames, seen_frames=moment.seen_frames, length=length,
+            frame_tokens=self._frame_tokens, seeds=moment.seeds, origin=store.origin[:, :length],
+            uses=store.uses[:, :length], participation=self._score, lookahead=moment.lookahead,
+            packets=self.archive and self.archive.view(moment.start, self.votes),
         )
 
     def commit(self) -> None:
@@ -189,7 +193,7 @@ class LayerCache:
     def state(self) -> LayerState:
         return LayerState(
             self.store.length, self.votes.known_frames if self.votes else 0,
-            self.archive.known if self.archive else 0, self.plan,
+            self.archive.known if self.archive else 0, self.plan, self.votes.staged if self.votes else None,
         )
 
     @state.setter
@@ -197,7 +201,7 @@ class LayerCache:
         """Set the host's part after the device's was brought about in another way, as a replayed graph does."""
         self.store.length, self.plan = state.length, state.plan
         if self.votes is not None:
-            self.votes.known_frames = state.known_frames
+            self.votes.known_frames, self.votes.staged = state.known_frames, state.sums
         if self.archive is not None:
             self.archive.known = state.known_packets
 

@@ -7,6 +7,7 @@ B batch, R retained, A attended, C chosen slots; K shown packets of T frames, M 
 """
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -70,7 +71,6 @@ class PacketView:
     known: int                          # how many there are, counted up to `ArchiveSizes.counted`
     start: Tensor                       # [M] int64, first latent frame of each; the greatest int64 where there is none
     centres: Tensor                     # [T] float64, of the packet frames, in latent frames from the chunk's first
-    is_whole: bool                      # the chunk in the making has as many frames as a packet stands for
     affinity: Callable[[float], Tensor]  # share of the heads, the first ones -> [B, M] summed query-key products
 
 
@@ -83,8 +83,9 @@ class CacheView:
 
     layer: int
     chunk_index: Tensor   # [] int64
-    start: Tensor         # [] int64, latent frame that the chunk begins with
-    chunk_frames: int
+    start: Tensor         # [] int64, latent frame that the span in the making begins with
+    span_frames: int      # its frames: a chunk, as a rule; more if several are denoised or remembered jointly
+    chunk_frames: int     # of a whole chunk of this video
     seen_frames: int      # latent frames ever remembered, counted up to one more than the store can hold
     length: int           # slots in use
     frame_tokens: int
@@ -159,6 +160,7 @@ class Plan:
         `unified`: as released, but top-C in store order, whole frames, ending where the tail begins.
         `contiguous`: as unified, and the sink ends where top-C (or the tail) begins.
         `original`: everything as far before the chunk as it was born.
+        Several chunks that are remembered jointly are placed as one after the other would be.
 
         Source: Deep Forcing, arXiv:2512.05081, section 3; `released` is the authors' code.
         """
@@ -185,9 +187,9 @@ class Compression:
     """What a chunk's packet is made of; none of it concerns the cache."""
 
     compressor: Compressor
-    stream: Literal["forward", "project"]  # h~ runs through the network, or each layer projects it
+    compressed_kv: Literal["forward", "project"]  # h~ runs through the network, or each layer projects it
     lr_frames: Literal["paper", "cover"]
-    weights: str                           # file of a trained compressor; empty: the model's own
+    compressor_weights: str                       # file of a trained compressor; empty: the model's own
 
     @property
     def reads_pixels(self) -> bool:
@@ -209,7 +211,7 @@ class KVPolicy(ABC):
     def plan(self, view: CacheView) -> Plan:
         """Decide for one chunk and layer. Pure: same view, same plan; no host sync."""
 
-    def tail_frames(self, num_frames: int, has_forgotten: bool) -> int:
+    def tail_frames(self, num_frames: int, has_forgotten: bool, chunk_frames: int) -> int:
         """How many of the newest of `num_frames` remembered frames are whole, in order and no sinks.
 
         A change of prompt may compute them anew or drop them; 0, the default, is none.
@@ -244,9 +246,15 @@ def register(name: str) -> Callable[[type[KVPolicy]], type[KVPolicy]]:
     return add
 
 
+def _policies() -> Mapping[str, type[KVPolicy]]:
+    """By name, those of every file in wan/kv_cache/policies/."""
+    importlib.import_module("wan.kv_cache.policies")
+    return _REGISTRY
+
+
 def policy_fields() -> Mapping[str, frozenset[str]]:
-    """The YAML keys of every registered policy."""
-    return {name: frozenset(f.name for f in fields(policy)) for name, policy in _REGISTRY.items()}
+    """The YAML keys of every policy."""
+    return {name: frozenset(f.name for f in fields(policy)) for name, policy in _policies().items()}
 
 
 def build_policy(name: str, settings: Mapping[str, Any]) -> KVPolicy:
@@ -255,10 +263,11 @@ def build_policy(name: str, settings: Mapping[str, Any]) -> KVPolicy:
     Raises:
         ValueError: unknown policy or key (with the nearest match), missing key, wrong type.
     """
-    if name not in _REGISTRY:
-        known_policies = ", ".join(sorted(_REGISTRY))
-        raise ValueError(f"kv_cache.policy={name!r} is unknown.{nearest(name, _REGISTRY)} Known: {known_policies}.")
-    policy = _REGISTRY[name]
+    policies = _policies()
+    if name not in policies:
+        known = ", ".join(sorted(policies))
+        raise ValueError(f"kv_cache.policy={name!r} is unknown.{nearest(name, policies)} Known: {known}.")
+    policy = policies[name]
     known = {f.name: f for f in fields(policy)}
     for key in settings:
         if key not in known:

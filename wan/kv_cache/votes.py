@@ -19,14 +19,14 @@ from wan.rope import Turn, phase_dtype, time_turn, turn
 class QueryVotes:
     """Time-free query sums [B, F, H, D] of the newest remembered frames and of the chunk.
 
-    `past_frames`: how many remembered frames vote. The chunk's sums are staged at each pass, so those
-    of the context pass are what `commit` remembers. Sums are float32 (float64 for float64 queries).
+    `past_frames`: how many remembered frames vote. Each pass sets `staged`, the sums of the chunk's queries, height and
+    width rotated, so those of the context pass are what `commit` remembers; float32 (float64 for float64 queries).
     """
 
     def __init__(self, shape: CacheShape, past_frames: int, compiler: Compiler):
         size = (shape.batch, past_frames, shape.heads, shape.head_dim)
         self._past = torch.zeros(size, device=shape.device, dtype=phase_dtype(shape.dtype))
-        self._current = self._past[:, :0]
+        self.staged = self._past[:, :0]
         self.known_frames = 0  # remembered frames that vote; a host int that decides shapes
         self._participation = compiler(participation, dynamic=True)
         self._turn, self._asked = compiler(time_turn, dynamic=True), compiler(asked, dynamic=True)
@@ -34,22 +34,18 @@ class QueryVotes:
     def reset(self) -> None:
         """Forget every vote."""
         self.known_frames = 0
-        self._current = self._past[:, :0]
+        self.staged = self._past[:, :0]
 
     def copy_from(self, other: QueryVotes) -> None:
         """Take over another layer's remembered votes."""
         self._past.copy_(other._past)
         self.known_frames = other.known_frames
 
-    def stage(self, sums: Tensor) -> None:
-        """Take the sums [B, F, H, D] of the chunk's queries, height and width rotated."""
-        self._current = sums
-
     def commit(self) -> None:
         """Remember the staged sums; the oldest make room."""
-        new_frames = self._current.shape[1]
+        new_frames = self.staged.shape[1]
         self.known_frames = min(self._past.shape[1], self.known_frames + new_frames)
-        self._past.copy_(torch.cat([self._past, self._current], dim=1)[:, new_frames:])
+        self._past.copy_(torch.cat([self._past, self.staged], dim=1)[:, new_frames:])
 
     def score(self, keys: Tensor, origin: Tensor, start: Tensor, votes: Votes, heads: int | None = None) -> Tensor:
         """Participation of candidate keys: mean over heads of the summed, scaled query-key products.
@@ -60,7 +56,7 @@ class QueryVotes:
         Source: Deep Forcing, arXiv:2512.05081, section 3.2; scores as in the authors' code (raw, no softmax).
         """
         past = self._past[:, self._past.shape[1] - self.known_frames:]
-        sums = {"past": past, "denoising": self._current, "both": torch.cat([past, self._current], dim=1)}[votes]
+        sums = {"past": past, "denoising": self.staged, "both": torch.cat([past, self.staged], dim=1)}[votes]
         first = 0 if votes == "denoising" else -past.shape[1]
         frame = torch.arange(first, first + sums.shape[1], device=keys.device)
         sums, keys = sums[..., :heads, :], keys[..., :heads, :]

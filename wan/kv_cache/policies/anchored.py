@@ -29,11 +29,11 @@ class AnchoredWindow(KVPolicy):
         )
         return sizes
 
-    def tail_frames(self, num_frames: int, has_forgotten: bool) -> int:
+    def tail_frames(self, num_frames: int, has_forgotten: bool, chunk_frames: int) -> int:
         return max(0, num_frames - self.anchor_frames)
 
     def plan(self, view: CacheView) -> Plan:
-        room = self.window_frames - view.chunk_frames
+        room = self.window_frames - view.span_frames
         anchor = min(self.anchor_frames, view.num_frames)
         if view.lookahead:
             return Plan.of(

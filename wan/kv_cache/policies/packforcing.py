@@ -97,14 +97,20 @@ class PackForcing(KVPolicy):
             archive=ArchiveSizes(grid, self.archive_chunks, counted, self.offload),
         )
 
-    def tail_frames(self, num_frames: int, has_forgotten: bool) -> int:
-        return max(0, num_frames - self.sink_frames)
+    def tail_frames(self, num_frames: int, has_forgotten: bool, chunk_frames: int) -> int:
+        return max(0, num_frames - self._sink(num_frames, chunk_frames))
+
+    def _sink(self, num_frames: int, chunk_frames: int) -> int:
+        """Where the sink ends: with a chunk, so earlier if the first frames, as a given image, were no whole one."""
+        odd = num_frames % chunk_frames
+        return max(0, self.sink_frames - (chunk_frames - odd if odd else 0))
 
     def plan(self, view: CacheView) -> Plan:
-        sink = min(self.sink_frames, view.num_frames)
+        first = self._sink(view.num_frames, view.chunk_frames)
+        sink = min(first, view.num_frames)
         tail = min(self.recent_frames, view.num_frames - sink)
         shown = max(0, min(self.top_chunks, view.packets.known - tail // view.chunk_frames))
-        step = self._step(view, sink + tail + view.chunk_frames, shown)
+        step = self._step(view, sink + tail + view.span_frames, shown)
         query_position = sink + ceil(shown * step) + tail
         slots = torch.cat([view.first(sink), view.last(tail)], dim=1)
         packets = self._choose(view, shown, tail)
@@ -119,7 +125,7 @@ class PackForcing(KVPolicy):
             retain=slots, attend=slots, position=position, query_position=query_position,
             packets=packets if shown else None, packet_position=begin.expand_as(packets).unsqueeze(-1) + inside,
             still=sink * view.frame_tokens, same_times=self.positions == "packed",
-            archive=view.packets.is_whole and view.seen_frames >= self.sink_frames and self.top_chunks > 0,
+            archive=self.top_chunks > 0 and view.seen_frames >= first and view.span_frames == view.chunk_frames,
         )
 
     def _step(self, view: CacheView, whole_frames: int, shown: int) -> float:

@@ -76,19 +76,19 @@ class ParticipativeCompression(KVPolicy):
         check_range("topc_max_reuse", self.topc_max_reuse, 0, 1 << 30, "0 is no limit")
         return sizes
 
-    def tail_frames(self, num_frames: int, has_forgotten: bool) -> int:
+    def tail_frames(self, num_frames: int, has_forgotten: bool, chunk_frames: int) -> int:
         return max(0, num_frames - self.sink_frames - (self.top_frames if has_forgotten else 0))
 
     def plan(self, view: CacheView) -> Plan:
         sink_frames = min(self.sink_frames, view.num_frames)
         sink = view.first(sink_frames)
-        if view.num_frames + view.chunk_frames <= self.window_frames:
+        if view.num_frames + view.span_frames <= self.window_frames:
             tail_begins = sink_frames + (self.top_frames if view.has_forgotten else 0)
             return Plan.of(
                 view, sink=sink, top=view.span(sink_frames, tail_begins),
                 tail=view.last(view.num_frames - tail_begins), positions=self.positions,
             )
-        recent_past = view.last(self.recent_frames - view.chunk_frames)
+        recent_past = view.last(self.recent_frames - view.span_frames)
         top = self._top(view, sink.shape[1], view.length - recent_past.shape[1])
         return Plan.of(view, sink=sink, top=top, tail=recent_past, positions=self.positions, chosen=top)
 

@@ -19,11 +19,11 @@ class RollingWindow(KVPolicy):
     def sizes(self, geometry: VideoGeometry) -> CacheSizes:
         return CacheSizes.of_window(geometry, self.window_frames)
 
-    def tail_frames(self, num_frames: int, has_forgotten: bool) -> int:
+    def tail_frames(self, num_frames: int, has_forgotten: bool, chunk_frames: int) -> int:
         return num_frames
 
     def plan(self, view: CacheView) -> Plan:
-        past_frames = min(view.num_frames, self.window_frames - view.chunk_frames)
+        past_frames = min(view.num_frames, self.window_frames - view.span_frames)
         return Plan.of(view, sink=view.first(0), tail=view.last(past_frames), positions="original")
 
 

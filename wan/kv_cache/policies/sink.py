@@ -45,11 +45,11 @@ class SinkWindow(KVPolicy):
             )
         return sizes
 
-    def tail_frames(self, num_frames: int, has_forgotten: bool) -> int:
+    def tail_frames(self, num_frames: int, has_forgotten: bool, chunk_frames: int) -> int:
         return max(0, num_frames - self.sink_frames)
 
     def plan(self, view: CacheView) -> Plan:
-        past_frames = min(view.num_frames, self.window_frames - view.chunk_frames)
+        past_frames = min(view.num_frames, self.window_frames - view.span_frames)
         sink_frames = min(self.sink_frames, past_frames)
         tail = view.last(past_frames - sink_frames)
         plan = Plan.of(view, sink=view.first(sink_frames), tail=tail, positions=self.positions)
