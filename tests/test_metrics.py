@@ -111,6 +111,45 @@ def test_drift_knows_colours_not_places(moving):
     assert last > 8 and got["drift", "whole", None] == pytest.approx(last / 5)  # one of the last five seconds
 
 
+def looks_apart(frames, fps: int = 16) -> list[float]:
+    """Drift of a video of whole seconds, by another road: second by second, from all looks at once."""
+    seconds, reach = len(frames) // fps, min(5, len(frames) // fps // 2)
+    looks = [Frame(0, frame) for frame in frames[::fps // 4]]
+    colours = np.reshape([colour_quantiles(look.thumbnail) for look in looks], (seconds, 4, -1)).mean(1)
+    details = np.log2(np.reshape([gradient(look.half) for look in looks], (seconds, 4)).mean(1))
+    colour = 2 * np.abs(colours[-reach:] - colours[:reach].mean(0)).mean()
+    detail = 10 * np.abs(details[-reach:] - details[:reach].mean()).mean()
+    return [colour + detail, colour, detail]
+
+
+@pytest.mark.parametrize("seconds", [5, 12, 30, 60])
+def test_drift_of_whole_seconds_is_the_mean_over_seconds(moving, seconds):
+    """What tables hold of videos of 5, 12, 30 and 60 s at 16 frames a second."""
+    frames = damage.hue_ramp(np.resize(moving, (16 * seconds, *moving.shape[1:])), 60)
+    got = values(frames, "drift")
+    found = [got[name, "whole", None] for name in ("drift", "drift_colour", "drift_detail")]
+    assert found == pytest.approx(looks_apart(frames), rel=1e-9)
+
+
+@pytest.mark.parametrize(("frames", "reach"), [(81, 2), (193, 5), (197, 5)])
+def test_one_frame_more_counts_for_its_share(moving, frames, reach):
+    """A last frame like no other moves drift by one look in those of the last seconds, not by a second."""
+    plain = np.resize(moving, (frames, *moving.shape[1:]))
+    odd, all_odd = plain.copy(), plain[:-1].copy()
+    odd[-1] = all_odd[-16 * reach:] = 255 - plain[-1] // 4
+    before, after, most = (values(video, "drift")["drift_colour", "whole", None] for video in (plain[:-1], odd, all_odd))
+    assert 0 < after - before < most / (4 * reach)
+
+
+def test_detail_counts_ten_a_halving():
+    """A texture of half the contrast has half the gradient: 10 Delta E; twice the contrast, as much."""
+    texture = np.indices((64, 64)).sum(0)[..., None] // 4 % 2 * np.ones(3)
+    for before, after in ((80, 40), (40, 80), (40, 40)):
+        frames = np.repeat([128 + before * texture, 128 + after * texture], 80, 0).astype(np.uint8)
+        detail = values(frames, "drift")["drift_detail", "whole", None]
+        assert detail == pytest.approx(10 * abs(np.log2(after / before)), abs=1e-3)
+
+
 def test_flicker_borders_and_rests_by_hand():
     """A picture that gets 2 levels brighter at every border: mean step, excess at borders, share of rests."""
     total, layout = 105, ChunkLayout()
