@@ -137,7 +137,8 @@ def test_one_frame_more_counts_for_its_share(moving, frames, reach):
     plain = np.resize(moving, (frames, *moving.shape[1:]))
     odd, all_odd = plain.copy(), plain[:-1].copy()
     odd[-1] = all_odd[-16 * reach:] = 255 - plain[-1] // 4
-    before, after, most = (values(video, "drift")["drift_colour", "whole", None] for video in (plain[:-1], odd, all_odd))
+    videos = plain[:-1], odd, all_odd
+    before, after, most = (values(video, "drift")["drift_colour", "whole", None] for video in videos)
     assert 0 < after - before < most / (4 * reach)
 
 

@@ -26,6 +26,7 @@ class Flow:
 
     name = "flow"
     reports = ("flow", "dynamic_degree")
+    shares = ("dynamic_degree",)
     granularities = ("second", "clip2s", "whole")
     protocol = "VBench's rule with OpenCV DIS flow (not RAFT) at a shorter side of 256, 8 samples a second"
 

@@ -31,6 +31,7 @@ class WorldMetric:
         *(field.name for kind in (PerFrame, PerVideo) for field in fields(kind) if field.name not in SHARES),
         *(f"{share}_{name}" for share in SHARES for name in PROPERTIES), "pace", "pace_ratio",
     ))
+    shares = ("world_survival", *(f"world_{part}{name}" for part in ("", "rate_", "holds_") for name in PROPERTIES))
     granularities = ("second", "whole")
     protocol = "evaluation.analysers on every frame of the decoded file, against the caption"
 
