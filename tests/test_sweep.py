@@ -19,6 +19,7 @@ from evaluation.metrics import catalogue
 from evaluation.metrics.measuring import measure
 from evaluation.metrics.protocol import CannotMeasureError, Value, VideoInfo
 from evaluation.metrics.table import Row, write_csv
+from evaluation.metrics.videos import find_videos
 from evaluation.metrics.world import WorldMetric
 from evaluation.sweep.results import TABLE, load, refuse_unknown_metrics
 from evaluation.sweep.settings import items_of, load_sweep, variants_of
@@ -199,12 +200,16 @@ def test_other_settings_are_refused(write, tmp_path, capsys):
     assert "made with other settings" in capsys.readouterr().err
 
 
-def test_a_bad_video_is_a_row_that_says_so(write, tmp_path, monkeypatch):
-    """The rest goes on, the exit status says that something is missing, and the next run tries again."""
-    make = catalogue._made
+@pytest.fixture
+def picky(monkeypatch):
+    """A sweep may name the metric below."""
     monkeypatch.setitem(catalogue.EVERY, "picky", ("", ""))
-    monkeypatch.setattr(
-        catalogue, "_made", lambda name, choices: Picky() if name == "picky" else make(name, choices))
+    make = catalogue._made
+    monkeypatch.setattr(catalogue, "_made", lambda name, choices: Picky() if name == "picky" else make(name, choices))
+
+
+def test_a_bad_video_is_a_row_that_says_so(write, tmp_path, monkeypatch, picky):
+    """The rest goes on, the exit status says that something is missing, and the next run tries again."""
     assert run(write(metrics=["picky"]), tmp_path / "out") == 1
     assert sorted(row.error for row in load(tmp_path / "out").rows) == ["", "", "not this one"]
     monkeypatch.setattr(Picky, "refused", "-")
@@ -228,6 +233,21 @@ class Picky:
 
     def values(self):
         return [Value("one", "whole", None, 1.0)]
+
+
+def test_prompts_are_those_that_were_written(write, tmp_path, monkeypatch, picky):
+    """Two roads to what is known of a video: the sweep's own, and the JSON beside the file. The longer prompt is the
+    text encoder's alone."""
+    for name, text in (("short", "a cat\na dog\n"), ("long", "a cat in the sun\na dog in the rain\n")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    prompts = {"file": str(tmp_path / "short.txt"), "extended": str(tmp_path / "long.txt")}
+    monkeypatch.setattr(Picky, "refused", "a cat in the sun")
+    assert run(write(prompts=prompts, metrics=["picky"]), tmp_path / "out") == 0
+    saved = load(tmp_path / "out")
+    beside = {video.name: video.prompt for video in find_videos([str(tmp_path / "out" / "videos" / "rolling")])}
+    assert {video["video"]: video["prompt"] for video in saved.videos} == beside and set(beside.values()) == {
+        "a cat", "a dog"}
+    assert {row.video: row.prompt for row in saved.rows} == beside and saved.shown_prompts == ["a cat", "a dog"]
 
 
 # --- the tidy table -------------------------------------------------------------------------------------------

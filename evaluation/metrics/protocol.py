@@ -37,7 +37,7 @@ class VideoInfo:
     fps: float
     height: int
     width: int
-    prompt: str | None = None
+    prompt: str | None = None   # as it was written, not the longer one that the text encoder may get
     chunks: ChunkLayout | None = None
 
 

@@ -44,7 +44,7 @@ class VisualStability:
 
     def __init__(self, judge: Judge, who: str):
         self.judge = judge
-        self.protocol = f"exposure 0..5 x 20 as judged by {who}, up to {MOST_FRAMES} frames"
+        self.protocol = f"exposure 0..5 x 20 as judged by {who}, up to {MOST_FRAMES} frames, prompt as written"
 
     def start(self, video: VideoInfo) -> VisualStabilityReader:
         if not video.prompt:

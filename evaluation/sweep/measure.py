@@ -74,7 +74,7 @@ def _measure(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> N
     for metric in missing:
         def row(name: str, granularity: str, start_s: float | None, value: float | None, error: str = "",
                 protocol: str = metric.protocol) -> Row:
-            who = f"{task.variant.name}/{job.stem}.mp4", task.variant.name, job.item.text, str(job.seed.seed)
+            who = f"{task.variant.name}/{job.stem}.mp4", task.variant.name, job.item.prompt, str(job.seed.seed)
             return Row(*who, name, granularity, start_s, value, protocol, error)
 
         rows = [row(v.metric, v.granularity, v.start_s, v.value) for v in values.get(metric.name, ())]
@@ -96,7 +96,7 @@ def _values(task: Task, job: Job, metrics: Sequence[Metric]) -> tuple[dict, dict
             raise MeasureError("the video was not made")
         with open_video(path) as stream:
             info = VideoInfo(
-                path.name, stream.fps, stream.height, stream.width, job.item.text, chunk_layout(task.plan),
+                path.name, stream.fps, stream.height, stream.width, job.item.prompt, chunk_layout(task.plan),
             )
             measured = measure(stream.frames, info, metrics)
     except (ValueError, OSError) as error:

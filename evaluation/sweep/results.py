@@ -110,7 +110,7 @@ def _collect(
     write_parquet(every, folder / PARQUET)
     videos += [
         {
-            "video": f"{task.variant.name}/{job.stem}.mp4", "method": task.variant.name, "prompt": job.item.text,
+            "video": f"{task.variant.name}/{job.stem}.mp4", "method": task.variant.name, "prompt": job.item.prompt,
             "seed": str(job.seed.seed),
         }
         for task in tasks for job in task.jobs if task.output.record(job.stem) is not None
