@@ -125,6 +125,23 @@ def test_a_table_marks_the_best_of_ours_and_what_is_quoted(tmp_path, numbers):
     assert "arXiv:2512.05081" in text and "not measured in this sweep" in text
 
 
+def test_a_cell_of_fewer_videos_says_so_and_is_never_the_best(tmp_path):
+    """Three of four videos have a score, the best of all: its n is shown, and another line's is bold."""
+    rows = [row(m, v, "drift", "whole", None, 1.0 + v) for m in "ab" for v in range(4)]
+    rows += [row("a", v, "score", "whole", None, 9.0 + v) for v in range(3)]
+    rows += [row("b", v, "score", "whole", None, float(v)) for v in range(4)]
+    rows += [row("c", 0, "drift", "whole", None, 9.0)]
+    score = COLUMN | {"metric": "score@whole", "better": "higher", "scale": 1.0}
+    table = {"title": "T", "methods": ["a", "b", "c"], "columns": [COLUMN, score], "quoted": None}
+    grid = make_grid(table, saved_of(tmp_path), Numbers(rows))
+    assert [line.cells[0].text for line in grid.lines] == ["4", "4", "1"]
+    assert [line.cells[2].best for line in grid.lines] == [False, False, False]  # one alone is whole: no contest
+    assert "10.0 [7.5, 12.5] n=3 |" in markdown(grid) and r"10.0 {\scriptsize [7.5, 12.5] n=3}" in latex(grid)
+    assert "10.0 <small>[7.5, 12.5] n=3</small>" in to_html(grid) and markdown(grid).count("n=") == 1
+    grid = make_grid(table, saved_of(tmp_path), Numbers([*rows, row("c", 0, "score", "whole", None, 0.5)]))
+    assert [line.cells[2].best for line in grid.lines] == [False, True, False] and "**1.5** [" in markdown(grid)
+
+
 def test_other_granularities_are_never_set_beside_each_other(tmp_path, numbers):
     column = {"metric": "dynamic_degree@whole", "label": "Dyn", "better": "none", "scale": 1, "digits": 2,
               "protocol": ""}
