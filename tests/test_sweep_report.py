@@ -20,7 +20,7 @@ from evaluation.__main__ import main
 from evaluation.metrics.table import Row, write_csv
 from evaluation.sweep.figures import draw_ablation, moments_of
 from evaluation.sweep.numbers import Numbers
-from evaluation.sweep.page import PAGE, write_page
+from evaluation.sweep.page import PAGE, by_second, write_page
 from evaluation.sweep.record import Watcher, read_recorded, records_path
 from evaluation.sweep.recorded import by_age, frequency, jaccard_distances
 from evaluation.sweep.results import load
@@ -168,11 +168,29 @@ def test_curves_on_the_page_are_those_of_the_table(done):
     assert video["curves"]["brightness"]["mean"] == pytest.approx(values, rel=1e-4)
 
 
-def test_the_script_parses():
-    node = shutil.which("node")
-    if node is None:
+def test_a_place_in_a_curve_is_a_second():
+    """A second that is missing keeps its place, at the start, in the middle, or because its value is unknown."""
+    assert by_second([1.0, 4.0, 3.001], [0.123456, 2.0, float("nan")]) == [None, 0.12346, None, None, 2.0]
+
+
+@pytest.fixture
+def node() -> str:
+    found = shutil.which("node")
+    if found is None:
         pytest.skip("needs node")
+    return found
+
+
+def test_the_script_parses(node):
     assert subprocess.run([node, "--check", str(PAGE_PARTS / "page.js")], check=False).returncode == 0
+
+
+def test_a_line_stops_where_a_second_is_missing(node):
+    script = (PAGE_PARTS / "page.js").read_text()
+    function = script[script.index("function stretches"):script.index("function plot")]
+    call = "console.log(JSON.stringify([stretches([null, 5, 0, null, null, 7, 8, null, 9]), stretches([null])]))"
+    said = subprocess.run([node, "-e", function + call], capture_output=True, text=True, check=True).stdout
+    assert json.loads(said) == [[[1, 2], [5, 6], [8]], []]
 
 
 def test_recordings_of_a_sweep(done):
