@@ -13,6 +13,7 @@ from evaluation.analysers import damage
 from evaluation.analysers.stability import ChunkLayout
 from evaluation.metrics.catalogue import BASIC, make_metrics
 from evaluation.metrics.drift import colour_quantiles, lab
+from evaluation.metrics.flow import is_dynamic
 from evaluation.metrics.measuring import measure
 from evaluation.metrics.picture import MEASURES, gradient, measures
 from evaluation.metrics.protocol import Choices, Frame, VideoInfo
@@ -149,6 +150,26 @@ def test_detail_counts_ten_a_halving():
         frames = np.repeat([128 + before * texture, 128 + after * texture], 80, 0).astype(np.uint8)
         detail = values(frames, "drift")["drift_detail", "whole", None]
         assert detail == pytest.approx(10 * abs(np.log2(after / before)), abs=1e-3)
+
+
+@pytest.mark.parametrize(("moving_looks", "looks", "dynamic"), [
+    (4, 15, True), (3, 15, False),                    # a clip of 2 s: 16 sampled frames, a quarter of them
+    (0, 1, False), (1, 1, True), (0, 15, False),      # what never moves is not dynamic, however short
+    (60, 239, True), (59, 239, False),                # 30 s
+])
+def test_a_quarter_of_the_looks_must_move(moving_looks, looks, dynamic):
+    """VBench's rule: as many as round(4 N / 16) of N sampled frames, each by more than 6 px."""
+    assert is_dynamic([6.01] * moving_looks + [6.0] * (looks - moving_looks)) is dynamic
+
+
+def test_a_clip_of_two_seconds_is_looked_at_sixteen_times():
+    """At 16 frames a second: 15 looks from one sampled frame to the next, whose top speeds are kept."""
+    pytest.importorskip("cv2", reason="opencv-python-headless is an extra")
+    reader = make_metrics(["flow"], Choices())[0].start(VideoInfo("test", FPS, 48, 64))
+    for index in range(32):
+        reader.add(Frame(index, np.zeros((48, 64, 3), np.uint8)))
+    assert reader.speeds == [0.0] * 15
+    assert {value.value for value in reader.values()} == {0.0}
 
 
 def test_flicker_borders_and_rests_by_hand():
