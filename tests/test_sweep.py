@@ -21,6 +21,8 @@ from evaluation.metrics.protocol import CannotMeasureError, Value, VideoInfo
 from evaluation.metrics.table import Row, write_csv
 from evaluation.metrics.videos import find_videos
 from evaluation.metrics.world import WorldMetric
+from evaluation.sweep import workers
+from evaluation.sweep.make import Maker
 from evaluation.sweep.results import TABLE, load, refuse_unknown_metrics
 from evaluation.sweep.settings import items_of, load_sweep, variants_of
 from evaluation.sweep.workers import labour, prepare
@@ -208,9 +210,30 @@ def picky(monkeypatch):
     monkeypatch.setattr(catalogue, "_made", lambda name, choices: Picky() if name == "picky" else make(name, choices))
 
 
-def test_a_bad_video_is_a_row_that_says_so(write, tmp_path, monkeypatch, picky):
+def test_what_another_worker_made_after_all_has_not_failed(write, tmp_path, monkeypatch):
+    """This worker cannot make a video, another one can, while this one records: nothing has failed in the end."""
+    sweep = load_sweep(write(batch_size=3, metrics=["picture"], record={"methods": ["rolling"], "seconds": 0.5}))
+    tasks, metrics = prepare(sweep, tmp_path, device="cpu", local_rank=0, random_weights=True)
+    make, watch = Maker._make, workers.record_units
+
+    def fail(*_):
+        raise ValueError("not here")
+
+    def meanwhile(*arguments):
+        make(Maker(3), tasks[0], tasks[0].jobs)
+        return watch(*arguments)
+
+    monkeypatch.setattr(Maker, "_make", fail)
+    failed = labour(sweep, tasks, metrics, tmp_path, rank=0, world_size=1)
+    assert set(failed.values()) == {"not here", "the video was not made"}
+    monkeypatch.setattr(workers, "record_units", meanwhile)
+    assert labour(sweep, tasks, metrics, tmp_path, rank=0, world_size=1) == {}
+
+
+def test_a_bad_video_is_a_row_that_says_so(write, tmp_path, monkeypatch, picky, caplog):
     """The rest goes on, the exit status says that something is missing, and the next run tries again."""
     assert run(write(metrics=["picky"]), tmp_path / "out") == 1
+    assert len([line for line in caplog.messages if line.startswith("failed: ") and "not this one" in line]) == 1
     assert sorted(row.error for row in load(tmp_path / "out").rows) == ["", "", "not this one"]
     monkeypatch.setattr(Picky, "refused", "-")
     assert run(write(metrics=["picky"]), tmp_path / "out") == 0

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from evaluation.sweep.measure import unit_name
     from evaluation.sweep.results import collect
     from evaluation.sweep.settings import load_sweep
     from evaluation.sweep.workers import labour, labour_on_ray, prepare
@@ -50,7 +51,9 @@ def run(options: argparse.Namespace) -> int:
         )
     if launch.is_main:
         rows = collect(sweep, tasks, metrics, folder, device=choose_device(options.device, launch.local_rank))
-        failed |= {row.video: row.error for row in rows if row.error}
+        for row in rows:
+            if row.error:  # once, though it failed here as well
+                failed.setdefault(unit_name(row.method, Path(row.video).stem), row.error)
         logger.info("%d rows are in %s", len(rows), folder)
     for name, why in failed.items():
         logger.error("failed: %s: %s", name, why)

@@ -32,13 +32,18 @@ def measure_units(folder: Path, task: Task, metrics: Sequence[Metric]) -> list[U
     """One unit a video: it is decoded once for all metrics that lack rows."""
     return [
         Unit(
-            f"measure.{task.variant.name}.{job.stem}",
+            unit_name(task.variant.name, job.stem),
             lambda job=job: not _missing(folder, task, job, metrics),
             lambda job=job: _measure(folder, task, job, metrics),
             lambda job=job: is_finished(task.output, job),
         )
         for job in task.jobs
     ]
+
+
+def unit_name(variant: str, stem: str) -> str:
+    """What the unit of one video is called."""
+    return f"measure.{variant}.{stem}"
 
 
 def read_rows(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> list[Row]:
