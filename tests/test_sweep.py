@@ -1,6 +1,7 @@
 """Sweeps: what they stand for, going on after a kill, the tidy table, failures."""
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -279,10 +280,28 @@ def test_the_record_says_how_the_numbers_came_about(write, tmp_path):
     assert run(write(seeds=[3]), tmp_path / "out") == 0
     saved = load(tmp_path / "out")
     assert saved.provenance["seeds"] == [3] and len(saved.provenance["prompts_sha256"]) == 64
-    assert saved.provenance["weights_sha256"]["transformer"] == "random" and "torch" in saved.provenance["versions"]
+    assert saved.variants["rolling"]["settings"]["weights"]["transformer"] == "random"
+    beside = [json.loads(saved.path_of(video["video"]).with_suffix(".json").read_text()) for video in saved.videos]
+    for key in ("model", "device", "versions"):
+        assert [saved.provenance[key]] * 3 == [record[key] for record in beside]
     assert saved.variants["rolling"]["settings"]["config"]["kv_cache"]["policy"] == "rolling"
     assert {row.protocol for row in saved.rows} == {WorldMetric.protocol} and {row.seed for row in saved.rows} == {"3"}
     assert len(saved.videos) == 3 and all(saved.path_of(video["video"]).is_file() for video in saved.videos)
+
+
+def test_a_later_run_elsewhere_relabels_nobody(write, tmp_path):
+    """Of two methods, the first one's videos were made on another machine: the record names both."""
+    methods = {name: {"config": "configs/self_forcing.yaml"} for name in ("a", "b")}
+    path, out = write(methods=methods, metrics=["picture"]), tmp_path / "out"
+    assert run(path, out, "--only", "a") == 0
+    here = load(out).provenance["device"]
+    for file in (out / "videos" / "a").glob("*.json"):
+        record = json.loads(file.read_text())
+        record["device"], record["versions"]["torch"] = "another machine", "0.0"
+        file.write_text(json.dumps(record))
+    assert run(path, out, "--only", "b") == 0
+    found = load(out).provenance
+    assert found["device"] == f"another machine, {here}" and found["versions"]["torch"].startswith("0.0, ")
 
 
 def test_a_file_shows_what_its_frames_do(tmp_path):

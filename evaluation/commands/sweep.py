@@ -32,7 +32,6 @@ def run(options: argparse.Namespace) -> int:
     from evaluation.sweep.settings import load_sweep
     from evaluation.sweep.workers import labour, labour_on_ray, prepare
     from utils.config import ConfigError
-    from utils.devices import choose_device
     from utils.launch import read_launch, wait_for_others
 
     launch, sweep = read_launch(), load_sweep(options.sweep, options.set)
@@ -50,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
             sweep, tasks, metrics, folder, rank=launch.rank, world_size=launch.world_size, only=options.only,
         )
     if launch.is_main:
-        rows = collect(sweep, tasks, metrics, folder, device=choose_device(options.device, launch.local_rank))
+        rows = collect(sweep, tasks, metrics, folder)
         for row in rows:
             if row.error:  # once, though it failed here as well
                 failed.setdefault(unit_name(row.method, Path(row.video).stem), row.error)
