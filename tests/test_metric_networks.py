@@ -188,10 +188,18 @@ def test_the_model_of_the_user_is_asked(frames, weights):
     assert (seen[0] == long[0]).all() and any((seen[-1] == frame).all() for frame in long[-12:])
 
 
+@pytest.mark.parametrize(("answer", "score"), [
+    ("Score: 1 at first sight.\n**Score:** 4", 4), ("Score (0-5): 4", 4), ("Score (out of 5): **3.5**", 3.5),
+    ("It clips.\nScore: 4. A score 5 is not warranted.", 4), ("score: 4/5", 4), ("**Score**: 0\n", 0),
+    ("Score: <5>", 5),
+])
+def test_the_last_score_counts_and_no_scale_passes_for_one(answer, score):
+    assert read_score(answer) == score
+
+
 def test_answers_without_a_score_are_an_error():
-    """The last score counts; none, or one off the scale, says so."""
-    assert read_score("Score: 1 at first sight.\n**Score:** 4") == 4
-    for answer in ("very good", "Score: 9"):
+    """None, or one off the scale, says so."""
+    for answer in ("very good", "Score: 9", "Score: -1", "Score: 4\nScore: 5.5", "A score of 4", "Score (0-5)"):
         with pytest.raises(CannotMeasureError, match="no score"):
             read_score(answer)
     with pytest.raises(ConfigError, match="--vlm"):

@@ -18,7 +18,7 @@ from evaluation.study.__main__ import main
 from evaluation.study.compare import compare
 from evaluation.study.plots import draw_curves
 from evaluation.study.readers import score
-from evaluation.study.report import held, property_table, write_report
+from evaluation.study.report import Group, flow_table, held, property_table, write_report
 from evaluation.study.results import Results, Saved, load
 from evaluation.study.scores import is_frozen, read, speed_ratio, summarise
 from evaluation.study.settings import clips_of, load_study
@@ -291,6 +291,13 @@ def test_a_frozen_method_is_marked_and_does_not_count(saved):
     assert "(frozen)" not in next(line for line in text.splitlines() if line.startswith("| deep_sink | 16 | 0.08"))
 
 
+def test_only_captions_that_both_have_are_compared(saved):
+    rolling, fast = saved.rows["rolling"], saved.rows["deep_sink"]
+    still = [row(i, 1.0, last=0.0) for i in range(16, 60)]
+    assert compare(fast + still, rolling) == compare(fast, rolling)
+    assert compare(rolling, fast + still) == compare(rolling, fast)
+
+
 def test_speed_is_read_where_the_motion_shows():
     """A spinning shape's centre rests, and an unsaid motion may be a spin: their outlines count."""
     assert speed_ratio([row(0, 0.0, last=10.0)]) == 0.25
@@ -303,6 +310,7 @@ def test_videos_of_nothing_are_frozen():
     """Empty pictures do not drift; that must not count."""
     empty = [row(0, 0.0, first=None, last=None)]
     assert np.isnan(speed_ratio(empty)) and is_frozen(empty)
+    assert "100.0 [" in flow_table([Group("empty", empty)], long=True)  # by the report's column of frozen videos, too
 
 
 def test_report_holds_the_shares(saved):

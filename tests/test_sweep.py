@@ -1,6 +1,7 @@
 """Sweeps: what they stand for, going on after a kill, the tidy table, failures."""
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -19,7 +20,10 @@ from evaluation.metrics import catalogue
 from evaluation.metrics.measuring import measure
 from evaluation.metrics.protocol import CannotMeasureError, Value, VideoInfo
 from evaluation.metrics.table import Row, write_csv
+from evaluation.metrics.videos import find_videos
 from evaluation.metrics.world import WorldMetric
+from evaluation.sweep import workers
+from evaluation.sweep.make import Maker
 from evaluation.sweep.results import TABLE, load, refuse_unknown_metrics
 from evaluation.sweep.settings import items_of, load_sweep, variants_of
 from evaluation.sweep.workers import labour, prepare
@@ -199,13 +203,38 @@ def test_other_settings_are_refused(write, tmp_path, capsys):
     assert "made with other settings" in capsys.readouterr().err
 
 
-def test_a_bad_video_is_a_row_that_says_so(write, tmp_path, monkeypatch):
-    """The rest goes on, the exit status says that something is missing, and the next run tries again."""
-    make = catalogue._made
+@pytest.fixture
+def picky(monkeypatch):
+    """A sweep may name the metric below."""
     monkeypatch.setitem(catalogue.EVERY, "picky", ("", ""))
-    monkeypatch.setattr(
-        catalogue, "_made", lambda name, choices: Picky() if name == "picky" else make(name, choices))
+    make = catalogue._made
+    monkeypatch.setattr(catalogue, "_made", lambda name, choices: Picky() if name == "picky" else make(name, choices))
+
+
+def test_what_another_worker_made_after_all_has_not_failed(write, tmp_path, monkeypatch):
+    """This worker cannot make a video, another one can, while this one records: nothing has failed in the end."""
+    sweep = load_sweep(write(batch_size=3, metrics=["picture"], record={"methods": ["rolling"], "seconds": 0.5}))
+    tasks, metrics = prepare(sweep, tmp_path, device="cpu", local_rank=0, random_weights=True)
+    make, watch = Maker._make, workers.record_units
+
+    def fail(*_):
+        raise ValueError("not here")
+
+    def meanwhile(*arguments):
+        make(Maker(3), tasks[0], tasks[0].jobs)
+        return watch(*arguments)
+
+    monkeypatch.setattr(Maker, "_make", fail)
+    failed = labour(sweep, tasks, metrics, tmp_path, rank=0, world_size=1)
+    assert set(failed.values()) == {"not here", "the video was not made"}
+    monkeypatch.setattr(workers, "record_units", meanwhile)
+    assert labour(sweep, tasks, metrics, tmp_path, rank=0, world_size=1) == {}
+
+
+def test_a_bad_video_is_a_row_that_says_so(write, tmp_path, monkeypatch, picky, caplog):
+    """The rest goes on, the exit status says that something is missing, and the next run tries again."""
     assert run(write(metrics=["picky"]), tmp_path / "out") == 1
+    assert len([line for line in caplog.messages if line.startswith("failed: ") and "not this one" in line]) == 1
     assert sorted(row.error for row in load(tmp_path / "out").rows) == ["", "", "not this one"]
     monkeypatch.setattr(Picky, "refused", "-")
     assert run(write(metrics=["picky"]), tmp_path / "out") == 0
@@ -230,16 +259,49 @@ class Picky:
         return [Value("one", "whole", None, 1.0)]
 
 
+def test_prompts_are_those_that_were_written(write, tmp_path, monkeypatch, picky):
+    """Two roads to what is known of a video: the sweep's own, and the JSON beside the file. The longer prompt is the
+    text encoder's alone."""
+    for name, text in (("short", "a cat\na dog\n"), ("long", "a cat in the sun\na dog in the rain\n")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    prompts = {"file": str(tmp_path / "short.txt"), "extended": str(tmp_path / "long.txt")}
+    monkeypatch.setattr(Picky, "refused", "a cat in the sun")
+    assert run(write(prompts=prompts, metrics=["picky"]), tmp_path / "out") == 0
+    saved = load(tmp_path / "out")
+    beside = {video.name: video.prompt for video in find_videos([str(tmp_path / "out" / "videos" / "rolling")])}
+    assert {video["video"]: video["prompt"] for video in saved.videos} == beside and set(beside.values()) == {
+        "a cat", "a dog"}
+    assert {row.video: row.prompt for row in saved.rows} == beside and saved.shown_prompts == ["a cat", "a dog"]
+
+
 # --- the tidy table -------------------------------------------------------------------------------------------
 
 def test_the_record_says_how_the_numbers_came_about(write, tmp_path):
     assert run(write(seeds=[3]), tmp_path / "out") == 0
     saved = load(tmp_path / "out")
     assert saved.provenance["seeds"] == [3] and len(saved.provenance["prompts_sha256"]) == 64
-    assert saved.provenance["weights_sha256"]["transformer"] == "random" and "torch" in saved.provenance["versions"]
+    assert saved.variants["rolling"]["settings"]["weights"]["transformer"] == "random"
+    beside = [json.loads(saved.path_of(video["video"]).with_suffix(".json").read_text()) for video in saved.videos]
+    for key in ("model", "device", "versions"):
+        assert [saved.provenance[key]] * 3 == [record[key] for record in beside]
     assert saved.variants["rolling"]["settings"]["config"]["kv_cache"]["policy"] == "rolling"
     assert {row.protocol for row in saved.rows} == {WorldMetric.protocol} and {row.seed for row in saved.rows} == {"3"}
     assert len(saved.videos) == 3 and all(saved.path_of(video["video"]).is_file() for video in saved.videos)
+
+
+def test_a_later_run_elsewhere_relabels_nobody(write, tmp_path):
+    """Of two methods, the first one's videos were made on another machine: the record names both."""
+    methods = {name: {"config": "configs/self_forcing.yaml"} for name in ("a", "b")}
+    path, out = write(methods=methods, metrics=["picture"]), tmp_path / "out"
+    assert run(path, out, "--only", "a") == 0
+    here = load(out).provenance["device"]
+    for file in (out / "videos" / "a").glob("*.json"):
+        record = json.loads(file.read_text())
+        record["device"], record["versions"]["torch"] = "another machine", "0.0"
+        file.write_text(json.dumps(record))
+    assert run(path, out, "--only", "b") == 0
+    found = load(out).provenance
+    assert found["device"] == f"another machine, {here}" and found["versions"]["torch"].startswith("0.0, ")
 
 
 def test_a_file_shows_what_its_frames_do(tmp_path):

@@ -19,120 +19,16 @@ from test_against_reference import BASE, Given
 from evaluation.__main__ import main
 from evaluation.metrics.table import Row, write_csv
 from evaluation.sweep.figures import draw_ablation, moments_of
-from evaluation.sweep.numbers import MetricName, Numbers
-from evaluation.sweep.page import PAGE, write_page
-from evaluation.sweep.quoted import QUOTED, Quoted, read_quoted
-from evaluation.sweep.record import Watcher, read_recorded, records_path
+from evaluation.sweep.numbers import Numbers
+from evaluation.sweep.page import PAGE, by_second, write_page
+from evaluation.sweep.record import Recorded, Watcher, read_recorded, records_path
 from evaluation.sweep.recorded import by_age, frequency, jaccard_distances
-from evaluation.sweep.results import Saved, load
-from evaluation.sweep.tables import latex, make_grid, markdown, to_html
+from evaluation.sweep.results import load
 from utils.config import REPOSITORY, ConfigError
 from utils.video import read_video
-from utils.yaml_files import load_structured
 
 PAGE_PARTS = REPOSITORY / "evaluation" / "sweep"
 HOSTS = re.compile(r"(?:src|href)=\"(?:[a-z]+:)?//|@import|url\(")
-
-
-def row(method: str, video: int, metric: str, granularity: str, start_s: float | None, value: float) -> Row:
-    return Row(f"{method}/{video}.mp4", method, f"prompt {video}", "0", metric, granularity, start_s, value, "by hand")
-
-
-# --- numbers --------------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def numbers() -> Numbers:
-    """Two methods, two videos each, one number a video and two windows."""
-    rows = [row(m, v, "drift", "whole", None, x) for m, v, x in
-            (("a", 0, 1.0), ("a", 1, 3.0), ("b", 0, 5.0), ("b", 1, 9.0))]
-    rows += [row("a", v, "clip_score", "window10s", start, x) for v, start, x in
-             ((0, 0.0, 30.0), (0, 10.0, 32.0), (1, 0.0, 34.0), (1, 10.0, 36.0))]
-    return Numbers(rows)
-
-
-def test_means_by_hand(numbers):
-    assert numbers.mean("a", MetricName.parse("drift@whole")).value == 2
-    assert numbers.mean("b", MetricName.parse("drift@whole")).value == 7
-    assert numbers.mean("a", MetricName.parse("drift@clip2s")) is None
-    found = numbers.mean("a", MetricName.parse("drift@whole"))
-    assert (found.low, found.high) == pytest.approx((2 - 12.706, 2 + 12.706), abs=1e-3)  # Student's t: 12.706
-
-
-def test_windows_alone_and_averaged(numbers):
-    """Two roads to the mean over windows: from each video's mean, and from each window's mean."""
-    every = numbers.mean("a", MetricName.parse("clip_score@window10s")).value
-    parts = [numbers.mean("a", MetricName.parse(f"clip_score@window10s:{start}")).value for start in (0, 10)]
-    assert parts == [32, 34] and every == sum(parts) / 2
-    curve = numbers.curve("a", "clip_score", "window10s")
-    assert curve.start_s == [0, 10] and curve.mean == parts
-    assert numbers.metrics_over_time("window10s") == ["clip_score"] and numbers.metrics_over_time("second") == []
-
-
-def test_protocols_are_never_mixed(numbers):
-    """Two roads to one name: refused until the column says which it means."""
-    both = Numbers([row("a", 0, "d", "whole", None, 1.0),
-                    Row("a/0.mp4", "a", "", "0", "d", "whole", None, 5.0, "VBench-Long")])
-    name = MetricName.parse("d@whole")
-    with pytest.raises(ConfigError, match="2 protocols .VBench-Long; by hand."):
-        both.mean("a", name)
-    assert both.mean("a", name, "VBench").value == 5 and both.mean("a", name, "hand").value == 1
-    assert both.protocol(name, "VBench") == "VBench-Long"
-
-
-# --- tables ---------------------------------------------------------------------------------------------------
-
-COLUMN = {"metric": "drift@whole", "label": "Drift_1 & <more>", "better": "lower", "scale": 10.0, "digits": 1,
-          "protocol": ""}
-
-
-def saved_of(tmp_path: Path, **sweep) -> Saved:
-    defaults = {"tables": {}, "ablations": {}, "record": {"methods": []}, "shown": 4}
-    return Saved(tmp_path, defaults | sweep, {"a": {}, "b": {}}, [], {}, [])
-
-
-def test_a_table_marks_the_best_of_ours_and_what_is_quoted(tmp_path, numbers):
-    columns = [COLUMN, {"metric": "dynamic_degree@clip2s", "label": "Dyn", "better": "none", "scale": 100, "digits": 2,
-                         "protocol": ""}]
-    table = {"title": "T", "methods": [], "columns": columns, "quoted": "deep_forcing_table1"}
-    grid = make_grid(table, saved_of(tmp_path), numbers)
-    ours, quoted = [line for line in grid.lines if not line.quoted], [line for line in grid.lines if line.quoted]
-    assert [line.cells[1].text for line in ours] == ["20.0", "70.0"]
-    assert [line.cells[1].best for line in ours] == [True, False] and not any(line.cells[2].best for line in quoted)
-    assert [line.name for line in quoted][-1] == "Deep Forcing" and quoted[-1].cells[2].text == "57.19"
-    assert quoted[-1].cells[1].text == "–"
-    text = markdown(grid)
-    assert "**20.0** [-107.1, 147.1]" in text and "| *Deep Forcing* (quoted) |  | – | 57.19 |" in text
-    assert "arXiv:2512.05081" in text and "not measured in this sweep" in text
-
-
-def test_other_granularities_are_never_set_beside_each_other(tmp_path, numbers):
-    column = {"metric": "dynamic_degree@whole", "label": "Dyn", "better": "none", "scale": 1, "digits": 2,
-              "protocol": ""}
-    table = {"title": "T", "methods": ["a"], "columns": [column], "quoted": "deep_forcing_table1"}
-    assert {line.cells[1].text for line in make_grid(table, saved_of(tmp_path), numbers).lines} == {"–"}
-
-
-def test_names_are_escaped(tmp_path, numbers):
-    grid = make_grid({"title": "A & B_c", "methods": [], "columns": [COLUMN], "quoted": None}, saved_of(tmp_path),
-                     numbers)
-    assert r"Drift\_1 \& <more> $\downarrow$" in latex(grid) and r"\caption{A \& B\_c." in latex(grid)
-    assert "Drift_1 &amp; &lt;more&gt; ↓" in to_html(grid) and "<more>" not in to_html(grid)
-    assert latex(grid).count(r"\\") == 3 and latex(grid).count(" & ") == 2 * 3
-
-
-def test_quoted_tables_are_whole():
-    """As many numbers as columns; PackForcing's overall CLIP scores are the means of their windows, but for one row
-    whose note says so."""
-    names = load_structured(QUOTED, Quoted).tables
-    assert len(names) == 5
-    for name in names:
-        source, rows = read_quoted(name)
-        assert "arXiv" in source and all(rows.values())
-    for method, values in read_quoted("packforcing_table2")[1].items():
-        *windows, overall = values.values()
-        assert (abs(sum(windows) / 6 - overall) < 0.011) == (method != "Deep Forcing")
-    with pytest.raises(ConfigError, match="'nope' is unknown"):
-        read_quoted("nope")
 
 
 # --- recordings -----------------------------------------------------------------------------------------------
@@ -195,6 +91,13 @@ def test_chosen_tokens_are_those_of_the_reference(tiny):
 def test_jaccard_by_hand():
     chosen = torch.tensor([[[1, 2], [1, 2]], [[2, 3], [1, 2]], [[4, 5], [2, 1]]])  # [events, layers, C]
     torch.testing.assert_close(jaccard_distances(chosen), torch.tensor([[2 / 3, 0.0], [1.0, 0.0]]))
+
+
+def test_frequency_by_hand():
+    """Eight choices of two layers, among tokens of three frames of 2 x 2."""
+    chosen = torch.tensor([[[0, 4], [3, 8]], [[7, 3], [4, 5]]])  # [events, layers, C]
+    recorded = Recorded(torch.zeros(0), [0, 1], chosen, [1, 2], {"rows": 2, "columns": 2})
+    torch.testing.assert_close(frequency(recorded), torch.tensor([[4 / 8, 1 / 8], [0.0, 3 / 8]]))
 
 
 # --- a whole sweep --------------------------------------------------------------------------------------------
@@ -272,11 +175,29 @@ def test_curves_on_the_page_are_those_of_the_table(done):
     assert video["curves"]["brightness"]["mean"] == pytest.approx(values, rel=1e-4)
 
 
-def test_the_script_parses():
-    node = shutil.which("node")
-    if node is None:
+def test_a_place_in_a_curve_is_a_second():
+    """A second that is missing keeps its place, at the start, in the middle, or because its value is unknown."""
+    assert by_second([1.0, 4.0, 3.001], [0.123456, 2.0, float("nan")]) == [None, 0.12346, None, None, 2.0]
+
+
+@pytest.fixture
+def node() -> str:
+    found = shutil.which("node")
+    if found is None:
         pytest.skip("needs node")
+    return found
+
+
+def test_the_script_parses(node):
     assert subprocess.run([node, "--check", str(PAGE_PARTS / "page.js")], check=False).returncode == 0
+
+
+def test_a_line_stops_where_a_second_is_missing(node):
+    script = (PAGE_PARTS / "page.js").read_text()
+    function = script[script.index("function stretches"):script.index("function plot")]
+    call = "console.log(JSON.stringify([stretches([null, 5, 0, null, null, 7, 8, null, 9]), stretches([null])]))"
+    said = subprocess.run([node, "-e", function + call], capture_output=True, text=True, check=True).stdout
+    assert json.loads(said) == [[[1, 2], [5, 6], [8]], []]
 
 
 def test_recordings_of_a_sweep(done):
@@ -284,7 +205,6 @@ def test_recordings_of_a_sweep(done):
     forcing, rolling = (read_recorded(records_path(done, name)) for name in ("forcing", "rolling"))
     assert rolling.chosen is None and forcing.chosen.shape[1] == 1
     torch.testing.assert_close(forcing.attention.sum(-1), torch.ones(forcing.attention.shape[:-1]))
-    assert frequency(forcing).sum() == pytest.approx(1)
     ages = by_age(rolling)
     assert (ages[..., :21] > 0).all() and ages.shape[-1] == rolling.attention.shape[-1]
     assert (ages[..., 21:] == 0).all()  # a window of 21 frames sees none that is older

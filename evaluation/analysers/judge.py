@@ -20,7 +20,6 @@ from training.world.vocabulary import KINDS, MOTIONS, PATTERNS
 
 HOLDS = 0.8               # of the frames, for a property to count for a video
 REFERENCE_SECONDS = 5.0   # what a video looked like at first; everything later is compared with it
-FROZEN = 0.7              # of the first speed
 PROPERTIES = ("colour", "shape", "pair", "count", "background", "pattern", "motion")
 
 
@@ -59,8 +58,6 @@ class PerVideo:
     rollbacks: int
     speed: float                      # pixels a second
     edge_speed: float
-    speed_ratio: float                # the last five seconds' speed / the first's; outlines for spin and pulse
-    frozen: bool                      # that ratio is under FROZEN
     colour_error: float               # in the last five seconds
     background_drift: float           # the last five seconds against the first
     sharpness: float
@@ -100,7 +97,7 @@ def analyse(frames: np.ndarray, truth: Truth, fps: float = 16.0, chunks: ChunkLa
 def judge(seen: Observation, truth: Truth, chunks: ChunkLayout = ChunkLayout()) -> Analysis:
     """Hold what was seen against what should be: one observation may be judged by many truths."""
     frames = _per_frame(seen, truth)
-    return Analysis(seen.fps, seen.num_frames, frames, _per_video(seen, truth, frames, chunks))
+    return Analysis(seen.fps, seen.num_frames, frames, _per_video(seen, frames, chunks))
 
 
 def curves(analysis: Analysis) -> dict[str, np.ndarray]:
@@ -227,21 +224,17 @@ def _reference(seen: Observation) -> int:
     return min(seen.num_frames, max(2, round(REFERENCE_SECONDS * seen.fps)))
 
 
-def _per_video(seen: Observation, truth: Truth, frames: PerFrame, chunks: ChunkLayout) -> PerVideo:
+def _per_video(seen: Observation, frames: PerFrame, chunks: ChunkLayout) -> PerVideo:
     reference = _reference(seen)
     first, last = slice(0, reference), slice(seen.num_frames - reference, None)
     rate = {name: _mean(getattr(frames, name)) for name in PROPERTIES}
     within, border = border_steps(seen.step, chunks)
-    in_place = truth.motion in ("spin", "pulse")
-    pace = frames.edge_speed if in_place else frames.speed
-    speed_ratio = _ratio(_mean(pace[last]), _mean(pace[first]))
     return PerVideo(
         rate={name: None if np.isnan(value) else value for name, value in rate.items()},
         holds={name: None if np.isnan(value) else value >= HOLDS for name, value in rate.items()},
         survival=_mean(frames.survival), duplicates=_mean(frames.duplicates),
         jumps=int(frames.jumps.sum()), rollbacks=int(frames.rollbacks.sum()),
         speed=_mean(frames.speed), edge_speed=_mean(frames.edge_speed),
-        speed_ratio=speed_ratio, frozen=bool(speed_ratio < FROZEN),
         colour_error=_mean(frames.colour_error[last]), background_drift=float(frames.background_drift[-1]),
         sharpness=_mean(frames.sharpness),
         sharpness_ratio=_ratio(_mean(frames.sharpness[last]), _mean(frames.sharpness[first])),

@@ -27,11 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from evaluation.sweep.measure import unit_name
     from evaluation.sweep.results import collect
     from evaluation.sweep.settings import load_sweep
     from evaluation.sweep.workers import labour, labour_on_ray, prepare
     from utils.config import ConfigError
-    from utils.devices import choose_device
     from utils.launch import read_launch, wait_for_others
 
     launch, sweep = read_launch(), load_sweep(options.sweep, options.set)
@@ -49,8 +49,10 @@ def run(options: argparse.Namespace) -> int:
             sweep, tasks, metrics, folder, rank=launch.rank, world_size=launch.world_size, only=options.only,
         )
     if launch.is_main:
-        rows = collect(sweep, tasks, metrics, folder, device=choose_device(options.device, launch.local_rank))
-        failed |= {row.video: row.error for row in rows if row.error}
+        rows = collect(sweep, tasks, metrics, folder)
+        for row in rows:
+            if row.error:  # once, though it failed here as well
+                failed.setdefault(unit_name(row.method, Path(row.video).stem), row.error)
         logger.info("%d rows are in %s", len(rows), folder)
     for name, why in failed.items():
         logger.error("failed: %s: %s", name, why)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import get_type_hints
 
 from evaluation.metrics.protocol import NO_CHUNKS, NO_PROMPT, Choices, Metric
@@ -70,11 +71,21 @@ def value_names() -> set[str]:
     """name@granularity of whatever the metrics here may report; none of them is made."""
     found = set()
     for name in EVERY:
-        maker = _maker(name)
-        kind = maker if isinstance(maker, type) else get_type_hints(maker)["return"]
+        kind = _kind(name)
         reported = (*getattr(kind, "reports", (name,)), *getattr(kind, "at_times", ()))
         found |= {f"{value}@{granularity}" for value in reported for granularity in kind.granularities}
     return found
+
+
+@lru_cache(maxsize=1)
+def share_names() -> frozenset[str]:
+    """Names of the values that are shares, 0 to 1: Wilson's interval is theirs."""
+    return frozenset(value for name in EVERY for value in getattr(_kind(name), "shares", ()))
+
+
+def _kind(name: str) -> type[Metric]:
+    maker = _maker(name)
+    return maker if isinstance(maker, type) else get_type_hints(maker)["return"]
 
 
 def _maker(name: str) -> type[Metric] | Callable[[Choices], Metric]:

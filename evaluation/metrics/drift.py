@@ -10,6 +10,8 @@ by itself, such as a camera that turns to another scene, counts as drift too: co
 """
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 
 from evaluation.metrics.picture import gradient
@@ -19,7 +21,7 @@ from evaluation.metrics.series import ENDS_S
 SAMPLES_PER_S = 4.0
 DIRECTIONS, QUANTILES = 16, 32
 SLICES = 2.0             # a shift of all colours by d moves random projections by |d| / 2 on average
-DETAIL_WEIGHT = 10.0     # Delta E that a halving or doubling of detail counts for
+DETAIL_WEIGHT = 10.0     # Delta E that a halving or doubling of the mean gradient counts for
 LEAST_GRADIENT = 0.25    # levels of 255; plain pictures have no detail to lose
 WHITE_XYZ = np.array([0.95047, 1.0, 1.08883])
 RGB_TO_XYZ = np.array([
@@ -29,7 +31,8 @@ LINEAR = np.where(np.arange(256) <= 10, np.arange(256) / 255 / 12.92, ((np.arang
 
 
 class Drift:
-    """`drift`: the mean distance of the last 5 s from the first 5 s (halves of the video, if it is shorter than 10 s).
+    """`drift`: the mean distance of the last 5 s from the first 5 s (whole seconds of half the video, if it is shorter
+    than 10 s). Every look at the video weighs the same.
 
     Per second: that second's distance from the first 5 s. `drift_colour` and `drift_detail` are the two terms.
     """
@@ -43,41 +46,76 @@ class Drift:
         return DriftReader(video)
 
 
+class Looks:
+    """The mean of some looks at the video, such as those of a second."""
+
+    def __init__(self):
+        self.count, self.colours, self.gradients = 0, 0.0, 0.0
+
+    def add(self, colours: np.ndarray, gradient: float) -> None:
+        """Add a look. Shapes: colours [DIRECTIONS, QUANTILES]."""
+        self.count += 1
+        self.colours = self.colours + colours
+        self.gradients += gradient
+
+    def terms(self, colours: np.ndarray, detail: float) -> tuple[float, float]:
+        """Distance of the colours, and of the detail, from these; both in Delta E."""
+        colour = SLICES * float(np.abs(self.colours / self.count - colours).mean())
+        return colour, DETAIL_WEIGHT * abs(self.detail - detail)
+
+    @property
+    def detail(self) -> float:
+        """log2 of the mean gradient: one less is a halving."""
+        return float(np.log2(max(self.gradients / self.count, LEAST_GRADIENT)))
+
+
 class DriftReader:
+    """Keeps a sum a second, and the looks of the last seconds, which are counted from the video's end."""
+
     def __init__(self, video: VideoInfo):
         self.fps = video.fps
         self.every = max(1, round(video.fps / SAMPLES_PER_S))
         self.frames = 0
-        self.looks: dict[int, list] = {}  # second -> [number of samples, sum of quantiles, sum of gradients]
+        self.seconds: dict[int, Looks] = {}
+        self.recent: deque[tuple] = deque(maxlen=int(ENDS_S * video.fps / self.every) + 1)  # index, colours, gradient
 
     def add(self, frame: Frame) -> None:
         self.frames = frame.index + 1
         if frame.index % self.every:
             return
-        look = self.looks.setdefault(int(frame.index / self.fps), [0, 0.0, 0.0])
-        look[0] += 1
-        look[1] = look[1] + colour_quantiles(frame.thumbnail)
-        look[2] += gradient(frame.half)
+        look = colour_quantiles(frame.thumbnail), gradient(frame.half)
+        self.seconds.setdefault(int(frame.index / self.fps), Looks()).add(*look)
+        self.recent.append((frame.index, *look))
 
     def values(self) -> list[Value]:
         reach = int(min(ENDS_S, self.frames / self.fps / 2))
         if reach < 1:
             raise CannotMeasureError(f"{self.frames} frames are under 2 s: too short to drift")
-        colours = {second: look[1] / look[0] for second, look in self.looks.items()}
-        details = {second: np.log2(max(look[2] / look[0], LEAST_GRADIENT)) for second, look in self.looks.items()}
-        colour_then = np.mean([colours[second] for second in range(reach)], axis=0)
-        detail_then = np.mean([details[second] for second in range(reach)])
-        last = [second for second in colours if second >= max(colours) + 1 - reach]
-        found = []
-        terms = {
-            "drift_colour": {s: SLICES * float(np.abs(c - colour_then).mean()) for s, c in colours.items()},
-            "drift_detail": {s: DETAIL_WEIGHT * float(abs(d - detail_then)) for s, d in details.items()},
-        }
-        terms["drift"] = {second: terms["drift_colour"][second] + terms["drift_detail"][second] for second in colours}
-        for name, curve in terms.items():
-            found.append(Value(name, "whole", None, float(np.mean([curve[second] for second in last]))))
-            found += [Value(name, "second", float(second), value) for second, value in curve.items()]
-        return found
+        first, last = [self.seconds[second] for second in range(reach)], self._last(reach)
+        weights = [looks.count for looks in first]
+        then = (
+            sum(looks.colours for looks in first) / sum(weights),
+            float(np.average([looks.detail for looks in first], weights=weights)),
+        )
+        whole = np.average([looks.terms(*then) for looks in last], axis=0, weights=[looks.count for looks in last])
+        curve = np.array([looks.terms(*then) for looks in self.seconds.values()])  # [seconds, 2]
+        names = {"drift_colour": [1, 0], "drift_detail": [0, 1], "drift": [1, 1]}
+        return [
+            value for name, terms in names.items() for value in (
+                Value(name, "whole", None, float(whole @ terms)),
+                *(Value(name, "second", float(second), float(look @ terms))
+                  for second, look in zip(self.seconds, curve, strict=True)),
+            )
+        ]
+
+    def _last(self, reach: int) -> list[Looks]:
+        """The last `reach` seconds, counted from the end, so that each is whole however the video's length falls."""
+        seconds: dict[int, Looks] = {}
+        for index, *look in self.recent:
+            back = int((self.frames - 1 - index) / self.fps)
+            if back < reach:
+                seconds.setdefault(back, Looks()).add(*look)
+        return [*seconds.values()]
 
 
 def lab(rgb: np.ndarray) -> np.ndarray:

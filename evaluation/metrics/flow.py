@@ -26,6 +26,7 @@ class Flow:
 
     name = "flow"
     reports = ("flow", "dynamic_degree")
+    shares = ("dynamic_degree",)
     granularities = ("second", "clip2s", "whole")
     protocol = "VBench's rule with OpenCV DIS flow (not RAFT) at a shorter side of 256, 8 samples a second"
 
@@ -83,6 +84,6 @@ def top_speed(flow: np.ndarray) -> float:
 
 
 def is_dynamic(speeds: list[float]) -> bool:
-    """VBench's verdict on consecutive pairs of sampled frames."""
+    """VBench's verdict on consecutive pairs of sampled frames; of a few, one at least must move."""
     frames = len(speeds) + 1
-    return sum(speed > THRESHOLD_PX for speed in speeds) >= round(MOVING_PAIRS * frames / 16)
+    return sum(speed > THRESHOLD_PX for speed in speeds) >= max(1, round(MOVING_PAIRS * frames / 16))

@@ -19,7 +19,8 @@ class ClipScore:
     name = "clip_score"
     reports = ("clip_score",)
     granularities = ("window10s", "whole")
-    protocol = "100 x cosine, CLIP ViT-B/32 in transformers, 8 middle frames a 10 s window, prompt cut at 77 tokens"
+    protocol = "100 x cosine, CLIP ViT-B/32 in transformers, 8 middle frames a 10 s window, " \
+               "prompt as written, cut at 77 tokens"
 
     def __init__(self, network: ClipImagesAndText):
         self.network = network

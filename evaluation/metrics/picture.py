@@ -22,6 +22,7 @@ class Picture:
 
     name = "picture"
     reports = tuple(name for measure in MEASURES for name in (measure, f"{measure}_drift"))
+    shares = ("clipped",)
     granularities = ("second", "whole", "first_last_5s", "first_last_15pct")
     protocol = "8 frames a second; luma BT.601; colours of the thumbnail; gradient at half size; drift: |first - last|"
 

@@ -37,7 +37,7 @@ class VideoInfo:
     fps: float
     height: int
     width: int
-    prompt: str | None = None
+    prompt: str | None = None   # as it was written, not the longer one that the text encoder may get
     chunks: ChunkLayout | None = None
 
 
@@ -106,7 +106,8 @@ class Metric(Protocol):
 
     name: str                              # by which it is chosen, as in --metrics
     reports: tuple[str, ...]               # names of its values, such as `brightness` and `brightness_drift`; those
-                                           # that some videos lack stand in `at_times`, if there are any
+                                           # that some videos lack stand in `at_times`, if there are any, and those
+                                           # that are shares of frames, pixels or videos, 0 to 1, in `shares` as well
     granularities: tuple[Granularity, ...]
     protocol: str                          # how its numbers were made, in a line; stands in every row
 

@@ -28,6 +28,7 @@ class Returns:
 
     name = "returns"
     reports = ("repetition", "rollbacks")
+    shares = ("repetition",)
     granularities = ("second", "whole")
     protocol = "cell means; again: nearer to one 2 s or more before than 0.4 of a quarter second's motion"
 

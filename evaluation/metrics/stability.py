@@ -32,6 +32,8 @@ Do not excuse a flaw as style or as a change of scene, unless the prompt asks fo
 Explain what you see first. Then end with a line of the form: Score: <number>
 """
 
+SCORE = re.compile(r"\bscore[\s*_]*(?:\([^()]*\)[\s*_]*)?:[\s*_`<\[]*([+-]?\d+(?:\.\d+)?)", re.IGNORECASE)
+
 Judge = Callable[[np.ndarray, str], str]
 
 
@@ -44,7 +46,7 @@ class VisualStability:
 
     def __init__(self, judge: Judge, who: str):
         self.judge = judge
-        self.protocol = f"exposure 0..5 x 20 as judged by {who}, up to {MOST_FRAMES} frames"
+        self.protocol = f"exposure 0..5 x 20 as judged by {who}, up to {MOST_FRAMES} frames, prompt as written"
 
     def start(self, video: VideoInfo) -> VisualStabilityReader:
         if not video.prompt:
@@ -76,8 +78,11 @@ class VisualStabilityReader:
 
 
 def read_score(answer: str) -> float:
-    """The last `Score: <0..5>` of an answer. Raises CannotMeasureError if there is none."""
-    found = re.findall(r"score\W*\s*(\d+(?:\.\d+)?)", answer, re.IGNORECASE)
+    """The last `Score: <0..5>` of an answer, a scale in brackets before the colon or not.
+
+    Raises: CannotMeasureError if there is none.
+    """
+    found = SCORE.findall(answer)
     if not found or not 0 <= float(found[-1]) <= 5:
         raise CannotMeasureError(f"the model gave no score from 0 to 5; its answer ends with {answer[-80:]!r}")
     return float(found[-1])

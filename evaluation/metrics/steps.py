@@ -75,6 +75,7 @@ class Frozen:
 
     name = "frozen"
     reports = ("frozen",)
+    shares = ("frozen",)
     granularities = ("second", "whole")
     protocol = "share of frames in rests of 0.5 s or longer, in which no cell changes by more than 1 level of 255"
 

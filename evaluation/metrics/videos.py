@@ -77,7 +77,7 @@ def find_videos(
 
 
 def _video(path: Path, method: str, prompts: Mapping[str, str], chunks: ChunkLayout | None) -> Video:
-    record = _sidecar(path)
+    record = sidecar(path)
     prompt = record.get("prompt") or prompts.get(path.name) or prompts.get(path.stem) or _numbered(path, prompts)
     return Video(
         path, method, prompt or _prompt_in_name(path.stem), _seed(record) or _seed_in_name(path.stem),
@@ -85,7 +85,7 @@ def _video(path: Path, method: str, prompts: Mapping[str, str], chunks: ChunkLay
     )
 
 
-def _sidecar(path: Path) -> dict:
+def sidecar(path: Path) -> dict:
     """The JSON beside a video; empty if there is none that can be read."""
     try:
         record = json.loads(path.with_suffix(".json").read_bytes())

@@ -11,7 +11,7 @@ import numpy as np
 
 from evaluation.analysers import PROPERTIES, PerFrame, PerVideo, analyse
 from evaluation.metrics.protocol import NO_CHUNKS, CannotMeasureError, Frame, Value, VideoInfo
-from evaluation.study.scores import pace_name, paces, row_of
+from evaluation.study.scores import pace_name, row_of, speed_ratio
 from training.world import CaptionError, Clip, Truth, parse_caption
 
 MOST_PIXELS = 96 * 160 * 16 * 3600  # an hour of the embedded model's videos; larger ones are not of its world
@@ -31,6 +31,7 @@ class WorldMetric:
         *(field.name for kind in (PerFrame, PerVideo) for field in fields(kind) if field.name not in SHARES),
         *(f"{share}_{name}" for share in SHARES for name in PROPERTIES), "pace", "pace_ratio",
     ))
+    shares = ("world_survival", *(f"world_{part}{name}" for part in ("", "rate_", "holds_") for name in PROPERTIES))
     granularities = ("second", "whole")
     protocol = "evaluation.analysers on every frame of the decoded file, against the caption"
 
@@ -60,8 +61,7 @@ class WorldReader:
         whole = {field.name: row["video"][field.name] for field in fields(PerVideo) if field.name not in SHARES}
         for share in SHARES:
             whole |= {f"{share}_{name}": value for name, value in row["video"][share].items()}
-        first, last = paces(row)
-        whole["pace_ratio"] = last / first if first else None
+        whole["pace_ratio"] = speed_ratio([row])
         curves = {field.name: row["curves"][field.name] for field in fields(PerFrame)}
         curves["pace"] = curves[pace_name(row)]
         return [

@@ -39,11 +39,12 @@ def drift(row: dict) -> float | None:
 
 def compare(first: Sequence[dict], second: Sequence[dict]) -> Comparison | None:
     """The first method's drift against the second's; None where they share no caption."""
-    pairs = [(drift(a), drift(b)) for a, b in paired(first, second)]
-    pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
+    pairs = [(a, b) for a, b in paired(first, second) if drift(a) is not None and drift(b) is not None]
     if not pairs:
         return None
-    lower, higher = sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
-    ratio = bootstrap_ratio([a for a, _ in pairs], [b for _, b in pairs])
-    frozen = is_frozen(first), is_frozen(second)
+    ours, theirs = zip(*pairs, strict=True)
+    drifts = [(drift(a), drift(b)) for a, b in pairs]
+    lower, higher = sum(a < b for a, b in drifts), sum(a > b for a, b in drifts)
+    ratio = bootstrap_ratio(*zip(*drifts, strict=True))
+    frozen = is_frozen(ours), is_frozen(theirs)
     return Comparison(len(pairs), ratio, lower, higher, sign_test(lower, higher), frozen)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from evaluation.analysers import PROPERTIES
-from evaluation.analysers.judge import FROZEN, HOLDS, REFERENCE_SECONDS
+from evaluation.analysers.judge import HOLDS, REFERENCE_SECONDS
 from evaluation.study.compare import FROZEN_MARK, compare, drift
 from evaluation.study.results import Saved
-from evaluation.study.scores import is_frozen, mean_known, paces, speed_ratio
+from evaluation.study.scores import FROZEN, is_frozen, mean_known, speed_ratio
 from evaluation.study.statistics import Interval, bootstrap_mean, wilson
 
 NOTHING = "–"
@@ -71,12 +71,6 @@ def held_at_the_end(row: dict, name: str) -> bool | None:
     return None if rate is None else rate >= HOLDS
 
 
-def stands_still(row: dict) -> bool | None:
-    """Whether this video ends at less than FROZEN of its first pace."""
-    first, last = paces(row)
-    return None if not first else last / first < FROZEN
-
-
 # --- tables -------------------------------------------------------------------------------------------------
 
 def property_table(groups: Sequence[Group], right: Callable[[dict, str], bool | None]) -> str:
@@ -110,7 +104,7 @@ def flow_table(groups: Sequence[Group], long: bool) -> str:
     if long:
         columns["sharpness, last / first 5 s"] = lambda rows: _mean(rows, "sharpness_ratio", ".3f")
         columns["speed, last / first 5 s"] = _speed_cell
-        columns["frozen videos, %"] = lambda rows: _share(map(stands_still, rows))
+        columns["frozen videos, %"] = lambda rows: _share(is_frozen([row]) for row in rows)
     if any("psnr" in row for group in groups for row in group.rows):
         columns["PSNR, dB"] = lambda rows: _number(mean_known(row.get("psnr") for row in rows), ".2f")
         columns["PSNR of the last frame, dB"] = lambda rows: _number(

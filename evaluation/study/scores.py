@@ -10,10 +10,11 @@ from dataclasses import asdict
 import numpy as np
 
 from evaluation.analysers import PROPERTIES, Analysis, ChunkLayout, analyse, curves
-from evaluation.analysers.judge import FROZEN, REFERENCE_SECONDS
+from evaluation.analysers.judge import REFERENCE_SECONDS
 from training.world import Clip
 
 DIGITS = 6
+FROZEN = 0.7            # of the first speed
 CHUNKS = ChunkLayout()  # of 3 latent frames
 OUTLINE_MOTIONS = ("spin", "pulse", None)  # motions that the shapes' centres need not show; None: any was allowed
 

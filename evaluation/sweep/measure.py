@@ -32,13 +32,18 @@ def measure_units(folder: Path, task: Task, metrics: Sequence[Metric]) -> list[U
     """One unit a video: it is decoded once for all metrics that lack rows."""
     return [
         Unit(
-            f"measure.{task.variant.name}.{job.stem}",
+            unit_name(task.variant.name, job.stem),
             lambda job=job: not _missing(folder, task, job, metrics),
             lambda job=job: _measure(folder, task, job, metrics),
             lambda job=job: is_finished(task.output, job),
         )
         for job in task.jobs
     ]
+
+
+def unit_name(variant: str, stem: str) -> str:
+    """What the unit of one video is called."""
+    return f"measure.{variant}.{stem}"
 
 
 def read_rows(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> list[Row]:
@@ -74,7 +79,7 @@ def _measure(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> N
     for metric in missing:
         def row(name: str, granularity: str, start_s: float | None, value: float | None, error: str = "",
                 protocol: str = metric.protocol) -> Row:
-            who = f"{task.variant.name}/{job.stem}.mp4", task.variant.name, job.item.text, str(job.seed.seed)
+            who = f"{task.variant.name}/{job.stem}.mp4", task.variant.name, job.item.prompt, str(job.seed.seed)
             return Row(*who, name, granularity, start_s, value, protocol, error)
 
         rows = [row(v.metric, v.granularity, v.start_s, v.value) for v in values.get(metric.name, ())]
@@ -96,7 +101,7 @@ def _values(task: Task, job: Job, metrics: Sequence[Metric]) -> tuple[dict, dict
             raise MeasureError("the video was not made")
         with open_video(path) as stream:
             info = VideoInfo(
-                path.name, stream.fps, stream.height, stream.width, job.item.text, chunk_layout(task.plan),
+                path.name, stream.fps, stream.height, stream.width, job.item.prompt, chunk_layout(task.plan),
             )
             measured = measure(stream.frames, info, metrics)
     except (ValueError, OSError) as error:

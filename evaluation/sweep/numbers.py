@@ -1,20 +1,20 @@
 """From the tidy table to the numbers that tables, figures and the page show. A metric is called name@granularity,
-or name@granularity:start for the window that begins at `start` seconds."""
+or name@granularity:start for the window that begins at `start` seconds.
+
+Seeds of one prompt are no independent samples: each prompt is averaged first, and intervals are over prompts. A video
+whose prompt is not known stands for itself.
+"""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.analysers import PROPERTIES
+from evaluation.metrics.catalogue import share_names
 from evaluation.metrics.table import Row
 from evaluation.study.statistics import Interval, means_and_ends
 from utils.config import ConfigError
-
-SHARES = {  # metrics whose values are shares of frames or of videos, 0 to 1
-    "frozen", "world_survival", *(f"world_{part}{name}" for part in ("", "rate_", "holds_") for name in PROPERTIES),
-}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class MetricName:
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean over the videos, window by window, with its 95 % band; NaN where no video knows."""
+    """Mean over the prompts, window by window, with its 95 % band; NaN where none knows."""
 
     start_s: list[float]
     mean: list[float]
@@ -52,6 +52,7 @@ class Numbers:
 
     def __init__(self, rows: Sequence[Row]):
         self._rows: dict[tuple[str, str, str], list[Row]] = {}
+        self._prompts = {row.video: row.prompt for row in rows if row.prompt}
         for row in rows:
             self._rows.setdefault((row.method, row.metric, row.granularity), []).append(row)
 
@@ -67,9 +68,9 @@ class Numbers:
         return {video: float(np.mean(values)) for video, values in found.items()}
 
     def mean(self, method: str, name: MetricName, protocol: str = "") -> Interval | None:
-        """The mean over the videos with its 95 % interval; None if no video has the number."""
-        values = [*self.per_video(method, name, protocol).values()]
-        return Interval(*means_and_ends(values, shares=name.metric in SHARES).tolist()) if values else None
+        """The mean over the prompts with its 95 % interval; None if no video has the number."""
+        values = self._by_prompt(self.per_video(method, name, protocol))
+        return Interval(*means_and_ends(values, shares=name.metric in share_names()).tolist()) if values else None
 
     def curve(self, method: str, metric: str, granularity: str) -> Curve | None:
         """None if no video has one."""
@@ -77,8 +78,10 @@ class Numbers:
         if not videos:
             return None
         starts = sorted({start for curve in videos.values() for start in curve})
-        values = [[curve.get(start, np.nan) for start in starts] for curve in videos.values()]
-        return Curve(starts, *means_and_ends(values, shares=metric in SHARES).tolist())
+        values = self._by_prompt({
+            video: [curve.get(start, np.nan) for start in starts] for video, curve in videos.items()
+        })
+        return Curve(starts, *means_and_ends(values, shares=metric in share_names()).tolist())
 
     def curves(self, method: str, metric: str, granularity: str) -> dict[str, dict[float, float]]:
         """video -> start_s -> value."""
@@ -100,6 +103,13 @@ class Numbers:
         said = {row.protocol for (_, metric, granularity), rows in self._rows.items() for row in rows
                 if (metric, granularity) == (name.metric, name.granularity) and protocol in row.protocol}
         return "; ".join(sorted(said))
+
+    def _by_prompt(self, videos: Mapping[str, float | list[float]]) -> list[np.ndarray]:
+        """Means over each prompt's videos of what they know; NaN where none does."""
+        found: dict[str, list] = {}
+        for video, values in videos.items():
+            found.setdefault(self._prompts.get(video, video), []).append(values)
+        return [means_and_ends(values, shares=True)[0] for values in found.values()]
 
     def _of(self, method: str, metric: str, granularity: str, protocol: str = "") -> list[Row]:
         rows = [row for row in self._rows.get((method, metric, granularity), ()) if protocol in row.protocol]

@@ -105,18 +105,27 @@ function layCurves() {
   at("curves").replaceChildren(...metrics.map(plot));
 }
 
+// The seconds of which something is known, cut where one is missing; h0 after a stretch shows one that is alone.
+function stretches(values) {
+  const parts = [];
+  values.forEach((value, i) => {
+    if (value == null) return;
+    if (i && values[i - 1] != null) parts.at(-1).push(i); else parts.push([i]);
+  });
+  return parts;
+}
+
 function plot(metric) {
   const width = 460, height = 190, left = 46, bottom = 22, top = 8;
   const lines = methods().map((method) => [method, curveOf(method.name, metric)]).filter(([, curve]) => curve);
   const known = lines.flatMap(([, curve]) => [...curve.mean, ...(curve.low ?? []), ...(curve.high ?? [])])
     .filter((value) => value != null);
-  const end = Math.max(1, ...lines.map(([, curve]) => curve.start_s.at(-1) + 1));
+  const end = Math.max(1, ...lines.map(([, curve]) => curve.mean.length));
   const least = Math.min(...known), most = Math.max(...known), flat = least === most;
   const low = flat ? least - 0.5 : least, high = flat ? most + 0.5 : most, span = high - low;
   const x = (time) => left + (width - left - 6) * time / end;
   const y = (value) => height - bottom - (height - bottom - top) * (value - low) / span;
-  const path = (curve, values) => curve.start_s.map((start, i) => values[i] == null ? "" :
-    `${i && values[i - 1] != null ? "L" : "M"}${x(start + 0.5).toFixed(1)} ${y(values[i]).toFixed(1)}`).join("");
+  const point = (second, value) => `${x(second + 0.5).toFixed(1)} ${y(value).toFixed(1)}`;
   const svg = draw("svg", {viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${metric} over time`});
   for (const value of !known.length ? [] : flat ? [least] : [low, (low + high) / 2, high]) {
     svg.append(draw("line", {class: "axis", x1: left, x2: width - 6, y1: y(value), y2: y(value)}));
@@ -126,14 +135,12 @@ function plot(metric) {
     svg.append(draw("text", {x: x(part * end), y: height - 6, "text-anchor": "middle"}, `${+(part * end).toFixed(1)} s`));
   }
   for (const [method, curve] of lines) {
-    if (curve.low) {
-      const both = curve.start_s.map((start, i) => [start + 0.5, curve.low[i], curve.high[i]])
-        .filter(([, a, b]) => a != null && b != null);
-      const points = [...both.map(([t, a]) => [t, a]), ...both.reverse().map(([t, , b]) => [t, b])]
-        .map(([t, v]) => `${x(t).toFixed(1)},${y(v).toFixed(1)}`).join(" ");
-      svg.append(draw("polygon", {class: "band", points, fill: method.colour}));
+    for (const part of curve.low ? stretches(curve.low) : []) {
+      const edge = [...part.map((i) => point(i, curve.low[i])), ...part.reverse().map((i) => point(i, curve.high[i]))];
+      svg.append(draw("polygon", {class: "band", points: edge.join(" "), fill: method.colour}));
     }
-    const line = draw("path", {d: path(curve, curve.mean), stroke: method.colour});
+    const d = stretches(curve.mean).map((part) => `M${part.map((i) => point(i, curve.mean[i])).join("L")}h0`).join("");
+    const line = draw("path", {d, stroke: method.colour});
     line.append(draw("title", {}, method.name));
     svg.append(line);
   }

@@ -7,11 +7,11 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.sweep.numbers import Curve, Numbers
+from evaluation.sweep.numbers import Numbers
 from evaluation.sweep.results import Saved
 from evaluation.sweep.tables import Grid, to_html
 from utils.files import write_atomically
@@ -57,13 +57,13 @@ def _data(saved: Saved, numbers: Numbers) -> dict[str, Any]:
             for metric in metrics:
                 curve = numbers.curves(video["method"], metric, "second").get(video["video"])
                 if curve:
-                    starts = sorted(curve)
-                    curves[metric] = {"start_s": starts, "mean": [_known(curve[start]) for start in starts]}
+                    curves[metric] = {"mean": by_second([*curve], [*curve.values()])}
             file = saved.path_of(video["video"]).relative_to(saved.folder).as_posix()
             mine[shown.index(video["prompt"])] = {"file": file, "curves": curves}
     means = {
         metric: {
-            method: _plain(curve) for method in saved.variants
+            method: {name: by_second(curve.start_s, getattr(curve, name)) for name in ("mean", "low", "high")}
+            for method in saved.variants
             if (curve := numbers.curve(method, metric, "second")) is not None
         } for metric in metrics
     }
@@ -74,15 +74,12 @@ def _data(saved: Saved, numbers: Numbers) -> dict[str, Any]:
     }
 
 
-def _plain(curve: Curve) -> dict[str, list]:
-    return {"start_s": curve.start_s, **{
-        name: [_known(value) for value in values]
-        for name, values in (("mean", curve.mean), ("low", curve.low), ("high", curve.high))
-    }}
-
-
-def _known(value: float) -> float | None:
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+def by_second(start_s: Sequence[float], values: Sequence[float]) -> list[float | None]:
+    """One value a second from 0 on, in the page's digits; None where nothing is known."""
+    known = {round(start): value for start, value in zip(start_s, values, strict=True) if math.isfinite(value)}
+    return [
+        float(f"{known[second]:.{DIGITS}g}") if second in known else None for second in range(round(max(start_s)) + 1)
+    ]
 
 
 def _settings(saved: Saved) -> str:

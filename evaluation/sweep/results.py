@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +15,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from evaluation.metrics.catalogue import value_names
 from evaluation.metrics.protocol import Metric
 from evaluation.metrics.table import Row, read_table, write_csv, write_parquet
+from evaluation.metrics.videos import sidecar
 from evaluation.sweep.make import VIDEOS, Task
 from evaluation.sweep.measure import read_rows
 from evaluation.sweep.settings import Sweep, metrics_shown, variants_of
@@ -29,14 +27,12 @@ from utils.config import REPOSITORY, ConfigError
 from utils.config_schema import nearest
 from utils.files import lock_file, write_atomically
 from utils.hashing import fingerprint, sha256_file
-from utils.versions import installed_versions
 
 logger = logging.getLogger(__name__)
 
 IMPORTED = "imported"  # tables that other tools wrote of the same videos, such as the official VBench suite
 RECORD, TABLE, PARQUET = "sweep.json", "results.csv", "results.parquet"
 WAIT_S = 0.2
-PACKAGES = ("torch", "diffusers", "transformers", "av", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -79,12 +75,10 @@ def refuse_unknown_metrics(sweep: Sweep, folder: Path) -> None:
             )
 
 
-def collect(
-    sweep: Sweep, tasks: Sequence[Task], metrics: Sequence[Metric], folder: Path, *, device: torch.device,
-) -> list[Row]:
+def collect(sweep: Sweep, tasks: Sequence[Task], metrics: Sequence[Metric], folder: Path) -> list[Row]:
     """Write the tidy table and the record; variants without a task keep what is there. Returns the tasks' rows."""
     with alone(folder):
-        return _collect(sweep, tasks, metrics, folder, device)
+        return _collect(sweep, tasks, metrics, folder)
 
 
 @contextmanager
@@ -98,9 +92,7 @@ def alone(folder: Path) -> Iterator[None]:
         lock.close()
 
 
-def _collect(
-    sweep: Sweep, tasks: Sequence[Task], metrics: Sequence[Metric], folder: Path, device: torch.device,
-) -> list[Row]:
+def _collect(sweep: Sweep, tasks: Sequence[Task], metrics: Sequence[Metric], folder: Path) -> list[Row]:
     place = {variant.name: index for index, variant in enumerate(variants_of(sweep))}
     others = place.keys() - {task.variant.name for task in tasks}
     videos, variants, kept = _collected(folder, others)
@@ -110,7 +102,7 @@ def _collect(
     write_parquet(every, folder / PARQUET)
     videos += [
         {
-            "video": f"{task.variant.name}/{job.stem}.mp4", "method": task.variant.name, "prompt": job.item.text,
+            "video": f"{task.variant.name}/{job.stem}.mp4", "method": task.variant.name, "prompt": job.item.prompt,
             "seed": str(job.seed.seed),
         }
         for task in tasks for job in task.jobs if task.output.record(job.stem) is not None
@@ -121,8 +113,9 @@ def _collect(
             "settings": task.plan.settings(),
         } for task in tasks
     }
+    made = [sidecar(folder / VIDEOS / video["video"]) for video in videos]
     record = {
-        "sweep": asdict(sweep), "provenance": _provenance(sweep, tasks, device),
+        "sweep": asdict(sweep), "provenance": _provenance(sweep, tasks, made),
         "videos": sorted(videos, key=lambda video: place[video["method"]]),
         "variants": dict(sorted(variants.items(), key=lambda item: place[item[0]])),
     }
@@ -176,16 +169,23 @@ def load(folder: Path) -> Saved:
         ) from error
 
 
-def _provenance(sweep: Sweep, tasks: Sequence[Task], device: torch.device) -> dict[str, Any]:
-    """What a number's reader must know: prompts and their hash, seeds, weights, versions, device."""
+def _provenance(sweep: Sweep, tasks: Sequence[Task], made: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a number's reader must know of all videos: prompts and their hash, seeds, and each model, device and version
+    that stands in the records beside the videos, `made`. Weights are in the settings of each variant.
+    """
     prompts = [job.item.text for job in tasks[0].jobs]
     files = {
         name: sha256_file(REPOSITORY / path)
         for name, path in (("file", sweep.prompts.file), ("extended", sweep.prompts.extended)) if path is not None
     }
+    versions = [record.get("versions", {}) for record in made]
     return {
         "prompts_sha256": fingerprint(prompts), "prompt_files_sha256": files, "seeds": sweep.seeds,
-        "model": tasks[0].plan.spec.name, "weights_sha256": tasks[0].plan.weights,
-        "versions": installed_versions(PACKAGES),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "model": _every("model", made), "device": _every("device", made),
+        "versions": {name: _every(name, versions) for name in dict.fromkeys(name for one in versions for name in one)},
     }
+
+
+def _every(key: str, records: Sequence[dict[str, Any]]) -> str:
+    """All that the records have under `key`."""
+    return ", ".join(sorted({record[key] for record in records if key in record}))

@@ -21,7 +21,8 @@ LATEX = {"\\": r"\textbackslash{}", **{c: f"\\{c}" for c in "&%$#_{}"}, "~": r"\
 
 @dataclass(frozen=True)
 class Cell:
-    """A number as it is shown: its value, the interval if it is ours, whether it is the best of ours."""
+    """A number as it is shown: its value, the interval if it is ours (and how many videos, if fewer than the line's),
+    whether it is the best of ours."""
 
     text: str
     interval: str = ""
@@ -50,15 +51,24 @@ def make_grid(table: Mapping[str, Any], saved: Saved, numbers: Numbers) -> Grid:
     columns, methods = table["columns"], table["methods"] or list(saved.variants)
     names = [(MetricName.parse(column["metric"]), column["protocol"]) for column in columns]
     found = [[numbers.mean(method, *name) for name in names] for method in methods]
-    best = [_best([line[i] for line in found], column) for i, column in enumerate(columns)]
-    counts = [max((len(numbers.per_video(method, *name)) for name in names), default=0) for method in methods]
-    lines = [
-        Line(method, [Cell(str(count)), *(
-            _cell(value, column, row in best[i]) for i, (value, column) in enumerate(zip(values, columns, strict=True))
-        )])
-        for row, (method, values, count) in enumerate(zip(methods, found, counts, strict=True))
+    videos = [[len(numbers.per_video(method, *name)) for name in names] for method in methods]
+    counts = [max(line, default=0) for line in videos]
+    whole = [
+        [value if own == count else None for value, own in zip(values, line, strict=True)]
+        for values, line, count in zip(found, videos, counts, strict=True)
     ]
-    notes = ["Means over videos with 95 % intervals, Wilson's for shares, else Student's; bold: the best of ours."]
+    best = [_best([line[i] for line in whole], column) for i, column in enumerate(columns)]
+    lines = [
+        Line(method, [Cell(str(counts[row])), *(
+            _cell(found[row][i], column, row in best[i], videos[row][i] if whole[row][i] is None else None)
+            for i, column in enumerate(columns)
+        )])
+        for row, method in enumerate(methods)
+    ]
+    notes = [
+        "Means over prompts, each over its videos, with 95 % intervals, Wilson's for shares, else Student's; n: fewer "
+        "videos than the line says; bold: the best of ours, of those that have all of their line's videos."
+    ]
     if table["quoted"]:
         source, printed = read_quoted(table["quoted"])
         lines += [
@@ -141,11 +151,13 @@ def _headed(column: Mapping[str, Any]) -> str:
     return column["label"] + arrow
 
 
-def _cell(value: Interval | None, column: Mapping[str, Any], best: bool) -> Cell:
+def _cell(value: Interval | None, column: Mapping[str, Any], best: bool, few: int | None) -> Cell:
+    """`few`: of how many videos, if that is to be said."""
     if value is None:
         return Cell(NOTHING)
     mean, low, high = (f"{column['scale'] * x:.{column['digits']}f}" for x in (value.value, value.low, value.high))
-    return Cell(mean, "" if math.isnan(value.low) else f"[{low}, {high}]", best)
+    interval = "" if math.isnan(value.low) else f"[{low}, {high}]"
+    return Cell(mean, " ".join(filter(None, [interval, "" if few is None else f"n={few}"])), best)
 
 
 def _best(values: Sequence[Interval | None], column: Mapping[str, Any]) -> set[int]:

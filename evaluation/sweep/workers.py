@@ -38,7 +38,7 @@ def labour(
     sweep: Sweep, tasks: Sequence[Task], metrics: Sequence[Metric], folder: Path, *, rank: int, world_size: int,
     only: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Make and measure what no other worker does, until all is done; returns what failed here, and why.
+    """Make and measure what no other worker does, until all is done; returns what failed here and is not done, and why.
 
     Args:
         only: names that `chosen_of` knows; empty is all.
@@ -53,8 +53,10 @@ def labour(
     maker.release()
     record = record_units(folder, watched, sweep.record)
     failed |= work_off(record, claims, start=start_of(record, rank, world_size), meanwhile=measure)
-    measure = [unit for unit in measure if unit.name not in failed]
-    return failed | work_off(measure, claims, start=start_of(measure, rank, world_size))
+    left = [unit for unit in measure if unit.name not in failed]
+    failed |= work_off(left, claims, start=start_of(left, rank, world_size))
+    return {unit.name: failed[unit.name] for unit in (*make, *record, *measure)
+            if unit.name in failed and not unit.is_done()}  # another worker may have done it since
 
 
 def labour_on_ray(
@@ -83,7 +85,8 @@ def labour_on_ray(
             task.remote(sweep, str(folder.absolute()), device, random_weights, rank, workers, only)
             for rank in range(workers)
         ]
-        return {name: why for failed in ray.get(waiting) for name, why in failed.items()}
+        first, *others = ray.get(waiting)  # each tries what is not done: what one of them lacks is done
+        return {name: why for name, why in first.items() if all(name in failed for failed in others)}
     finally:
         ray.shutdown()
 
