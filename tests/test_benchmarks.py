@@ -228,6 +228,42 @@ def test_errors_grow_when_running_free_only(setting: Setting) -> None:
     assert runs[0][0] == runs[1][0] and runs[0][3] != runs[1][3]
 
 
+@torch.inference_mode()
+def chosen_by_their_values(subject: Subject, frames: int) -> dict[int, list[set[int]]]:
+    """Tokens that each of two layers chooses, by chunk: a token is known by its values, which no store changes."""
+    subject.start(frames)
+    layers, found = [subject.pipeline.cache.layer(index) for index in range(2)], {}
+    born: list[list[torch.Tensor]] = [[], []]
+    for span in subject.plan.geometry.chunks(frames):
+        latents = subject.pipeline.denoise(span, subject.text, subject.noise)
+        if layers[0].plan.chosen is not None:
+            chosen = [layer.store.values[0, layer.plan.chosen[0]] for layer in layers]
+            pairs = zip(chosen, map(torch.cat, born), strict=True)
+            same = [(mine[:, None] == past).flatten(2).all(dim=2) for mine, past in pairs]
+            assert all((matches.sum(dim=1) == 1).all() for matches in same)
+            found[span.index] = [set(matches.int().argmax(dim=1).tolist()) for matches in same]
+        new = span.frames * subject.plan.geometry.frame_tokens
+        subject.pipeline.remember(latents, subject.text)
+        for layer, values in zip(layers, born, strict=True):
+            values.append(layer.store.values[0, layer.store.length - new:layer.store.length].clone())
+    return found
+
+
+def test_tokens_alike_are_the_same_tokens(setting: Setting) -> None:
+    """Memories that have forgotten different tokens differ slot by slot: what counts is which token was chosen."""
+    pair = [setting.changed(f"resolution=32x32 kv_cache.votes={votes}") for votes in ("both", "denoising")]
+    ours, theirs = (chosen_by_their_values(Subject(s, s.plan(CPU)), 42) for s in pair)
+    reference, candidate = (Subject(s, s.plan(CPU)) for s in pair)
+    chunks = compare_latents(
+        reference, {"candidate": candidate}, seconds=10, every=1, free_running=True,
+    )["candidate against reference"].chunks
+    wanted = {
+        index: sum(len(a & b) / len(a) for a, b in zip(ours[index], theirs[index], strict=True)) / 2 for index in ours
+    }
+    assert {c.chunk: c.top_c_overlap for c in chunks if c.top_c_overlap is not None} == approx(wanted)
+    assert len(wanted) == 4 and min(wanted.values()) < max(wanted.values())
+
+
 def test_compared_chunks() -> None:
     """Of ten the first and the last; of one, all."""
     assert [i for i in range(21) if is_compared(i, 10)] == [0, 9, 10, 19, 20]
