@@ -27,25 +27,26 @@ class Difference:
     """How far the latents of one pipeline are from those of another, in one chunk."""
 
     chunk: int
-    relative_error: float        # norm of the difference over the norm of what it is measured against
-    max_error: float
-    finite: bool
-    top_c_overlap: float | None  # share of the chosen tokens that are the same, mean over layers; None: nothing chosen
+    relative_error: float | None  # norm of the difference over the norm of what it is measured against; None: no number
+    max_error: float | None       # None: no number
+    finite: bool                  # all latents of both are
+    top_c_overlap: float | None   # share of the chosen tokens that are the same, mean over layers; None: nothing chosen
 
 
 @dataclass(frozen=True)
 class Differences:
-    """All compared chunks of a pair."""
+    """All compared chunks of a pair; errors are those of the chunks that have one, None if none has."""
 
     chunks: list[Difference]
-    relative_error_median: float
-    relative_error_max: float
+    relative_error_median: float | None
+    relative_error_max: float | None
     all_finite: bool
 
     @classmethod
     def of(cls, chunks: list[Difference]) -> Differences:
-        errors = [chunk.relative_error for chunk in chunks]
-        return cls(chunks, statistics.median(errors), max(errors), all(chunk.finite for chunk in chunks))
+        errors = [chunk.relative_error for chunk in chunks if chunk.relative_error is not None]
+        median = statistics.median(errors) if errors else None
+        return cls(chunks, median, max(errors, default=None), all(chunk.finite for chunk in chunks))
 
 
 def is_compared(index: int, every: int) -> bool:
@@ -97,10 +98,15 @@ def compare_latents(
 def difference(chunk: int, ours: Tensor, other: Tensor, overlap: float | None) -> Difference:
     """`ours` measured against `other`."""
     return Difference(
-        chunk=chunk, relative_error=((ours.double() - other.double()).norm() / other.double().norm()).item(),
-        max_error=(ours - other).abs().max().item(), top_c_overlap=overlap,
+        chunk=chunk, relative_error=_number((ours.double() - other.double()).norm() / other.double().norm()),
+        max_error=_number((ours - other).abs().max()), top_c_overlap=overlap,
         finite=bool(ours.isfinite().all() and other.isfinite().all()),
     )
+
+
+def _number(value: Tensor) -> float | None:
+    """None for what a JSON cannot hold."""
+    return value.item() if value.isfinite() else None
 
 
 class Tokens:

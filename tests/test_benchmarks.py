@@ -17,7 +17,6 @@ from pytest import approx
 from benchmarks.__main__ import main
 from benchmarks.cycles import Cycle, Schedule, prune_cycles, schedule_of_cycles, schedule_of_seconds
 from benchmarks.endurance import first_and_last_minute
-from benchmarks.exactness import EXACT, compare_latents, is_compared
 from benchmarks.plots import Panel, draw
 from benchmarks.settings import Setting
 from benchmarks.speed import compare, measure
@@ -200,74 +199,6 @@ def test_first_and_last_minute(setting: Setting) -> None:
     stages = [{"denoise": float(i)} for i in range(len(schedule.windows))]
     first, last = first_and_last_minute(subject.plan, schedule, stages)
     assert first == schedule.steady.start + 39.5 and last == schedule.steady.stop - 40.5
-
-
-# --- exactness ----------------------------------------------------------------------------------------
-
-def test_both_start_from_the_references_memory_and_noise(setting: Setting) -> None:
-    """A pipeline with the same weights makes the same bits in every chunk, and bfloat16 differs by its rounding."""
-    setting = replace(setting, dtype="bfloat16")
-    others = {"candidate": setting, EXACT: replace(setting, dtype="float32")}
-    subjects = {name: Subject(s, s.plan(CPU)) for name, s in others.items()}
-    pairs = compare_latents(Subject(setting, setting.plan(CPU)), subjects, seconds=10, every=1)
-    same, ours = pairs["candidate against reference"], pairs[f"reference against {EXACT}"]
-    assert len(same.chunks) == 14 and same.relative_error_max == 0
-    assert [chunk.top_c_overlap for chunk in same.chunks if chunk.top_c_overlap is not None] == [1.0] * 4
-    assert 1e-4 < ours.relative_error_median <= ours.relative_error_max < 0.1 and ours.all_finite
-    assert pairs[f"candidate against {EXACT}"] == ours
-
-
-def test_errors_grow_when_running_free_only(setting: Setting) -> None:
-    """In the first chunk both agree; later ones see another memory only if each keeps its own."""
-    setting = replace(setting, dtype="bfloat16")
-    exact = replace(setting, dtype="float32")
-    runs = [
-        compare_latents(Subject(setting, setting.plan(CPU)), {EXACT: Subject(exact, exact.plan(CPU))}, seconds=5,
-                        every=1, free_running=free)[f"reference against {EXACT}"].chunks for free in (False, True)
-    ]
-    assert runs[0][0] == runs[1][0] and runs[0][3] != runs[1][3]
-
-
-@torch.inference_mode()
-def chosen_by_their_values(subject: Subject, frames: int) -> dict[int, list[set[int]]]:
-    """Tokens that each of two layers chooses, by chunk: a token is known by its values, which no store changes."""
-    subject.start(frames)
-    layers, found = [subject.pipeline.cache.layer(index) for index in range(2)], {}
-    born: list[list[torch.Tensor]] = [[], []]
-    for span in subject.plan.geometry.chunks(frames):
-        latents = subject.pipeline.denoise(span, subject.text, subject.noise)
-        if layers[0].plan.chosen is not None:
-            chosen = [layer.store.values[0, layer.plan.chosen[0]] for layer in layers]
-            pairs = zip(chosen, map(torch.cat, born), strict=True)
-            same = [(mine[:, None] == past).flatten(2).all(dim=2) for mine, past in pairs]
-            assert all((matches.sum(dim=1) == 1).all() for matches in same)
-            found[span.index] = [set(matches.int().argmax(dim=1).tolist()) for matches in same]
-        new = span.frames * subject.plan.geometry.frame_tokens
-        subject.pipeline.remember(latents, subject.text)
-        for layer, values in zip(layers, born, strict=True):
-            values.append(layer.store.values[0, layer.store.length - new:layer.store.length].clone())
-    return found
-
-
-def test_tokens_alike_are_the_same_tokens(setting: Setting) -> None:
-    """Memories that have forgotten different tokens differ slot by slot: what counts is which token was chosen."""
-    pair = [setting.changed(f"resolution=32x32 kv_cache.votes={votes}") for votes in ("both", "denoising")]
-    ours, theirs = (chosen_by_their_values(Subject(s, s.plan(CPU)), 42) for s in pair)
-    reference, candidate = (Subject(s, s.plan(CPU)) for s in pair)
-    chunks = compare_latents(
-        reference, {"candidate": candidate}, seconds=10, every=1, free_running=True,
-    )["candidate against reference"].chunks
-    wanted = {
-        index: sum(len(a & b) / len(a) for a, b in zip(ours[index], theirs[index], strict=True)) / 2 for index in ours
-    }
-    assert {c.chunk: c.top_c_overlap for c in chunks if c.top_c_overlap is not None} == approx(wanted)
-    assert len(wanted) == 4 and min(wanted.values()) < max(wanted.values())
-
-
-def test_compared_chunks() -> None:
-    """Of ten the first and the last; of one, all."""
-    assert [i for i in range(21) if is_compared(i, 10)] == [0, 9, 10, 19, 20]
-    assert all(is_compared(i, 1) for i in range(5))
 
 
 # --- the command --------------------------------------------------------------------------------------
