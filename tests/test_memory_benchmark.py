@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from pytest import approx
 
 from benchmarks.__main__ import main
 from benchmarks.clock import HostClock
@@ -51,6 +52,11 @@ def test_parts_shares_and_bytes(
     cost = run(tmp_path, model, f"kv_cache.compressor={compressor}")
     assert cost["part_ms"].keys() == {"selection", "window", "gather", "packet"}
     assert cost["share"].keys() == {"selection", "window", "rotation", "packet"}
+    ms = {name: spread["median"] for name, spread in cost["part_ms"].items()}
+    ms["rotation"] = ms["window"] - ms["gather"]
+    assert {name: share * cost["chunk_ms"]["median"] for name, share in cost["share"].items()} == approx(
+        {name: value for name, value in ms.items() if name != "gather"},
+    )
     token = 2 * 32 * 4 * 2  # keys and values, float32, two layers
     assert cost["context_tokens"][-1] == (9 + 3 + 3) * 4 + 3 * 2
     assert cost["nbytes"]["attended"] == (cost["context_tokens"][-1] - 3 * 4) * token
