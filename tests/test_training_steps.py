@@ -5,17 +5,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, make_tiny
+from conftest import SMALL, make_tiny, policy_of
 from pytest import approx
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pipeline.sampler import FewStepSampler
+from training.data import LatentClips, normalise, statistics
 from training.loop import Ema, learning_rate
 from training.matching import DistributionMatching
+from training.memory import RolloutMemory, Rotation, dense
 from training.optim import Optimizers
+from training.rollout import self_rollout
 from training.samples import sample_videos
 from training.teacher import draw_sigmas
+from training.vae import reconstruction_loss
 
 CPU = torch.device("cpu")
 LEVELS = torch.tensor([[0.5, 0.25]])  # of two frames
@@ -138,3 +142,47 @@ def test_guidance_goes_beyond_the_prompt() -> None:
     for guidance in (0.0, 1.0, 3.0):
         guided = sample_videos(shop, tiny.model, prompt, sampler, nothing, guidance)
         assert_close(guided, without + guidance * (with_prompt - without), rtol=0, atol=1e-4)
+
+
+def test_edges_count_more_by_hand() -> None:
+    """A picture that is black, white in its right half, against grey: columns up to two from the edge count double.
+
+    Of 12 columns the edge is after the 6th, so the 4th to 8th are near it; the only differences are those 5 rows of 1.
+    """
+    true = torch.zeros(1, 3, 1, 5, 12)
+    true[..., 6:] = 1
+    plain, near = 0.5, 0.5 * 5 / 12
+    loss = reconstruction_loss(torch.full_like(true, 0.5), true, edge_weight=1.0, gradient_weight=0.0)
+    assert loss.item() == approx(plain + near)
+    loss = reconstruction_loss(torch.full_like(true, 0.5), true, edge_weight=0.0, gradient_weight=3.0)
+    assert loss.item() == approx(plain + 3 * 1 / 11)
+
+
+def test_clips_are_normalised_by_their_statistics() -> None:
+    """Of channels with other means and deviations, every one has 0 and 1 afterwards; bf16 rounds to 0.4 %."""
+    latents = torch.randn(50, 3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    spread = torch.tensor([0.25, 3.0])[:, None, None]
+    clips = LatentClips((latents * spread + 2 * spread).bfloat16(), torch.zeros(50, 4, dtype=torch.long))
+    mean, std = statistics(clips)
+    assert_close(std, torch.tensor([0.25, 3.0]), rtol=0.02, atol=0)
+    assert_close(mean, torch.tensor([0.5, 6.0]), rtol=0.02, atol=0)
+    after = statistics(normalise(clips, mean, std))
+    assert_close(after[0], torch.zeros(2), rtol=0, atol=0.01)
+    assert_close(after[1], torch.ones(2), rtol=0, atol=0.01)
+
+
+def test_a_rollout_is_what_inference_makes() -> None:
+    """From the same noise, chunk by chunk; only a chunk's last pass is differentiated, never that which remembers."""
+    tiny = make_tiny()
+    policy, source, spans = policy_of({"policy": "full", "window_frames": 9}), tiny.noise(), tiny.geometry.chunks(9)
+    noise = torch.stack([torch.cat([source.draw(span, index) for span in spans], dim=1) for index in range(2)])
+    expected, sampler, grads = tiny.run(policy, 9), tiny.pipeline(policy).sampler, []
+    memory = RolloutMemory(Rotation(tiny.geometry, SMALL.head_dim, CPU), SMALL.num_layers, CPU)
+    model = tiny.model.requires_grad_(True)
+    for block in model.blocks:
+        block.self_attn.backend = block.cross_attn.backend = dense
+    model.register_forward_hook(lambda *_: grads.append(torch.is_grad_enabled()))
+    text = model.embed_text(tiny.text())
+    video = self_rollout(model, sampler, tiny.geometry, memory, text, noise)
+    assert_close(video.detach(), expected, rtol=0, atol=1e-4)
+    assert grads == [False, True, False] * 3
