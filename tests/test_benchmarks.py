@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from itertools import pairwise
+from statistics import median
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,12 +17,13 @@ from pytest import approx
 
 from benchmarks.__main__ import main
 from benchmarks.cycles import Cycle, Schedule, prune_cycles, schedule_of_cycles, schedule_of_seconds
-from benchmarks.endurance import first_and_last_minute
+from benchmarks.endurance import endure, first_and_last_minute
 from benchmarks.plots import Panel, draw
 from benchmarks.settings import Setting
 from benchmarks.speed import compare, measure
 from benchmarks.subject import Made, Subject
 from benchmarks.summary import Spread
+from benchmarks.sweep import sweep_lengths
 from utils.config import ConfigError
 
 CPU = torch.device("cpu")
@@ -86,7 +88,7 @@ class Scripted:
     def warm_up(self, schedule: Schedule, clock: WoundClock) -> None:
         self._log.append(f"{self._name} warms up")
 
-    def advance(self, clock: WoundClock) -> Made:
+    def advance(self, clock: WoundClock, guard: Any = None) -> Made:
         ms = self._schedule.windows[self._index] * self._slower * (1 + self._drift * len(self._log))
         self._log.append(self._name)
         self._index += 1
@@ -182,6 +184,39 @@ def test_two_settings_take_turns_and_their_ratio_is_found(setting: Setting) -> N
     assert log[:4] == ["a counts dit", "b counts dit", "a warms up", "b warms up"]
     assert "".join(log[4:]).endswith("aab" + "baa" + "aab" + "baa")
     assert (result.first.chunks, result.second.chunks) == (24, 12)
+
+
+def test_both_videos_of_a_batch_count(setting: Setting) -> None:
+    """Chunks of 16 and 19 ms that show 12 frames of each video; a longer video is timed by its last 12 cycles."""
+    two = replace(setting, batch=2)
+    schedule = schedule_of_cycles(two.plan(CPU), 12)
+    assert measure(Scripted(two, schedule, [], "a"), "dit", schedule, WoundClock(), 0).fps == approx(2000 * 12 / 17.5)
+    schedule = schedule_of_seconds(two.plan(CPU), 60)
+    subject = Scripted(two, schedule, [], "a", drift=0.01)
+    points = sweep_lengths(subject, "dit", [60, 30], WoundClock())
+    every = [ms * (1 + 0.01 * (2 + i)) for i, ms in enumerate(schedule.windows)]  # two lines are logged before
+    for point, seconds in zip(points, (30, 60), strict=True):
+        assert point.total_s == approx(sum(every[:point.chunks]) / 1000)
+        assert point.fps * point.total_s == approx(2 * (12 * point.chunks - 3)) and point.seconds == seconds
+        last = [c for c in schedule.cycles if c.stop <= point.chunks][-12:]
+        assert point.cycle_ms == approx(median(sum(every[c.start:c.stop]) / c.chunks for c in last))
+    assert len([c for c in schedule.cycles if c.stop <= points[1].chunks]) > 12
+
+
+def test_latents_that_are_not_finite_are_told(setting: Setting) -> None:
+    """One bad chunk of a whole video is enough; and its last minute is set against the first, not the reverse."""
+    schedule = schedule_of_seconds(setting.plan(CPU), 180)
+
+    class Bad(Scripted):
+        def advance(self, clock: WoundClock, guard: Any = None) -> Made:
+            made = super().advance(clock)
+            return replace(made, latents=torch.full((1,), torch.nan)) if self._index == 30 else made
+
+    good, bad = (
+        endure(kind(setting, schedule, [], "a", drift=0.01), schedule, WoundClock()) for kind in (Scripted, Bad)
+    )
+    assert good.all_finite and not bad.all_finite
+    assert bad.last_over_first == approx(bad.last_minute_ms / bad.first_minute_ms) and bad.last_over_first > 1
 
 
 def test_spread_of_known_numbers() -> None:

@@ -73,10 +73,12 @@ def test_growth_of_an_archive_without_limit(
 ) -> None:
     """Four places, twice doubled while the window fills in the warm-up, and once more by chunk 16 of 25."""
     monkeypatch.setattr("wan.kv_cache.archive.FIRST_PLACES", 4)
+    monkeypatch.setattr("benchmarks.memory.first_and_last_minute", lambda *_: (2.0, 3.0))
     cost = run(tmp_path, model, "kv_cache.archive_chunks=0", "kv_cache.compressor=kv_pool")
     packet = 2 * (2 * 32 * 4 * 2) + 2 * 2 * 32 * 4
     assert cost["archive_bytes"] == {"0": 16 * packet, "16": 32 * packet}
     assert cost["nbytes"]["archive"] == 32 * packet
+    assert cost["last_over_first"] == 1.5
     shown = capsys.readouterr().out
     assert "archive: 0.000 GB at first, 0.000 GB at the end, 2.0 times as much; growths: 1, at chunk 16" in shown
 
