@@ -163,11 +163,13 @@ def run_exactness(options: argparse.Namespace, base: Setting, device: torch.devi
     }
     ours, theirs = (pairs.get(f"{name} against {EXACT}") for name in (REFERENCE, "candidate"))
     table = difference_table(pairs)
-    lines = {name: ([chunk_seconds(plan) * c.chunk for c in pair.chunks], [100 * c.relative_error for c in pair.chunks])
-             for name, pair in pairs.items()}
+    lines = {}
+    for name, pair in pairs.items():
+        drawn = [(c.chunk, c.relative_error) for c in pair.chunks if c.relative_error is not None]
+        lines[name] = [chunk_seconds(plan) * chunk for chunk, _ in drawn], [100 * error for _, error in drawn]
     title = "each from its own memory" if options.free_running else "each chunk from one memory"
     _draw(options, [Panel(title, "seconds of video", "error of the latents, %", lines)])
-    if ours and theirs:
+    if ours and theirs and ours.relative_error_median and theirs.relative_error_median is not None:
         result["candidate_error_over_reference_error"] = theirs.relative_error_median / ours.relative_error_median
         table += f"\nthe candidate's median error is {result['candidate_error_over_reference_error']:.3f} times " \
                  "the reference's"

@@ -174,8 +174,9 @@ def difference_table(pairs: Mapping[str, Differences]) -> str:
     rows = [("", "chunks", "median error", "worst error", "top-C alike", "finite")]
     for name, pair in pairs.items():
         alike = [chunk.top_c_overlap for chunk in pair.chunks if chunk.top_c_overlap is not None]
+        errors = pair.relative_error_median, pair.relative_error_max
         rows.append((
-            name, str(len(pair.chunks)), f"{pair.relative_error_median:.2e}", f"{pair.relative_error_max:.2e}",
+            name, str(len(pair.chunks)), *("-" if error is None else f"{error:.2e}" for error in errors),
             f"{sum(alike) / len(alike):.4f}" if alike else "-", "yes" if pair.all_finite else "no",
         ))
     return table(rows)

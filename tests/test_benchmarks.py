@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from itertools import pairwise
+from statistics import median
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,13 +17,13 @@ from pytest import approx
 
 from benchmarks.__main__ import main
 from benchmarks.cycles import Cycle, Schedule, prune_cycles, schedule_of_cycles, schedule_of_seconds
-from benchmarks.endurance import first_and_last_minute
-from benchmarks.exactness import EXACT, compare_latents, is_compared
+from benchmarks.endurance import endure, first_and_last_minute
 from benchmarks.plots import Panel, draw
 from benchmarks.settings import Setting
 from benchmarks.speed import compare, measure
 from benchmarks.subject import Made, Subject
 from benchmarks.summary import Spread
+from benchmarks.sweep import sweep_lengths
 from utils.config import ConfigError
 
 CPU = torch.device("cpu")
@@ -87,7 +88,7 @@ class Scripted:
     def warm_up(self, schedule: Schedule, clock: WoundClock) -> None:
         self._log.append(f"{self._name} warms up")
 
-    def advance(self, clock: WoundClock) -> Made:
+    def advance(self, clock: WoundClock, guard: Any = None) -> Made:
         ms = self._schedule.windows[self._index] * self._slower * (1 + self._drift * len(self._log))
         self._log.append(self._name)
         self._index += 1
@@ -185,6 +186,39 @@ def test_two_settings_take_turns_and_their_ratio_is_found(setting: Setting) -> N
     assert (result.first.chunks, result.second.chunks) == (24, 12)
 
 
+def test_both_videos_of_a_batch_count(setting: Setting) -> None:
+    """Chunks of 16 and 19 ms that show 12 frames of each video; a longer video is timed by its last 12 cycles."""
+    two = replace(setting, batch=2)
+    schedule = schedule_of_cycles(two.plan(CPU), 12)
+    assert measure(Scripted(two, schedule, [], "a"), "dit", schedule, WoundClock(), 0).fps == approx(2000 * 12 / 17.5)
+    schedule = schedule_of_seconds(two.plan(CPU), 60)
+    subject = Scripted(two, schedule, [], "a", drift=0.01)
+    points = sweep_lengths(subject, "dit", [60, 30], WoundClock())
+    every = [ms * (1 + 0.01 * (2 + i)) for i, ms in enumerate(schedule.windows)]  # two lines are logged before
+    for point, seconds in zip(points, (30, 60), strict=True):
+        assert point.total_s == approx(sum(every[:point.chunks]) / 1000)
+        assert point.fps * point.total_s == approx(2 * (12 * point.chunks - 3)) and point.seconds == seconds
+        last = [c for c in schedule.cycles if c.stop <= point.chunks][-12:]
+        assert point.cycle_ms == approx(median(sum(every[c.start:c.stop]) / c.chunks for c in last))
+    assert len([c for c in schedule.cycles if c.stop <= points[1].chunks]) > 12
+
+
+def test_latents_that_are_not_finite_are_told(setting: Setting) -> None:
+    """One bad chunk of a whole video is enough; and its last minute is set against the first, not the reverse."""
+    schedule = schedule_of_seconds(setting.plan(CPU), 180)
+
+    class Bad(Scripted):
+        def advance(self, clock: WoundClock, guard: Any = None) -> Made:
+            made = super().advance(clock)
+            return replace(made, latents=torch.full((1,), torch.nan)) if self._index == 30 else made
+
+    good, bad = (
+        endure(kind(setting, schedule, [], "a", drift=0.01), schedule, WoundClock()) for kind in (Scripted, Bad)
+    )
+    assert good.all_finite and not bad.all_finite
+    assert bad.last_over_first == approx(bad.last_minute_ms / bad.first_minute_ms) and bad.last_over_first > 1
+
+
 def test_spread_of_known_numbers() -> None:
     """Five numbers by hand, and one number, which is every quantile of itself."""
     spread = Spread.of([1.0, 2.0, 3.0, 4.0, 10.0])
@@ -200,38 +234,6 @@ def test_first_and_last_minute(setting: Setting) -> None:
     stages = [{"denoise": float(i)} for i in range(len(schedule.windows))]
     first, last = first_and_last_minute(subject.plan, schedule, stages)
     assert first == schedule.steady.start + 39.5 and last == schedule.steady.stop - 40.5
-
-
-# --- exactness ----------------------------------------------------------------------------------------
-
-def test_both_start_from_the_references_memory_and_noise(setting: Setting) -> None:
-    """A pipeline with the same weights makes the same bits in every chunk, and bfloat16 differs by its rounding."""
-    setting = replace(setting, dtype="bfloat16")
-    others = {"candidate": setting, EXACT: replace(setting, dtype="float32")}
-    subjects = {name: Subject(s, s.plan(CPU)) for name, s in others.items()}
-    pairs = compare_latents(Subject(setting, setting.plan(CPU)), subjects, seconds=10, every=1)
-    same, ours = pairs["candidate against reference"], pairs[f"reference against {EXACT}"]
-    assert len(same.chunks) == 14 and same.relative_error_max == 0
-    assert [chunk.top_c_overlap for chunk in same.chunks if chunk.top_c_overlap is not None] == [1.0] * 4
-    assert 1e-4 < ours.relative_error_median <= ours.relative_error_max < 0.1 and ours.all_finite
-    assert pairs[f"candidate against {EXACT}"] == ours
-
-
-def test_errors_grow_when_running_free_only(setting: Setting) -> None:
-    """In the first chunk both agree; later ones see another memory only if each keeps its own."""
-    setting = replace(setting, dtype="bfloat16")
-    exact = replace(setting, dtype="float32")
-    runs = [
-        compare_latents(Subject(setting, setting.plan(CPU)), {EXACT: Subject(exact, exact.plan(CPU))}, seconds=5,
-                        every=1, free_running=free)[f"reference against {EXACT}"].chunks for free in (False, True)
-    ]
-    assert runs[0][0] == runs[1][0] and runs[0][3] != runs[1][3]
-
-
-def test_compared_chunks() -> None:
-    """Of ten the first and the last; of one, all."""
-    assert [i for i in range(21) if is_compared(i, 10)] == [0, 9, 10, 19, 20]
-    assert all(is_compared(i, 1) for i in range(5))
 
 
 # --- the command --------------------------------------------------------------------------------------

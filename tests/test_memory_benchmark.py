@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from pytest import approx
 
 from benchmarks.__main__ import main
 from benchmarks.clock import HostClock
@@ -51,6 +52,11 @@ def test_parts_shares_and_bytes(
     cost = run(tmp_path, model, f"kv_cache.compressor={compressor}")
     assert cost["part_ms"].keys() == {"selection", "window", "gather", "packet"}
     assert cost["share"].keys() == {"selection", "window", "rotation", "packet"}
+    ms = {name: spread["median"] for name, spread in cost["part_ms"].items()}
+    ms["rotation"] = ms["window"] - ms["gather"]
+    assert {name: share * cost["chunk_ms"]["median"] for name, share in cost["share"].items()} == approx(
+        {name: value for name, value in ms.items() if name != "gather"},
+    )
     token = 2 * 32 * 4 * 2  # keys and values, float32, two layers
     assert cost["context_tokens"][-1] == (9 + 3 + 3) * 4 + 3 * 2
     assert cost["nbytes"]["attended"] == (cost["context_tokens"][-1] - 3 * 4) * token
@@ -67,10 +73,12 @@ def test_growth_of_an_archive_without_limit(
 ) -> None:
     """Four places, twice doubled while the window fills in the warm-up, and once more by chunk 16 of 25."""
     monkeypatch.setattr("wan.kv_cache.archive.FIRST_PLACES", 4)
+    monkeypatch.setattr("benchmarks.memory.first_and_last_minute", lambda *_: (2.0, 3.0))
     cost = run(tmp_path, model, "kv_cache.archive_chunks=0", "kv_cache.compressor=kv_pool")
     packet = 2 * (2 * 32 * 4 * 2) + 2 * 2 * 32 * 4
     assert cost["archive_bytes"] == {"0": 16 * packet, "16": 32 * packet}
     assert cost["nbytes"]["archive"] == 32 * packet
+    assert cost["last_over_first"] == 1.5
     shown = capsys.readouterr().out
     assert "archive: 0.000 GB at first, 0.000 GB at the end, 2.0 times as much; growths: 1, at chunk 16" in shown
 

@@ -1,6 +1,9 @@
 """The laws that every cache policy keeps. A new policy joins by one line in conftest.EVERY_POLICY."""
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from conftest import EVERY_POLICY, Tiny, make_tiny, policy_of
 from torch.testing import assert_close
@@ -88,13 +91,24 @@ def test_positions_before_forgetting_are_true(policy: KVPolicy) -> None:
     assert seen >= 3
 
 
-def test_sinks_are_always_attended() -> None:
-    """A policy with sink frames sees all of their tokens in every chunk."""
-    for settings in EVERY_POLICY.values():
-        policy = policy_of(settings)
-        for _, view, plan, _ in walk(policy):
-            wanted = min(settings.get("sink_frames", 0), view.num_frames) * view.frame_tokens
-            assert torch.equal(plan.attend[:, :wanted], torch.arange(wanted).expand(2, -1))
+SINKS = {  # frames of those policies that keep their first ones for ever
+    name: settings[key] for name, settings in EVERY_POLICY.items() for key in ("sink_frames", "anchor_frames")
+    if key in settings
+}
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_sinks_are_always_attended(name: str) -> None:
+    """A policy sees all tokens of its first frames in every chunk; an anchor is kept, and seen when looking ahead."""
+    policy, most = policy_of(EVERY_POLICY[name]), 0
+    for _, view, plan, _ in walk(policy):
+        wanted = min(SINKS[name], view.num_frames) * view.frame_tokens
+        sink = torch.arange(wanted).expand(2, -1)
+        assert torch.equal(plan.retain[:, :wanted], sink)
+        seen = policy.plan(replace(view, lookahead=True)) if "anchor_frames" in EVERY_POLICY[name] else plan
+        assert torch.equal(seen.attend[:, :wanted], sink)
+        most = max(most, wanted)
+    assert most == SINKS[name] * view.frame_tokens > 0
 
 
 def test_the_newest_frame_is_always_attended(policy: KVPolicy) -> None:

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 import inference
 from pipeline.packets import Packer
 from training import optim, tiny
-from training.loop import pack
+from training.loop import pack, weights_in
 from training.memory import PackedRollout, PacketRotation, RolloutMemory, Rotation
 from training.rollout import self_rollout
 from training.settings import Settings
@@ -129,6 +129,22 @@ def test_the_loss_falls(vae: Path) -> None:
         distances.append((made["video"] - target)[:, 9:].square().mean().item())
     assert distances[-1] < 0.5 * distances[0]
     assert_close(made["video"][:, :9], target[:, :9], rtol=0, atol=1e-4)  # the first three chunks see no packet
+
+
+def test_a_step_moves_everything_that_learns(vae: Path) -> None:
+    """Branch, averages and critic; the critic as often as it is asked to, after the branch."""
+    stage = make_stage(vae, critic_updates=2)
+    torch.nn.init.normal_(stage.branch.out.weight, std=0.1)
+    before = {name: value.clone() for name, value in weights_in(stage.state()).items()}
+    assert {name.split(".")[0] for name in before} == {"optimizers", "critic", "ema"}
+    teacher = stage._matching._teacher.state_dict()
+    still = {name: value.clone() for name, value in teacher.items()}
+    stage.step(0)
+    moved = {name.split(".")[0] for name, value in weights_in(stage.state()).items()
+             if not torch.equal(value, before[name])}
+    assert moved == {"optimizers", "critic", "ema"}
+    assert (stage.state()["optimizers"]["taken"], stage.state()["critic"]["taken"]) == (1, 2)
+    assert all(torch.equal(value, still[name]) for name, value in teacher.items())
 
 
 def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
