@@ -31,6 +31,7 @@ from pipeline.preflight import describe
 from pipeline.presets import NAMES as PRESETS
 from pipeline.render import Summary, check_number, make_jobs, pending_jobs, refuse_other_settings, render
 from utils.config import load_config
+from utils.config_schema import nearest
 from utils.devices import choose_device, choose_vae_device
 from utils.launch import Launch, read_launch, wait_for_others
 from utils.outputs import OutputFolder, check_writable, reason
@@ -49,7 +50,9 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, as all others are."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}. --help lists every flag\n")
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        hint = nearest(words.split()[0], self._option_string_actions) if unknown else ""
+        self.exit(2, f"error: {message}.{hint} --help lists every flag\n")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -142,6 +145,8 @@ def run(options: argparse.Namespace) -> int:
     """Check everything, then load, then make the videos; returns the exit status."""
     launch = read_launch()
     plan = make_plan(options, launch)
+    if plan.policy.notice:
+        logger.warning("%s", plan.policy.notice)
     pixel_frames = asked_pixel_frames(plan, latent_frames=options.num_output_frames, seconds=options.seconds)
     items = read_prompts(options, plan)
     length = video_length(plan, pixel_frames, given_frames=1 if options.i2v else 0)  # a source is one frame at least

@@ -117,7 +117,8 @@ def _compiles_fp8(device: torch.device) -> bool:
 def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     """Raise ConfigError where layers in 8-bit floats cannot run; a processor runs them, slowly."""
     if dtype != torch.bfloat16:
-        raise ConfigError(f"fp8 needs bfloat16, not {dtype}. Add --set dtype=bfloat16, or leave fp8 out.")
+        gpu = "" if device.type == "cuda" else " and is slower than exact without a GPU"
+        raise ConfigError(f"fp8 needs bfloat16, not {dtype}{gpu}. Add --set dtype=bfloat16, or leave fp8 out.")
     if not _compiles_fp8(device):
         least = ".".join(map(str, LEAST_CAPABILITY))
         raise ConfigError(

@@ -10,6 +10,7 @@ from pipeline.timeline import switch_frames
 from utils.config import ConfigError
 from utils.prompts import PromptItem
 from utils.timelines import TimelineError
+from wan.kv_cache.policy import KVPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,12 @@ def check_timelines(plan: RunPlan, items: Sequence[PromptItem], length: Length, 
             switch_frames(plan.geometry, [time for time, _ in item.later], starts, length.pixel_frames)
         except TimelineError as error:
             raise ConfigError(f"{item.prompt:.40}: {error}") from error
+    policy = type(plan.policy)
+    if starts and plan.loop.on_switch in ("recache", "flush_recent") and policy.tail_frames is KVPolicy.tail_frames:
+        logger.warning(
+            "on_switch=%s changes nothing: policy %s does not say which of its frames are newest and whole "
+            "(tail_frames)", plan.loop.on_switch, policy.__name__,
+        )
     ahead = plan.loop.joint_chunks - 1
     if starts and ahead:
         g = plan.geometry

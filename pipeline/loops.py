@@ -21,7 +21,7 @@ from pipeline.timeline import OnSwitch
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.cache import KVCache
 from wan.kv_cache.layer import LayerCache
-from wan.kv_cache.policy import KVPolicy
+from wan.kv_cache.policy import KVPolicy, Plan
 from wan.kv_cache.store import CacheShape
 from wan.model import CausalWanModel
 from wan.recorder import Recorder
@@ -119,6 +119,7 @@ class Loop(ABC):
         Args:
             draw: gives queries, keys and values for a shape.
         Yields: what is denoised, and the layer while its plan is in place.
+        Raises: ValueError for a plan that keeps slots out of order, or shows some that it does not keep.
         """
         g = self.geometry
         unit = dataclasses.replace(
@@ -130,6 +131,7 @@ class Loop(ABC):
         def run(span: ChunkSpan, *, lookahead: bool = False) -> LayerCache:
             cache.begin(span, lookahead=lookahead)
             cache.layer(0).extend(*(draw(1, span.frames * unit.frame_tokens, 1, 12) for _ in range(3)))
+            _check_order(self.policy, cache.layer(0).plan)
             return cache.layer(0)
 
         for look in self.looks(latent_frames, given_frames):
@@ -246,6 +248,15 @@ class CausVidOverlapLoop(Loop):
         return CausVidOverlapPipeline(
             model, self.sampler, self.geometry, cache, self.on_switch, self.clips, encode, recorder,
         )
+
+
+def _check_order(policy: KVPolicy, plan: Plan) -> None:
+    """Raise ValueError for a plan that breaks what `Plan` asks of its slots; on a GPU nobody looks."""
+    name, retain = type(policy).__name__, plan.retain[0]
+    if (retain.diff() <= 0).any():
+        raise ValueError(f"{name} plans `retain` out of order. Slots that survive must ascend, each once: sort them.")
+    if not torch.isin(plan.attend[0], retain).all():
+        raise ValueError(f"{name} plans to see slots that it does not keep: `attend` must be part of `retain`.")
 
 
 def make_loop(

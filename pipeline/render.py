@@ -149,7 +149,9 @@ def render(
                 continue
             whole, why = False, None
             try:
-                whole = _render_batch(engine, folder, batch, pixel_frames, stop, told, summary.unlisted)
+                number = len(summary.finished) + len(summary.failed) + 1
+                label = f"{number}/{len(jobs)} {batch[0].stem}" if len(jobs) > 1 else batch[0].stem
+                whole = _render_batch(engine, folder, batch, pixel_frames, stop, told, summary.unlisted, label)
             except BeingWrittenError as error:
                 if str(error) not in told:
                     logger.info("%s. This run goes on with the others, and looks again", error)
@@ -188,11 +190,12 @@ def _note_failure(folder: OutputFolder, job: Job, why: str, summary: Summary) ->
 
 def _render_batch(
     engine: Engine, folder: OutputFolder, batch: Sequence[Job], pixel_frames: int, stop: StopRequest, told: set[str],
-    unlisted: dict[str, str],
+    unlisted: dict[str, str], label: str,
 ) -> bool:
     """Make the videos of one batch; returns whether they are whole.
 
-    `told` are the notices given so far; `unlisted` takes in the videos that the manifest could not.
+    `told` are the notices given so far; `unlisted` takes in the videos that the manifest could not; `label` stands
+    beside the progress.
     """
     for job in batch:
         folder.start(job.stem)
@@ -209,7 +212,7 @@ def _render_batch(
     chunks = len(plan.loop.starts(length.latent_frames, given_frames))
     left, whole = length.pixel_frames, True
     with ExitStack() as stack:
-        progress = stack.enter_context(VideoProgress(batch[0].stem, num_chunks=chunks, fps=plan.geometry.fps))
+        progress = stack.enter_context(VideoProgress(label, num_chunks=chunks, fps=plan.geometry.fps))
         paths = [folder.video_path(job.stem) for job in batch]
         writers = [stack.enter_context(VideoWriter(path, fps=plan.geometry.fps)) for path in paths]
         for chunk in engine.stream([job.request for job in batch], length.latent_frames, clock, initial):

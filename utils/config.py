@@ -152,7 +152,7 @@ def load_config(
     files = _read_with_bases(Path(path))
     sets = [_normalised(read_override(text)) for text in overrides]
     given = _merge([*files, *map(_without_cache, sets)])
-    _check_keys(given)
+    _check_keys(given, policy_fields)
     flags = CacheFlags(policy=policy, is_ds_only=bool(is_ds_only), budget=budget, recent=recent)
     group = cache_group(given, sets, flags, policy_fields)
     used = clip_keys_in_use(given, group)
@@ -167,8 +167,18 @@ def load_config(
     try:
         built = build_policy(name, group)
     except ValueError as error:
-        raise ConfigError(f"{given.name}: {error}") from error
+        raise ConfigError(f"{_culprit(str(error), [given, *sets], flags)}: {error}") from error
     return Config(**settings, kv_cache=MappingProxyType({"policy": name, **asdict(built)}))
+
+
+def _culprit(message: str, layers: Sequence[Layer], flags: CacheFlags) -> str:
+    """Who set the key of the cache that a policy's message begins with: the last of `layers` that did, or a flag."""
+    key = message.partition("=")[0]
+    flag = {"kv_cache.budget_frames": ("--Budget", flags.budget), "kv_cache.recent_frames": ("--Recent", flags.recent)}
+    setters = [layer.where[key] for layer in layers if key in layer.where]
+    if key in flag and flag[key][1] is not None and not any(setter.startswith("--set ") for setter in setters):
+        return " ".join(map(str, flag[key]))
+    return setters[-1] if setters else layers[0].name
 
 
 def load_model_spec(name_or_path: str | Path) -> ModelSpec:
@@ -200,9 +210,13 @@ def load_model_spec(name_or_path: str | Path) -> ModelSpec:
     return ModelSpec(name=path.stem, transformer=MappingProxyType(asdict(transformer)), **values)
 
 
-def _check_keys(given: Layer) -> None:
+def _check_keys(given: Layer, policy_fields: PolicyFields) -> None:
     """Raise ConfigError for unknown keys, and for step lists that leave open what they mean."""
     own = [key for key in given.values if not is_training_key(key)]
+    for key in own:
+        if key == "sink_size" or any(key in names for names in policy_fields.values()):
+            name = "sink_frames" if key == "sink_size" else key
+            raise ConfigError(f"{given.at(key)}: {key} is a key of the cache. Set kv_cache.{name}.")
     refuse_unknown(own, [*rules_of(Config), *GROUPS], given.at, explained="explained in configs/base.yaml")
     upstream = "upstream's names; see configs/base.yaml"
     refuse_unknown(given.group("model_kwargs"), UPSTREAM_KEYS, given.at, prefix="model_kwargs.", explained=upstream)
@@ -233,7 +247,9 @@ def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
     if not path.is_file():
         known = [file.name for file in path.parent.glob("*.yaml")]
         user = f", though {above[-1]} extends it" if above else ""
-        raise ConfigError(f"{path}: no such file{user}.{nearest(path.name, known)}")
+        named = REPOSITORY / "configs" / f"{path.stem}.yaml"
+        hint = f" Did you mean {named}?" if named.is_file() else nearest(path.name, known)
+        raise ConfigError(f"{path}: no such file{user}.{hint}")
     layer = _normalised(read_file(path))
     if "extends" not in layer.values:
         return [layer]

@@ -124,7 +124,7 @@ def _refuse_contradiction(given: Layer, group: Mapping[str, Any]) -> None:
     if kwargs.get("local_attn_size") == -1 and group["policy"] == "full":
         window = -1
     for old, new, value in (("local_attn_size", "window_frames", window), ("sink_size", "sink_frames", sink)):
-        if kwargs.get(old, value) != value:
+        if old in kwargs and kwargs[old] != value:
             raise ConfigError(
                 f"{given.at(f'model_kwargs.{old}')}: model_kwargs.{old}={kwargs[old]!r} contradicts "
                 f"kv_cache.{new}={value!r} ({given.at('kv_cache')}). "

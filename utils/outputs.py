@@ -18,6 +18,7 @@ import math
 import os
 import re
 import time
+import traceback
 import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -221,7 +222,9 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError | ValueError):
         return str(error)
     first_line, _, _ = str(error).partition("\n")  # torch adds its own call stack
-    return f"{type(error).__name__}: {first_line}"
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    where = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in place)
+    return f"{type(error).__name__}: {first_line}{where}"
 
 
 def append_json_line(path: Path, record: Mapping) -> None:

@@ -159,10 +159,10 @@ def load_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: 
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         name = pick(capability, dtype, head_dim, installed())
     elif name in _PACKAGES:
-        if not _is_there(name):
-            raise ValueError(f"attention={name} is not installed. Get it with: {_PACKAGES[name][1]}, or choose auto.")
         if device.type != "cuda" or dtype != torch.bfloat16:
             raise ValueError(f"attention={name} needs a GPU and bfloat16, not {device.type} and {dtype}. Choose auto.")
+        if not _is_there(name):
+            raise ValueError(f"attention={name} is not installed. Get it with: {_PACKAGES[name][1]}, or choose auto.")
     return name, _LOADERS[name]()
 
 

@@ -162,8 +162,12 @@ class Plan:
         `original`: everything as far before the chunk as it was born.
         Several chunks that are remembered jointly are placed as one after the other would be.
 
+        Raises: ValueError for other `positions`.
+
         Source: Deep Forcing, arXiv:2512.05081, section 3; `released` is the authors' code.
         """
+        if positions not in get_args(Positions):
+            raise ValueError(f"positions={positions!r} is not one of {', '.join(get_args(Positions))}.")
         top = sink[:, :0] if top is None else top
         slots = torch.cat([sink, top, tail], dim=1)
         kept, top_frames, tail_frames = (n.shape[1] // view.frame_tokens for n in (slots, top, tail))
@@ -226,6 +230,11 @@ class KVPolicy(ABC):
     @property
     def max_frames(self) -> int | None:
         """The longest video in latent frames; None is any length."""
+        return None
+
+    @property
+    def notice(self) -> str | None:
+        """One line if the fields, though they fit, come to something that their names do not say."""
         return None
 
 

@@ -46,6 +46,15 @@ class ParticipativeCompression(KVPolicy):
         """Top-C, counted in frames."""
         return self.budget_frames - self.sink_frames - self.recent_frames
 
+    @property
+    def notice(self) -> str | None:
+        if self.top_frames > 0:
+            return None
+        return (
+            f"nothing is chosen by participation: kv_cache.sink_frames={self.sink_frames} and recent_frames="
+            f"{self.recent_frames} are the whole budget_frames={self.budget_frames}. Raise it to choose tokens."
+        )
+
     def sizes(self, geometry: VideoGeometry) -> CacheSizes:
         chunk = geometry.chunk_frames
         sizes = CacheSizes.of_window(geometry, self.window_frames, vote_frames=self.recent_frames)
