@@ -88,7 +88,7 @@ def _settings(saved: Saved) -> str:
         text = html.escape(json.dumps(value, indent=1, ensure_ascii=False))
         return f"<details><summary>{html.escape(name)}</summary><pre>{text}</pre></details>"
 
-    errors = [f"<li>{html.escape(row.video)}: {html.escape(row.error)}</li>" for row in saved.rows if row.error]
+    errors = [f"<li>{html.escape(row.video)}: {html.escape(row.error)}</li>" for row in saved.rows if row.failed]
     missing = f'<h2>Missing</h2><ul>{"".join(errors)}</ul>' if errors else ""
     variants = "".join(map(block, saved.variants, saved.variants.values()))
     return missing + block("provenance", saved.provenance) + variants
