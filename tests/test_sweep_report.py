@@ -167,6 +167,18 @@ def test_the_page_is_whole_and_needs_nothing_else(done):
     assert "Main &lt;table&gt;" in text and 'class="quoted"' in text
 
 
+def test_a_page_has_no_empty_heading(done, tmp_path):
+    """Neither of tables nor of figures; the headings are those of parts that are there."""
+    def headings(text: str) -> list[str]:
+        return re.findall("<h2>(.*?)</h2>", text)
+
+    assert headings(page_of(done)[0]) == ["Tables", "Settings"]
+    folder = tmp_path / "copy"
+    shutil.copytree(done, folder)
+    saved = load(folder)
+    assert headings(write_page(saved, Numbers(saved.rows), {}, {}).read_text()) == ["Settings"]
+
+
 def test_curves_on_the_page_are_those_of_the_table(done):
     data, saved = json.loads(page_of(done)[1].scripts[0]), load(done)
     video = data["videos"]["rolling"]["1"]
