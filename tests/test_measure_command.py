@@ -199,6 +199,33 @@ def test_a_metric_that_lacks_its_input_is_left_out(tmp_path, caplog):
     assert {row.video for row in rows if row.metric == "border_flicker"} == {f"v/{n}.mp4" for n in ("a", "b", "ours")}
 
 
+def test_a_metric_is_left_out_for_a_video_too_short_for_it(tmp_path, caplog):
+    """2 s are enough for drift and not for returns: no error, not measured again, told by the name to type."""
+    caplog.set_level("INFO")
+    make_video(tmp_path / "v" / "short.mp4", frames=32)
+    make_video(tmp_path / "v" / "long.mp4", frames=33)
+    table = tmp_path / "t.csv"
+    command = ["measure", str(tmp_path / "v"), "--output", str(table), "--device", "cpu"]
+    said = "left out for 1 of 2 videos: returns: too short to show anything again: more than 2 s are needed"
+    assert main(command) == 0 and caplog.messages.count(said) == 1
+    before = table.read_bytes()
+    caplog.clear()
+    assert main(command) == 0 and table.read_bytes() == before and "2 of 2 videos are measured already" in caplog.text
+    assert caplog.messages.count(said) == 1
+    [row] = [row for row in read_table(table) if row.error]
+    assert row.video == "v/short.mp4" and row.left_out and not row.failed
+    make_video(tmp_path / "v" / "short.mp4", frames=34)
+    assert main(command) == 0 and not any(row.error for row in read_table(table))
+
+
+def test_an_error_is_told_by_the_name_to_type(tmp_path, caplog):
+    """`borders` is chosen, `border_flicker` is what it reports."""
+    make_video(tmp_path / "v" / "a.mp4")
+    assert main(["measure", str(tmp_path / "v"), "--output", str(tmp_path / "t.csv"), "--metrics", "borders",
+                 "--device", "cpu"]) == 1
+    assert "v/a.mp4: borders: the chunk layout is not known" in caplog.text
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_bad_input_costs_a_line_and_the_rest_goes_on(tmp_path, workers):
     """Corrupt, cut short, empty, one frame, another size: each has its line, good videos their values, status 1."""

@@ -17,6 +17,7 @@ from evaluation.metrics.picture import MEASURES, gradient, measures
 from evaluation.metrics.protocol import Choices, Frame, VideoInfo
 from evaluation.metrics.returns import Memory
 from evaluation.metrics.series import clips, ends, means, windows
+from evaluation.metrics.table import LEFT_OUT
 from training.world import render, sample, to_frames
 from utils.video import VideoWriter, open_video
 
@@ -219,6 +220,7 @@ def test_too_short_is_said():
     found = errors(one, "drift", "flicker", "borders", "frozen", "returns", "picture")
     assert set(found) == {"drift", "flicker", "borders", "frozen", "returns"}
     assert "chunk layout" in found["borders"] and "too short" in found["drift"]
+    assert {name for name, why in found.items() if not why.startswith(LEFT_OUT)} == {"borders"}
 
 
 # laws ---------------------------------------------------------------------------------------------

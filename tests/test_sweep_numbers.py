@@ -1,23 +1,46 @@
 """What is made of a sweep's tidy table: means, intervals, curves, and tables beside those that papers print."""
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from evaluation.metrics.catalogue import share_names
+from evaluation.metrics.catalogue import EVERY, _kind, share_names, value_names
 from evaluation.metrics.table import Row
 from evaluation.study.statistics import wilson
 from evaluation.sweep.numbers import MetricName, Numbers
 from evaluation.sweep.quoted import QUOTED, Quoted, read_quoted
 from evaluation.sweep.results import Saved
-from evaluation.sweep.tables import latex, make_grid, markdown, to_html
+from evaluation.sweep.tables import HEADLINES, latex, make_grid, markdown, to_html, write_tables
 from utils.config import ConfigError
 from utils.yaml_files import load_structured
 
 
 def row(method: str, video: int, metric: str, granularity: str, start_s: float | None, value: float) -> Row:
     return Row(f"{method}/{video}.mp4", method, f"prompt {video}", "0", metric, granularity, start_s, value, "by hand")
+
+
+# --- the table of a sweep that names none ---------------------------------------------------------------------
+
+def test_headlines_are_numbers_that_a_metric_gives():
+    """Each by a name that is known, and one at least for every metric."""
+    shown = {column.metric for column in HEADLINES}
+    assert shown <= value_names()
+    for name in EVERY:
+        reported = getattr(_kind(name), "reports", (name,))
+        assert shown & {f"{value}@{granularity}" for value in reported for granularity in _kind(name).granularities}
+
+
+def test_headlines_are_those_that_were_measured(tmp_path):
+    """Drift first; what nothing measured, or two protocols did, is no column; without numbers there is no table."""
+    rows = [row(m, 0, name, "whole", None, 0.5) for m in "ab" for name in ("frozen", "dynamic_degree", "drift")]
+    rows.append(replace(rows[1], protocol="VBench-Long"))
+    saved = Saved(tmp_path, {"tables": {}}, {"a": {}, "b": {}}, [], {}, rows)
+    grid = write_tables(saved, Numbers(rows), tmp_path)["methods"]
+    assert grid.head == ["method", "videos", "drift, Delta E ↓", "frozen, % ↓"]
+    assert [line.name for line in grid.lines] == ["a", "b"] and (tmp_path / "methods.md").is_file()
+    assert write_tables(saved, Numbers([]), tmp_path) == {}
 
 
 # --- numbers --------------------------------------------------------------------------------------------------

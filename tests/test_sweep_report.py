@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -167,6 +168,18 @@ def test_the_page_is_whole_and_needs_nothing_else(done):
     assert "Main &lt;table&gt;" in text and 'class="quoted"' in text
 
 
+def test_a_page_has_no_empty_heading(done, tmp_path):
+    """Neither of tables nor of figures; the headings are those of parts that are there."""
+    def headings(text: str) -> list[str]:
+        return re.findall("<h2>(.*?)</h2>", text)
+
+    assert headings(page_of(done)[0]) == ["Tables", "Settings"]
+    folder = tmp_path / "copy"
+    shutil.copytree(done, folder)
+    saved = load(folder)
+    assert headings(write_page(saved, Numbers(saved.rows), {}, {}).read_text()) == ["Settings"]
+
+
 def test_curves_on_the_page_are_those_of_the_table(done):
     data, saved = json.loads(page_of(done)[1].scripts[0]), load(done)
     video = data["videos"]["rolling"]["1"]
@@ -225,6 +238,17 @@ def test_figures_of_a_sweep(done):
             "forcing_selection_frequency_over_positions.png", "rolling_attention_over_earlier_frames.png",
             "forcing_Jaccard_distance_of_consecutive_selections.png"} <= names
     assert all((done / file).is_file() for file in page_of(done)[1].files)
+
+
+def test_a_report_without_matplotlib_says_what_to_do(done, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(done, folder)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["report", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert "pip install" in said and "--no_figures" in said
+    assert main(["report", str(folder), "--no_figures"]) == 0
 
 
 def test_an_ablation_needs_numbers_on_its_axis(done, tmp_path):

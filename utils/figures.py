@@ -12,16 +12,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+class NoMatplotlibError(ConfigError):
+    """A figure was asked for, and matplotlib is not installed."""
+
+
 @contextmanager
 def saved_figure(path: Path, size: tuple[float, float], dpi: int = 110) -> Iterator[Figure]:
     """A matplotlib figure of `size` in inches that is written to `path` at the end.
 
-    Raises: ConfigError if matplotlib is not installed.
+    Raises: NoMatplotlibError.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError(
+        raise NoMatplotlibError(
             "the figures need matplotlib, which is not installed. Get it with: pip install -e '.[evaluation]'"
         ) from error
     figure = Figure(figsize=size, layout="constrained")

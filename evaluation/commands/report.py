@@ -26,6 +26,8 @@ def run(options: argparse.Namespace) -> int:
     from evaluation.sweep.recorded import draw_recorded
     from evaluation.sweep.results import load
     from evaluation.sweep.tables import markdown, write_tables
+    from utils.config import ConfigError
+    from utils.figures import NoMatplotlibError
     from utils.outputs import check_writable
 
     for folder in options.folders:
@@ -38,6 +40,9 @@ def run(options: argparse.Namespace) -> int:
             print(markdown(grid))
         figures = {}
         if not options.no_figures:
-            figures = draw_figures(saved, numbers, folder / "figures") | draw_recorded(saved, folder / "figures")
+            try:
+                figures = draw_figures(saved, numbers, folder / "figures") | draw_recorded(saved, folder / "figures")
+            except NoMatplotlibError as error:
+                raise ConfigError(f"{error}; or do without the figures: --no_figures") from error
         logger.info("wrote %s", write_page(saved, numbers, grids, figures))
     return 0

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from evaluation.metrics.measuring import log_left_out
     from evaluation.sweep.measure import unit_name
     from evaluation.sweep.results import collect
     from evaluation.sweep.settings import load_sweep
@@ -51,8 +52,9 @@ def run(options: argparse.Namespace) -> int:
     if launch.is_main:
         rows = collect(sweep, tasks, metrics, folder)
         for row in rows:
-            if row.error:  # once, though it failed here as well
+            if row.failed:  # once, though it failed here as well
                 failed.setdefault(unit_name(row.method, Path(row.video).stem), row.error)
+        log_left_out(rows, metrics, sum(len(task.jobs) for task in tasks))
         logger.info("%d rows are in %s", len(rows), folder)
     for name, why in failed.items():
         logger.error("failed: %s: %s", name, why)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from evaluation.metrics.networks import Batches, clip_b32, dino
-from evaluation.metrics.protocol import CannotMeasureError, Choices, Frame, Value, VideoInfo
+from evaluation.metrics.protocol import Choices, Frame, TooShortError, Value, VideoInfo
 from evaluation.metrics.series import CLIP_S
 
 
@@ -59,7 +59,7 @@ class ConsistencyReader:
         for feature in self.batches.rest():
             self._take(feature)
         if self.count < 2:
-            raise CannotMeasureError("consistency needs two frames or more")
+            raise TooShortError("consistency needs two frames or more")
         if self.count % self.clip_frames:  # the last clip is extended backwards to its full length
             self.clips.append(consistency(torch.stack(list(self.recent))))
         return [

@@ -15,7 +15,7 @@ from collections import deque
 import numpy as np
 
 from evaluation.metrics.picture import gradient
-from evaluation.metrics.protocol import CannotMeasureError, Frame, Value, VideoInfo
+from evaluation.metrics.protocol import Frame, TooShortError, Value, VideoInfo
 from evaluation.metrics.series import ENDS_S
 
 SAMPLES_PER_S = 4.0
@@ -90,7 +90,7 @@ class DriftReader:
     def values(self) -> list[Value]:
         reach = int(min(ENDS_S, self.frames / self.fps / 2))
         if reach < 1:
-            raise CannotMeasureError(f"{self.frames} frames are under 2 s: too short to drift")
+            raise TooShortError("too short to drift: 2 s are needed")
         first, last = [self.seconds[second] for second in range(reach)], self._last(reach)
         weights = [looks.count for looks in first]
         then = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from evaluation.metrics.protocol import CannotMeasureError, Frame, Value, VideoInfo
+from evaluation.metrics.protocol import Frame, TooShortError, Value, VideoInfo
 from evaluation.metrics.series import clips, means
 from utils.config import ConfigError
 
@@ -63,7 +63,7 @@ class FlowReader:
 
     def values(self) -> list[Value]:
         if not self.speeds:
-            raise CannotMeasureError("motion needs two frames that are an eighth of a second apart")
+            raise TooShortError("motion needs two frames that are an eighth of a second apart")
         samples_per_s = self.fps / self.every
         found = [
             Value("flow", "whole", None, float(np.mean(self.speeds))),

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 
 from evaluation.metrics.networks import AestheticHead, Batches, ClipImagesAndText, aesthetic, clip_b32
-from evaluation.metrics.protocol import NO_PROMPT, CannotMeasureError, Choices, Frame, Value, VideoInfo
+from evaluation.metrics.protocol import NO_PROMPT, CannotMeasureError, Choices, Frame, TooShortError, Value, VideoInfo
 from evaluation.metrics.series import WINDOW_S, clips, means, of_frames
 
 WINDOW_FRAMES = 8  # looked at in each window, each in the middle of its eighth
@@ -49,7 +49,7 @@ class ClipScoreReader:
     def values(self) -> list[Value]:
         self.scores += [100 * float(feature @ self.text) for feature in self.batches.rest()]
         if not self.scores:
-            raise CannotMeasureError(f"{self.frames} frames are too few: the first one looked at is at 0.6 s")
+            raise TooShortError("too short: the first frame looked at is at 0.6 s")
         series = np.full(self.frames, np.nan)
         series[self.looked_at] = self.scores
         found = means(series, self.fps, WINDOW_S)

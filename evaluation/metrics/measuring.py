@@ -6,7 +6,7 @@ import logging
 import math
 import multiprocessing
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from evaluation.metrics.catalogue import ASKS, make_metrics
-from evaluation.metrics.protocol import CannotMeasureError, Choices, Frame, Metric, Value, VideoInfo
-from evaluation.metrics.table import Row, append, read_table
+from evaluation.metrics.protocol import CannotMeasureError, Choices, Frame, Metric, TooShortError, Value, VideoInfo
+from evaluation.metrics.table import LEFT_OUT, Row, append, read_table
 from evaluation.metrics.videos import Video
 from utils.video import open_video
 
@@ -32,7 +32,7 @@ class Measured:
     """What came out of one video; every metric is in one of the two."""
 
     values: dict[str, list[Value]] = field(default_factory=dict)  # metric name -> values
-    errors: dict[str, str] = field(default_factory=dict)          # metric name -> why there are none
+    errors: dict[str, str] = field(default_factory=dict)          # metric name -> why there are none; see LEFT_OUT
     num_frames: int = 0
 
 
@@ -73,7 +73,8 @@ def measure_videos(
     """Measure what the table lacks and add it, video by video; returns how many videos had an error.
 
     A video counts as measured if its file is unchanged and every chosen metric has values of its protocol. A metric
-    that a group brought along is left out, with one line in the log, for videos of which it lacks what it asks.
+    that a group brought along is left out, with one line in the log, for videos of which it lacks what it asks; and
+    every metric is for videos that are too short for it, which the table remembers.
     Arguments: names as `make_metrics` takes them; workers, processes that measure a video each.
     Raises: ConfigError, before any video is opened, for metrics that cannot be made.
     """
@@ -87,7 +88,7 @@ def measure_videos(
             name for name, (fact, _) in ASKS.items()
             if name not in names and not getattr(video, fact) and any(metric.name == name for metric in metrics)
         }
-        left_out.update(lacking)
+        left_out.update((name, ASKS[name][1]) for name in lacking)
         content, before = _content(video.path), known.get(video.name, [])
         unchanged = any(row.metric == FILE and row.protocol == content for row in before)
         todo = tuple(
@@ -96,19 +97,34 @@ def measure_videos(
         )
         if todo:
             jobs.append(_Job(video, todo, content, stale=bool(before) and not unchanged))
-    for name, count in left_out.items():
-        logger.info("left out for %d of %d videos: %s: %s", count, len(videos), name, ASKS[name][1])
+    _log_counts(left_out, len(videos))
     if len(jobs) < len(videos):
         logger.info("%d of %d videos are measured already and are skipped", len(videos) - len(jobs), len(videos))
-    failed = 0
+    failed, chosen = 0, {metric.reports[0]: metric.name for metric in metrics}  # by what an error's row says
     for number, (job, rows) in enumerate(_results(jobs, metrics, choices, min(workers, len(jobs))), 1):
         append(table, rows, replacing={job.video.name} if job.stale else ())
         logger.info("[%d/%d] %s", number, len(jobs), job.video.name)
         for row in rows:
-            if row.error:
-                logger.error("%s: %s: %s", job.video.name, row.metric, row.error)
-        failed += any(row.error for row in rows)
-    return failed + _note_sizes(videos, table)
+            if row.failed:
+                logger.error("%s: %s: %s", job.video.name, chosen.get(row.metric, row.metric), row.error)
+        failed += any(row.failed for row in rows)
+    ours = {video.name: video for video in videos}
+    rows = [row for row in read_table(table) if row.video in ours]
+    log_left_out(rows, metrics, len(videos))
+    return failed + _note_sizes(ours, rows, table)
+
+
+def log_left_out(rows: Sequence[Row], metrics: Sequence[Metric], num_videos: int) -> None:
+    """One line for each of `metrics` that is left out of some videos, and why; `rows` are those of the videos."""
+    counts = Counter()
+    for metric in metrics:
+        counts.update((metric.name, row.error.removeprefix(LEFT_OUT)) for row in rows if _is_left_out(metric, row))
+    _log_counts(counts, num_videos)
+
+
+def _log_counts(counts: Counter[tuple[str, str]], num_videos: int) -> None:
+    for (name, why), count in counts.items():
+        logger.info("left out for %d of %d videos: %s: %s", count, num_videos, name, why)
 
 
 @dataclass(frozen=True)
@@ -183,19 +199,22 @@ def _row(video: Video, metric: str, granularity: str, start_s, value, protocol: 
 
 def _has(metric: Metric, rows: Sequence[Row]) -> bool:
     good = {row.metric for row in rows if row.protocol == metric.protocol and not row.error}
-    return set(metric.reports) <= good
+    return set(metric.reports) <= good or any(_is_left_out(metric, row) for row in rows)
 
 
-def _note_sizes(videos: Sequence[Video], table: Path) -> int:
+def _is_left_out(metric: Metric, row: Row) -> bool:
+    return row.left_out and (row.metric, row.protocol) == (metric.reports[0], metric.protocol)
+
+
+def _note_sizes(ours: Mapping[str, Video], rows: Sequence[Row], table: Path) -> int:
     """Note each video whose size is not the usual one of its method; returns how many there are."""
-    rows, ours = read_table(table), {video.name: video for video in videos}
     sizes: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row.metric in ("height", "width") and row.video in ours:
+        if row.metric in ("height", "width"):
             sizes.setdefault(row.video, {})[row.metric] = row.value
     shown = {name: f"{size['height']:.0f}x{size['width']:.0f}" for name, size in sizes.items()}
     odd = []
-    for method in {video.method for video in videos}:
+    for method in {video.method for video in ours.values()}:
         of_method = {name: size for name, size in shown.items() if ours[name].method == method}
         usual = Counter(of_method.values()).most_common(1)
         odd += [
@@ -226,4 +245,6 @@ def _content(path: Path) -> str:
 def _reason(error: Exception) -> str:
     """One line of why."""
     text = " ".join(str(error).split())
+    if isinstance(error, TooShortError):
+        return f"{LEFT_OUT}{text}"
     return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"

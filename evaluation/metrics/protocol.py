@@ -29,6 +29,13 @@ class CannotMeasureError(ValueError):
     """This video does not have what the metric needs; the message becomes the error of its row."""
 
 
+class TooShortError(CannotMeasureError):
+    """The video is whole, and the metric says nothing of one so short: it is left out, which is no failure.
+
+    The message says what is needed, not what there is: the log counts the videos of one message together.
+    """
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """What is known of a video before its first frame. Units: fps in pixel frames a second, sizes in pixels."""
@@ -98,7 +105,7 @@ class Reader(Protocol):
         """Take the next frame."""
 
     def values(self) -> Iterable[Value]:
-        """All values, once every frame was added. Raises CannotMeasureError, such as for a video too short."""
+        """All values, once every frame was added. Raises CannotMeasureError; for a short video TooShortError."""
 
 
 class Metric(Protocol):

@@ -11,7 +11,7 @@ from statistics import median
 import numpy as np
 
 from evaluation.analysers.stability import LEAP, RETURN, SMALLEST_LEAP
-from evaluation.metrics.protocol import CannotMeasureError, Frame, Value, VideoInfo
+from evaluation.metrics.protocol import Frame, TooShortError, Value, VideoInfo
 from evaluation.metrics.series import means
 
 EARLIER_S = 2.0        # what lies further back than this is earlier
@@ -100,7 +100,7 @@ class ReturnsReader:
     def values(self) -> list[Value]:
         seconds = len(self.again) / self.fps
         if seconds <= EARLIER_S:
-            raise CannotMeasureError(f"{seconds:.2f} s show nothing again: more than {EARLIER_S:g} are needed")
+            raise TooShortError(f"too short to show anything again: more than {EARLIER_S:g} s are needed")
         found = [
             Value("repetition", "whole", None, float(np.nanmean(self.again))),
             Value("rollbacks", "whole", None, 60 * self.rollbacks / seconds),

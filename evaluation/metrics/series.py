@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evaluation.metrics.protocol import CannotMeasureError, Granularity, Value
+from evaluation.metrics.protocol import CannotMeasureError, Granularity, TooShortError, Value
 
 CLIP_S, WINDOW_S = 2.0, 10.0  # VBench-Long's clips; PackForcing's windows of the CLIP score
 ENDS_S, ENDS_SHARE = 5.0, 0.15
@@ -55,8 +55,10 @@ def ends(values: Sequence[float], fps: float) -> dict[Granularity, tuple[float, 
 
 def of_frames(name: str, values: Sequence[float], fps: float, *, drift: bool) -> list[Value]:
     """A frame-wise metric's mean over the video, its seconds, and `<name>_drift`: |first - last| of both `ends`."""
-    if not len(values) or np.isnan(values).all():
-        raise CannotMeasureError("the video has too few frames for this metric")
+    if np.isnan(values).all():  # of none as well
+        if len(values) < 2:
+            raise TooShortError("a single frame is too few for this metric")
+        raise CannotMeasureError("no frame has a value")
     found = [Value(name, "whole", None, float(np.nanmean(values)))]
     found += [Value(name, "second", start, value) for start, value in means(values, fps, 1.0)]
     if drift:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 
 from evaluation.analysers.stability import border_steps
-from evaluation.metrics.protocol import NO_CHUNKS, CannotMeasureError, Frame, Value, VideoInfo
+from evaluation.metrics.protocol import NO_CHUNKS, CannotMeasureError, Frame, TooShortError, Value, VideoInfo
 from evaluation.metrics.series import of_frames
 
 STILL_LEVELS = 1.0   # no cell changes by more, of 255: a re-encoded still picture stays below
@@ -66,7 +66,7 @@ class BordersReader:
     def values(self) -> list[Value]:
         within, at_border = border_steps(np.array(self.steps), self.chunks)
         if np.isnan(within) or np.isnan(at_border):
-            raise CannotMeasureError(f"{len(self.steps)} frames hold no chunk border and frames within chunks")
+            raise TooShortError("too short: a chunk border and frames within chunks are needed")
         return [Value("border_flicker", "whole", None, at_border - within)]
 
 
@@ -104,5 +104,5 @@ class FrozenReader:
 
     def values(self) -> list[Value]:
         if len(self.still) < 2:
-            raise CannotMeasureError("a single frame neither moves nor stands still")
+            raise TooShortError("a single frame neither moves nor stands still")
         return of_frames("frozen", self.still, self.fps, drift=False)

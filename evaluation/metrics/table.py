@@ -1,7 +1,8 @@
 """The tidy table: one row per (video, metric, granularity, start_s), as CSV, or as Parquet with pyarrow.
 
-A row has a value or an error, never both. Rows of one (video, metric) are added together, under a lock and with
-one rename, so any number of processes may share a table and none sees half of it.
+A row has a value or an error, never both. An error that begins with LEFT_OUT is no failure: the metric says nothing of
+such a video. Rows of one (video, metric) are added together, under a lock and with one rename, so any number of
+processes may share a table and none sees half of it.
 """
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ except ImportError:
     fcntl = None
 
 DIGITS = 9
+LEFT_OUT = "left out: "
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,15 @@ class Row:
                 f"{self.video}, {self.metric}: value={self.value} with error={self.error!r}. "
                 "A row holds a finite number, or says why it has none"
             )
+
+    @property
+    def failed(self) -> bool:
+        """Whether there should be a value; not so if the metric is left out."""
+        return bool(self.error) and not self.left_out
+
+    @property
+    def left_out(self) -> bool:
+        return self.error.startswith(LEFT_OUT)
 
 
 COLUMNS = tuple(field.name for field in fields(Row))

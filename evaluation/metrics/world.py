@@ -10,7 +10,7 @@ from dataclasses import fields
 import numpy as np
 
 from evaluation.analysers import PROPERTIES, PerFrame, PerVideo, analyse
-from evaluation.metrics.protocol import NO_CHUNKS, CannotMeasureError, Frame, Value, VideoInfo
+from evaluation.metrics.protocol import NO_CHUNKS, CannotMeasureError, Frame, TooShortError, Value, VideoInfo
 from evaluation.study.scores import pace_name, row_of, speed_ratio
 from training.world import CaptionError, Clip, Truth, parse_caption
 
@@ -55,6 +55,8 @@ class WorldReader:
         self.frames.append(frame.rgb)
 
     def values(self) -> list[Value]:
+        if len(self.frames) < 2:
+            raise TooShortError("a single frame shows no motion: two frames or more are needed")
         video, said = self.video, self.said
         analysis = analyse(np.stack(self.frames), said, video.fps, video.chunks)
         row = row_of(Clip(0, "", video.prompt, said, said, None), analysis)

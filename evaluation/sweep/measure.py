@@ -60,14 +60,14 @@ def rows_path(folder: Path, task: Task, job: Job, metric: Metric) -> Path:
 
 
 def _missing(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> list[Metric]:
-    """Metrics without rows, or whose rows end in an error, or were made by another protocol."""
+    """Metrics without rows, or whose rows end in a failure, or were made by another protocol."""
     def is_there(metric: Metric) -> bool:
         try:
             rows = read_ends(rows_path(folder, task, job, metric))  # written whole, an error last
         except ValueError as error:
             logger.warning("measured again, since its table is damaged: %s", error)
             return False
-        return bool(rows) and all(row.protocol == metric.protocol and not row.error for row in rows)
+        return bool(rows) and all(row.protocol == metric.protocol and not row.failed for row in rows)
 
     return [metric for metric in metrics if not is_there(metric)]
 
@@ -85,7 +85,7 @@ def _measure(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> N
         rows = [row(v.metric, v.granularity, v.start_s, v.value) for v in values.get(metric.name, ())]
         if metric.name in failed:
             rows.append(row(metric.reports[0], "", None, None, failed[metric.name]))
-            errors.append(failed[metric.name])
+            errors += [failed[metric.name]] if rows[-1].failed else []
         path = rows_path(folder, task, job, metric)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_csv(rows, path)

@@ -100,9 +100,12 @@ class Numbers:
 
     def protocol(self, name: MetricName, protocol: str = "") -> str:
         """How the number was made; empty if nobody has it."""
-        said = {row.protocol for (_, metric, granularity), rows in self._rows.items() for row in rows
-                if (metric, granularity) == (name.metric, name.granularity) and protocol in row.protocol}
-        return "; ".join(sorted(said))
+        return "; ".join(self.protocols(name, protocol))
+
+    def protocols(self, name: MetricName, protocol: str = "") -> list[str]:
+        """All by which it was made; `protocol` is a part of those meant."""
+        return sorted({row.protocol for (_, metric, granularity), rows in self._rows.items() for row in rows
+                       if (metric, granularity) == (name.metric, name.granularity) and protocol in row.protocol})
 
     def _by_prompt(self, videos: Mapping[str, float | list[float]]) -> list[np.ndarray]:
         """Means over each prompt's videos of what they know; NaN where none does."""

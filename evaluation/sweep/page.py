@@ -40,7 +40,8 @@ def write_page(saved: Saved, numbers: Numbers, grids: Mapping[str, Grid], figure
         title=html.escape(title), css=(here / "page.css").read_text(), js=(here / "page.js").read_text(), data=data,
         model=html.escape(f"model {saved.provenance['model']}, seeds {saved.provenance['seeds']}, "
                           f"made on {saved.provenance['device']}"),
-        tables="".join(map(to_html, grids.values())), figures=drawn, settings=_settings(saved),
+        tables=_part("Tables", "".join(map(to_html, grids.values()))), figures=_part("Figures", drawn),
+        settings=_settings(saved),
     ).encode())
     return path
 
@@ -82,13 +83,18 @@ def by_second(start_s: Sequence[float], values: Sequence[float]) -> list[float |
     ]
 
 
+def _part(heading: str, content: str) -> str:
+    """Nothing if there is nothing to show."""
+    return f"<h2>{heading}</h2>\n{content}\n" if content else ""
+
+
 def _settings(saved: Saved) -> str:
     """Provenance, and what decides the pixels of every method, to unfold."""
     def block(name: str, value: Any) -> str:
         text = html.escape(json.dumps(value, indent=1, ensure_ascii=False))
         return f"<details><summary>{html.escape(name)}</summary><pre>{text}</pre></details>"
 
-    errors = [f"<li>{html.escape(row.video)}: {html.escape(row.error)}</li>" for row in saved.rows if row.error]
+    errors = [f"<li>{html.escape(row.video)}: {html.escape(row.error)}</li>" for row in saved.rows if row.failed]
     missing = f'<h2>Missing</h2><ul>{"".join(errors)}</ul>' if errors else ""
     variants = "".join(map(block, saved.variants, saved.variants.values()))
     return missing + block("provenance", saved.provenance) + variants
@@ -121,11 +127,7 @@ TEMPLATE = """<!DOCTYPE html>
 <div id="methods"></div>
 <div id="players"></div>
 <div id="curves"></div>
-<h2>Tables</h2>
-{tables}
-<h2>Figures</h2>
-{figures}
-<h2>Settings</h2>
+{tables}{figures}<h2>Settings</h2>
 {settings}
 <script type="application/json" id="data">{data}</script>
 <script>

@@ -84,7 +84,7 @@ class Sweep:
     batch_size: int = 1                                 # videos made side by side
     metrics: list[str] = field(default_factory=list)    # as --metrics of `python -m evaluation measure`
     vlm: str = ""                                       # MODULE:FUNCTION that visual_stability asks
-    tables: dict[str, Table] = field(default_factory=dict)
+    tables: dict[str, Table] = field(default_factory=dict)  # empty: one of headline numbers, see tables.py
     ablations: dict[str, Ablation] = field(default_factory=dict)
     record: Recording = field(default_factory=Recording)
     shown: int = 4                                      # prompts on the page and in the grids

@@ -4,7 +4,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,31 @@ from evaluation.study.statistics import Interval
 from evaluation.sweep.numbers import MetricName, Numbers
 from evaluation.sweep.quoted import read_quoted
 from evaluation.sweep.results import Saved
+from evaluation.sweep.settings import Column, Table
 from utils.files import write_atomically
 
 NOTHING, MARK = "–", "quoted"
 LATEX = {"\\": r"\textbackslash{}", **{c: f"\\{c}" for c in "&%$#_{}"}, "~": r"\textasciitilde{}",
          "^": r"\textasciicircum{}", "–": "--"}
+HEADLINES = (  # of a sweep that names no table; at least one for every metric
+    Column("drift@whole", "drift, Delta E", "lower"),
+    Column("world_background_drift@whole", "background drift", "lower", digits=4),
+    Column("world_rate_colour@whole", "colour right, %", "higher", 100, 1),
+    Column("clip_score@whole", "CLIP score", "higher"),
+    Column("aesthetic_quality@whole", "aesthetic", "higher", 100),
+    Column("subject_consistency@whole", "subject", "higher", 100),
+    Column("background_consistency@whole", "background", "higher", 100),
+    Column("visual_stability@whole", "visual stability", "higher"),
+    Column("frozen@whole", "frozen, %", "lower", 100, 1),
+    Column("repetition@whole", "seen before, %", "none", 100, 1),  # periodic motion is, too
+    Column("dynamic_degree@whole", "dynamic, %", "higher", 100, 1),
+    Column("temporal_flickering@whole", "without flicker", "none", 100),  # a still picture has none
+    Column("border_flicker@whole", "step at borders", "lower"),
+    Column("shot_cuts@whole", "cuts", "lower"),
+    Column("brisque@whole", "BRISQUE", "lower", digits=1),
+    Column("brightness_drift@first_last_15pct", "brightness drift", "lower", digits=3),
+)
+MOST_HEADLINES = 5
 
 
 @dataclass(frozen=True)
@@ -84,10 +104,17 @@ def make_grid(table: Mapping[str, Any], saved: Saved, numbers: Numbers) -> Grid:
     return Grid(table["title"], ["method", "videos", *(_headed(column) for column in columns)], lines, notes)
 
 
+def headline_table(numbers: Numbers) -> dict[str, dict[str, Any]]:
+    """A table of all methods and the first few of HEADLINES that were measured, each by one protocol; or none."""
+    known = [column for column in HEADLINES if len(numbers.protocols(MetricName.parse(column.metric))) == 1]
+    return {"methods": asdict(Table("Methods", columns=known[:MOST_HEADLINES]))} if known else {}
+
+
 def write_tables(saved: Saved, numbers: Numbers, folder: Path) -> dict[str, Grid]:
-    """Write every table of the sweep as .md, .tex and .html."""
+    """Write every table of the sweep as .md, .tex and .html; one of headline numbers if the sweep names none."""
     folder.mkdir(parents=True, exist_ok=True)
-    grids = {name: make_grid(table, saved, numbers) for name, table in saved.sweep["tables"].items()}
+    tables = saved.sweep["tables"] or headline_table(numbers)
+    grids = {name: make_grid(table, saved, numbers) for name, table in tables.items()}
     for name, grid in grids.items():
         for suffix, text in ((".md", markdown(grid)), (".tex", latex(grid)), (".html", to_html(grid))):
             write_atomically(folder / f"{name}{suffix}", text.encode())
