@@ -111,7 +111,7 @@ def test_what_a_loop_computes_jointly_is_counted() -> None:
     """Rolling Forcing's pass holds five chunks, LongLive's change of prompt three: so much more work space than one."""
     def work(policy: str, *overrides: str) -> int:
         plan = Setting(policy=policy, model="tiny", overrides=overrides).plan(CPU)
-        return memory.estimate_bytes(plan, 1)["transformer_work"]
+        return memory._transformer_bytes(plan, 1)["transformer_work"]
 
     assert work("rolling_forcing") > 3.5 * work("rolling_forcing", "pipeline=chunkwise")
     kept, anew = (work("longlive", f"on_switch={way}") for way in ("keep", "recache"))
