@@ -35,7 +35,7 @@ from utils.config_schema import nearest
 from utils.devices import choose_device, choose_vae_device
 from utils.launch import Launch, read_launch, wait_for_others
 from utils.outputs import OutputFolder, check_writable, reason
-from utils.prompts import PromptItem, load_prompts, shard
+from utils.prompts import VIDEO_SUFFIXES, PromptItem, load_prompts, shard
 from wan.backends import NAMES as BACKENDS
 from wan.kv_cache.policy import build_policy, policy_fields
 
@@ -157,6 +157,8 @@ def run(options: argparse.Namespace) -> int:
         check_writable(options.output_folder)
         warn_of_words(plan, [text for item in items for text in item.texts])
         print(describe(plan, length, options.batch_size))
+        if any(item.source is not None and item.source.suffix.lower() in VIDEO_SUFFIXES for item in items):
+            print("sources   taken for one frame here; videos are read when they are continued")
         print(f"prompts   {len(items)} x {options.num_samples} samples -> {options.output_folder}")
         return 0
     folder = OutputFolder(options.output_folder, overwrite=options.overwrite)

@@ -46,8 +46,8 @@ def video_length(plan: RunPlan, pixel_frames: int, *, given_frames: int) -> Leng
     asked = g.latent_frames(pixel_frames)
     if asked <= given_frames:
         raise ConfigError(
-            f"the length asked for is {asked} latent frames, and {given_frames} of them are given: nothing is left to "
-            "generate. Ask for more than the source has, with --num_output_frames or --seconds."
+            f"the source alone fills the {asked} latent frames asked for ({pixel_frames / g.fps:.1f} s): nothing is "
+            "left to generate. The length counts the source: ask for more, with --num_output_frames or --seconds."
         )
     try:
         whole = plan.loop.latent_frames(pixel_frames, given_frames)

@@ -18,6 +18,7 @@ from pipeline.chunkwise import ChunkwisePipeline
 from pipeline.rolling_forcing import RollingForcingPipeline, joint_span, windows
 from pipeline.sampler import FewStepSampler
 from pipeline.timeline import OnSwitch
+from utils.outputs import reason
 from wan.geometry import ChunkSpan, VideoGeometry
 from wan.kv_cache.cache import KVCache
 from wan.kv_cache.layer import LayerCache
@@ -119,7 +120,7 @@ class Loop(ABC):
         Args:
             draw: gives queries, keys and values for a shape.
         Yields: what is denoised, and the layer while its plan is in place.
-        Raises: ValueError for a plan that keeps slots out of order, or shows some that it does not keep.
+        Raises: ValueError for a policy that fails, or plans to keep slots out of order or to show some that go.
         """
         g = self.geometry
         unit = dataclasses.replace(
@@ -130,7 +131,11 @@ class Loop(ABC):
 
         def run(span: ChunkSpan, *, lookahead: bool = False) -> LayerCache:
             cache.begin(span, lookahead=lookahead)
-            cache.layer(0).extend(*(draw(1, span.frames * unit.frame_tokens, 1, 12) for _ in range(3)))
+            try:
+                cache.layer(0).extend(*(draw(1, span.frames * unit.frame_tokens, 1, 12) for _ in range(3)))
+            except Exception as error:
+                name = type(self.policy).__name__
+                raise ValueError(f"{name}, at latent frame {span.start}: {reason(error)}") from error
             _check_order(self.policy, cache.layer(0).plan)
             return cache.layer(0)
 

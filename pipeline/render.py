@@ -210,6 +210,10 @@ def _render_batch(
         logger.info("%s", length.notice)
         told.add(length.notice)
     chunks = len(plan.loop.starts(length.latent_frames, given_frames))
+    if source is not None:
+        shown = plan.geometry.pixel_frames(given_frames)
+        new_s = (length.pixel_frames - shown) / plan.geometry.fps
+        logger.info("%s: continues %s, of which it shows %d frame(s); %.1f s are new", label, source.name, shown, new_s)
     left, whole = length.pixel_frames, True
     with ExitStack() as stack:
         progress = stack.enter_context(VideoProgress(label, num_chunks=chunks, fps=plan.geometry.fps))

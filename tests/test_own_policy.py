@@ -33,6 +33,8 @@ class Mine(KVPolicy):
     def plan(self, view: CacheView) -> Plan:
         tail = view.last(min(view.num_frames, 9))
         plan = Plan.of(view, sink=view.first(0), tail=tail, positions=self.positions)
+        if self.fault == "code":
+            raise KeyError("oh")
         if self.fault == "order":
             return replace(plan, retain=tail.flip(1))
         return replace(plan, retain=tail[:, view.frame_tokens:]) if self.fault == "lost" else plan
@@ -47,6 +49,7 @@ def windows(policy: KVPolicy) -> list[float]:
 @pytest.mark.parametrize("policy, words", [
     (Mine(positions="releasd"), "positions='releasd' is not one of released, unified, contiguous, original"),
     (Mine(fault="order"), "Mine plans `retain` out of order"),
+    (Mine(fault="code"), r"Mine, at latent frame 0: KeyError: 'oh' \(test_own_policy.py, line"),
     (Mine(fault="lost"), "Mine plans to see slots that it does not keep"),
 ])
 def test_a_wrong_plan_is_told_before_anything_is_loaded(policy: KVPolicy, words: str) -> None:
@@ -67,6 +70,17 @@ def test_a_switch_without_effect_is_told(caplog: pytest.LogCaptureFixture, polic
     item, length = PromptItem(0, "a", None, None, later=((1.0, "b"),)), video_length(plan, 48, given_frames=0)
     check_timelines(plan, [item], length, given_frames=0)
     assert (f"on_switch={on_switch} changes nothing: policy Mine" in caplog.text) == is_told
+
+
+@pytest.mark.parametrize("tail", [-1, 4])
+def test_a_tail_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch, tail: int) -> None:
+    """Before anything is forgotten: three frames are remembered."""
+    monkeypatch.setattr(Mine, "tail_frames", lambda self, num_frames, has_forgotten, chunk_frames: tail)
+    cache = make_tiny().cache(Mine())
+    cache.seen_frames, cache.layer(0).store.length = 3, 3 * make_tiny().geometry.frame_tokens
+    with pytest.raises(ValueError, match=f"Mine.tail_frames says {tail} of 3 remembered frames"):
+        cache.forget_newest()
+    assert cache.seen_frames == 3
 
 
 def test_a_budget_that_leaves_nothing_to_choose_is_told() -> None:

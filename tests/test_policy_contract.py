@@ -111,6 +111,16 @@ def test_sinks_are_always_attended(name: str) -> None:
     assert most == SINKS[name] * view.frame_tokens > 0
 
 
+def test_the_tail_is_whole_and_newest(policy: KVPolicy) -> None:
+    """What a new prompt may forget: frames in a row that end with the newest, each whole, none of them a sink."""
+    sinks = getattr(policy, "sink_frames", getattr(policy, "anchor_frames", 0))
+    for _, view, _, _ in walk(policy):
+        tail = policy.tail_frames(view.num_frames, view.has_forgotten, view.chunk_frames)
+        assert 0 <= tail <= max(0, view.num_frames - sinks)
+        kept = view.origin[:, view.length - tail * view.frame_tokens:].unflatten(1, (tail, view.frame_tokens))
+        assert torch.equal(kept, (view.start - torch.arange(tail, 0, -1)).view(1, -1, 1).expand_as(kept).int())
+
+
 def test_the_newest_frame_is_always_attended(policy: KVPolicy) -> None:
     """Chunks join seamlessly because each sees the frame before it."""
     for _, view, plan, _ in walk(policy):

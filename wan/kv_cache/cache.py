@@ -93,6 +93,11 @@ class KVCache:
         """
         remembered = self._layers[0].store.length // self._frame_tokens
         frames = self._policy.tail_frames(remembered, self.seen_frames > remembered, self._chunk_frames)
+        if not 0 <= frames <= remembered:
+            raise ValueError(
+                f"{type(self._policy).__name__}.tail_frames says {frames} of {remembered} remembered frames. Return "
+                "how many of the newest are whole and no sinks."
+            )
         for layer in self._layers:
             layer.forget_newest(frames * self._frame_tokens, frames // self._chunk_frames)
         self._moment, self.seen_frames = None, self.seen_frames - frames

@@ -9,6 +9,8 @@ def import_all() -> None:
     for module in pkgutil.iter_modules(__path__):
         try:
             importlib.import_module(f"{__name__}.{module.name}")
+        except ValueError:  # two policies of one name: which one is meant, nobody knows
+            raise
         except Exception as error:
             logging.getLogger(__name__).warning(
                 "%s/%s.py cannot be imported, so its policy is not there: %s: %s",
