@@ -93,8 +93,20 @@ def test_a_budget_that_leaves_nothing_to_choose_is_told() -> None:
 def test_a_broken_file_is_left_out(tmp_path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """With its name and the error, and all other policies are there."""
     (tmp_path / "mine.py").write_text("import torc\n")
+    (tmp_path / "mine_too.py").write_text("raise ValueError('no')\n")
     monkeypatch.setattr(wan.kv_cache.policies, "__path__", [str(tmp_path), *wan.kv_cache.policies.__path__])
     caplog.set_level(logging.WARNING)
     wan.kv_cache.policies.import_all()
+    assert "mine_too.py cannot be imported, so its policy is not there: ValueError: no" in caplog.text
     assert "mine.py cannot be imported, so its policy is not there: ModuleNotFoundError: No module named" in caplog.text
     assert importlib.import_module("wan.kv_cache.policies.sink") and build_policy("rolling", {"window_frames": 3})
+
+
+def test_two_policies_of_one_name_end_the_run(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which one is meant cannot be known, whichever file is read first."""
+    (tmp_path / "again.py").write_text(
+        "from wan.kv_cache.policy import register\n\n\n@register('rolling')\nclass Again:\n    pass\n"
+    )
+    monkeypatch.setattr(wan.kv_cache.policies, "__path__", [str(tmp_path), *wan.kv_cache.policies.__path__])
+    with pytest.raises(ValueError, match="'rolling' is registered twice: wan.kv_cache.policies.rolling and .*again"):
+        wan.kv_cache.policies.import_all()

@@ -102,7 +102,7 @@ def measure_videos(
         logger.info("%d of %d videos are measured already and are skipped", len(videos) - len(jobs), len(videos))
     failed, chosen = 0, {metric.reports[0]: metric.name for metric in metrics}  # by what an error's row says
     for number, (job, rows) in enumerate(_results(jobs, metrics, choices, min(workers, len(jobs))), 1):
-        known_rows = () if job.stale else known.get(job.video.name, ())
+        known_rows = set() if job.stale else {*known.get(job.video.name, ())}
         append(table, [row for row in rows if row not in known_rows], replacing={job.video.name} if job.stale else ())
         logger.info("[%d/%d] %s", number, len(jobs), job.video.name)
         for row in rows:

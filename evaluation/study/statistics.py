@@ -45,6 +45,14 @@ def bootstrap_ratio(above: Sequence[float], below: Sequence[float], seed: int = 
         return Interval(float(a.mean() / b.mean()), *_middle(a[chosen].mean(1) / b[chosen].mean(1)))
 
 
+def means(values: Sequence) -> np.ndarray:
+    """Mean [...] over the first axis of values [n, ...], None or NaN where nothing is known; NaN where none knows."""
+    sample = _sample(values)
+    known = np.isfinite(sample)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, sample, 0).sum(0) / known.sum(0)
+
+
 def means_and_ends(values: Sequence, *, shares: bool) -> np.ndarray:
     """Mean, low and high end over the first axis, videos; honest for a few of them, where a bootstrap is too sure.
 
@@ -57,8 +65,8 @@ def means_and_ends(values: Sequence, *, shares: bool) -> np.ndarray:
     sample = _sample(values)
     known = np.isfinite(sample)
     count = known.sum(0)
+    mean = means(sample)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(known, sample, 0).sum(0) / count
         if shares:
             middle, half = _score(mean, count)
             return np.stack([mean, np.maximum(0, middle - half), np.minimum(1, middle + half)])

@@ -13,7 +13,7 @@ import numpy as np
 
 from evaluation.metrics.catalogue import share_names
 from evaluation.metrics.table import Row
-from evaluation.study.statistics import Interval, means_and_ends
+from evaluation.study.statistics import Interval, means, means_and_ends
 from utils.config import ConfigError
 
 
@@ -112,7 +112,7 @@ class Numbers:
         found: dict[str, list] = {}
         for video, values in videos.items():
             found.setdefault(self._prompts.get(video, video), []).append(values)
-        return [means_and_ends(values, shares=True)[0] for values in found.values()]
+        return [means(values) for values in found.values()]
 
     def _of(self, method: str, metric: str, granularity: str, protocol: str = "") -> list[Row]:
         rows = [row for row in self._rows.get((method, metric, granularity), ()) if protocol in row.protocol]

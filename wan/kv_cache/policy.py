@@ -219,6 +219,7 @@ class KVPolicy(ABC):
         """How many of the newest of `num_frames` remembered frames are whole, in order and no sinks.
 
         A change of prompt may compute them anew or drop them; 0, the default, is none.
+        Args: has_forgotten: more frames were seen than are remembered. chunk_frames: of a whole chunk.
         """
         return 0
 
@@ -238,6 +239,10 @@ class KVPolicy(ABC):
         return None
 
 
+class PolicyClash(ValueError):
+    """Two policies have one name."""
+
+
 _REGISTRY: dict[str, type[KVPolicy]] = {}
 
 
@@ -246,7 +251,7 @@ def register(name: str) -> Callable[[type[KVPolicy]], type[KVPolicy]]:
 
     def add(policy: type[KVPolicy]) -> type[KVPolicy]:
         if name in _REGISTRY:
-            raise ValueError(
+            raise PolicyClash(
                 f"KV policy {name!r} is registered twice: {_REGISTRY[name].__module__} and {policy.__module__}."
             )
         _REGISTRY[name] = policy

@@ -3,13 +3,15 @@ import importlib
 import logging
 import pkgutil
 
+from wan.kv_cache.policy import PolicyClash
+
 
 def import_all() -> None:
     """Import each file; one that is broken is left out, with a line that says so."""
     for module in pkgutil.iter_modules(__path__):
         try:
             importlib.import_module(f"{__name__}.{module.name}")
-        except ValueError:  # two policies of one name: which one is meant, nobody knows
+        except PolicyClash:  # which of the two is meant, nobody knows
             raise
         except Exception as error:
             logging.getLogger(__name__).warning(

@@ -98,16 +98,16 @@ class PackForcing(KVPolicy):
         )
 
     def tail_frames(self, num_frames: int, has_forgotten: bool, chunk_frames: int) -> int:
-        return max(0, num_frames - self._sink(num_frames, chunk_frames))
+        return max(0, num_frames - self._sink_ends(num_frames, chunk_frames))
 
-    def _sink(self, num_frames: int, chunk_frames: int) -> int:
-        """Where the sink ends: with a chunk, so earlier if the first frames, as a given image, were no whole one."""
+    def _sink_ends(self, num_frames: int, chunk_frames: int) -> int:
+        """One past its last frame, where a chunk ends: earlier if the first frames, say an image, were no whole one."""
         odd = num_frames % chunk_frames
         return max(0, self.sink_frames - (chunk_frames - odd if odd else 0))
 
     def plan(self, view: CacheView) -> Plan:
-        first = self._sink(view.num_frames, view.chunk_frames)
-        sink = min(first, view.num_frames)
+        sink_ends = self._sink_ends(view.num_frames, view.chunk_frames)
+        sink = min(sink_ends, view.num_frames)
         tail = min(self.recent_frames, view.num_frames - sink)
         shown = max(0, min(self.top_chunks, view.packets.known - tail // view.chunk_frames))
         step = self._step(view, sink + tail + view.span_frames, shown)
@@ -125,7 +125,7 @@ class PackForcing(KVPolicy):
             retain=slots, attend=slots, position=position, query_position=query_position,
             packets=packets if shown else None, packet_position=begin.expand_as(packets).unsqueeze(-1) + inside,
             still=sink * view.frame_tokens, same_times=self.positions == "packed",
-            archive=self.top_chunks > 0 and view.seen_frames >= first and view.span_frames == view.chunk_frames,
+            archive=self.top_chunks > 0 and view.seen_frames >= sink_ends and view.span_frames == view.chunk_frames,
         )
 
     def _step(self, view: CacheView, whole_frames: int, shown: int) -> float:
