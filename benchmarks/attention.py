@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.clock import Clock
 from benchmarks.cycles import Schedule
-from benchmarks.summary import Spread
+from benchmarks.summary import Spread, finite_or_none
 from pipeline.build import RunPlan
 from wan.backends import FP8_BACKENDS, AttentionBackend, installed, load_backend, sdpa
 from wan.fp8 import FP8, LEAST_CAPABILITY
@@ -32,7 +32,7 @@ class KernelSpeed:
     key_tokens: int
     call_ms: Spread
     tflops: float          # a second, by the median call
-    relative_error: float  # against float32 attention of the numbers that the kernel was given
+    relative_error: float | None  # against float32 attention of the numbers that the kernel was given; None: no number
 
 
 def measure_attention(plan: RunPlan, schedule: Schedule, clock: Clock) -> list[KernelSpeed]:
@@ -85,8 +85,8 @@ def _times(kernel: AttentionBackend, given: list[torch.Tensor], clock: Clock) ->
 
 
 @torch.inference_mode()
-def _error(kernel: AttentionBackend, given: list[torch.Tensor]) -> float:
+def _error(kernel: AttentionBackend, given: list[torch.Tensor]) -> float | None:
     ours = kernel(*given)[:, :COMPARED].float()
     query, keys, values = (x.float() for x in given)
     exact = sdpa(query[:, :COMPARED], keys, values)
-    return ((ours - exact).norm() / exact.norm()).item()
+    return finite_or_none((ours - exact).norm() / exact.norm())

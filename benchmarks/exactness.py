@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.cycles import latent_frames_of
 from benchmarks.subject import Subject
+from benchmarks.summary import finite_or_none
 from pipeline.build import RunPlan
 from wan.geometry import ChunkSpan
 from wan.kv_cache.cache import KVCache
@@ -98,15 +99,10 @@ def compare_latents(
 def difference(chunk: int, ours: Tensor, other: Tensor, overlap: float | None) -> Difference:
     """`ours` measured against `other`."""
     return Difference(
-        chunk=chunk, relative_error=_number((ours.double() - other.double()).norm() / other.double().norm()),
-        max_error=_number((ours - other).abs().max()), top_c_overlap=overlap,
+        chunk=chunk, relative_error=finite_or_none((ours.double() - other.double()).norm() / other.double().norm()),
+        max_error=finite_or_none((ours - other).abs().max()), top_c_overlap=overlap,
         finite=bool(ours.isfinite().all() and other.isfinite().all()),
     )
-
-
-def _number(value: Tensor) -> float | None:
-    """None for what a JSON cannot hold."""
-    return value.item() if value.isfinite() else None
 
 
 class Tokens:

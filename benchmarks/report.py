@@ -125,6 +125,10 @@ def _middle(spread: Spread, digits: int = 1) -> str:
     return f"{spread.median:.{digits}f} ({spread.lower_quartile:.{digits}f}, {spread.upper_quartile:.{digits}f})"
 
 
+def _error(error: float | None) -> str:
+    return "-" if error is None else f"{error:.2e}"
+
+
 def length_table(lines: Mapping[str, Sequence[LengthPoint]]) -> str:
     rows = [("", "seconds", "chunks", "made in s", "FPS", "ms a chunk", "allocated GiB")]
     for name, points in lines.items():
@@ -165,7 +169,7 @@ def attention_table(lines: Sequence[KernelSpeed]) -> str:
     for line in lines:
         rows.append((
             line.kernel, f"{line.window_frames:g}", f"{line.query_tokens:,} x {line.key_tokens:,}",
-            _middle(line.call_ms, 3), f"{line.tflops:.3g}", f"{line.relative_error:.2e}",
+            _middle(line.call_ms, 3), f"{line.tflops:.3g}", _error(line.relative_error),
         ))
     return table(rows)
 
@@ -176,7 +180,7 @@ def difference_table(pairs: Mapping[str, Differences]) -> str:
         alike = [chunk.top_c_overlap for chunk in pair.chunks if chunk.top_c_overlap is not None]
         errors = pair.relative_error_median, pair.relative_error_max
         rows.append((
-            name, str(len(pair.chunks)), *("-" if error is None else f"{error:.2e}" for error in errors),
+            name, str(len(pair.chunks)), *map(_error, errors),
             f"{sum(alike) / len(alike):.4f}" if alike else "-", "yes" if pair.all_finite else "no",
         ))
     return table(rows)

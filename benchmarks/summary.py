@@ -8,12 +8,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from benchmarks.cycles import Schedule
 from benchmarks.decoders import COUNTED
 from benchmarks.subject import Stages
 from pipeline.build import RunPlan
 from utils.profiling import peak_memory_bytes, reset_peak_memory
+
+
+def finite_or_none(value: Tensor) -> float | None:
+    """None for what a JSON cannot hold."""
+    return value.item() if value.isfinite() else None
 
 
 @dataclass(frozen=True, kw_only=True)
