@@ -1,8 +1,9 @@
 """Runs passes over the cache, where there is a recorder as CUDA graphs: no launch costs, the same results.
 
-The passes of a chunk are decided by few host numbers (`KVCache.shapes`), which repeat once a window has filled. What
-is met for the first time runs as always; the second time it is recorded, and replayed from then on. Inputs are copied
-to fixed addresses first; what the host knows of the cache is set afterwards as the passes themselves would have.
+The passes of a chunk are decided by few host numbers (`KVCache.shapes`), which repeat once a window has filled, and
+by those before it in the same chunk: these left the plan, and where it lies. What is met for the first time runs as
+always; the second time it is recorded, and replayed from then on. Inputs are copied to fixed addresses first; what the
+host knows of the cache is set afterwards as the passes themselves would have.
 """
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ class PassRunner:
         self._cache, self._replays = cache, None if recorder is None else Replays(recorder)
         self._text: TextContext | None = None     # at fixed addresses
         self._text_is: TextContext | None = None  # whose copy that is
+        self._last: Hashable = None  # the key of the newest passes
 
     def __call__(
         self, name: Hashable, passes: Callable[..., Tensor | None], inputs: Sequence[Tensor], text: TextContext,
@@ -41,7 +43,8 @@ class PassRunner:
         def work() -> tuple[Tensor | None, CacheState]:
             return passes(*places, text=text), self._cache.state
 
-        result, state = self._replays((*names, name, *self._cache.shapes()), work)
+        self._last = (*names, name, *self._cache.shapes(), self._last if self._cache.is_planned else None)
+        result, state = self._replays(self._last, work)
         self._cache.follow(state)
         return None if result is None else result.clone()
 

@@ -5,6 +5,7 @@ replay repeats them on the same tensors. A number that should have been part of 
 """
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -136,6 +137,68 @@ def test_given_frames_and_other_chunks_have_graphs_of_their_own() -> None:
             tiny.run(policy, 31, pipeline=pipeline, initial_latent=given) for pipeline in (fast, eager)
         )
         assert torch.equal(ours, plain)
+
+
+def test_sources_of_several_windows_and_videos_without_one_take_turns(policy: KVPolicy) -> None:
+    """A given chunk is planned by its context pass, a generated one by its first denoising pass: what follows them is
+    alike, and reads the plan where its own chunk left it.
+    """
+    if policy.max_frames is not None:
+        policy = policy_of({"policy": "full", "window_frames": 45})
+    tiny = make_tiny()
+    (fast, _), eager = graphed(tiny, policy, 1), tiny.pipeline(policy, 1)
+    for video, frames in enumerate((30, 12, 0, 18)):
+        given = torch.randn(1, frames, 3, 4, 6, generator=torch.Generator().manual_seed(video)) if frames else None
+        ours, plain = (tiny.run(policy, 45, pipeline=pipeline, initial_latent=given) for pipeline in (fast, eager))
+        assert torch.equal(ours, plain), f"video {video}, which continues {frames} latent frames"
+
+
+class GoneRecorder:
+    """Replays by running again, after a look at what the recording read from outside: a graph keeps addresses alone."""
+
+    def __init__(self) -> None:
+        self.kept: list[torch.UntypedStorage] = []  # the pool: what was made while recording stays
+        self.replayed = self.gone = 0
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        with _Tape() as tape:
+            function()
+        made, outside = {x._cdata for x in self.kept}, []
+        for operation, args, kwargs, result in tape.calls:
+            read = [x.untyped_storage() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            written = [x.untyped_storage() for x in tree_leaves(result) if isinstance(x, Tensor)]
+            if operation is torch.ops.aten.lift_fresh.default:  # a number becomes a tensor
+                read = []
+            outside += [weakref.ref(x) for x in read if x._cdata not in made]
+            fresh = [x for x in written if x._cdata not in {x._cdata for x in read}]
+            made |= {x._cdata for x in fresh}
+            self.kept += fresh
+        pending = [True]
+
+        def replay() -> None:
+            if pending:
+                pending.clear()
+                return
+            self.replayed += 1
+            self.gone += any(seen() is None for seen in outside)
+            function()
+
+        return replay
+
+
+@pytest.mark.parametrize("frames", [0, 18])
+def test_recorded_work_reads_only_what_stays(policy: KVPolicy, frames: int) -> None:
+    """Memory, inputs at fixed addresses, what other recordings made: never what a pass outside of them left behind."""
+    if policy.max_frames is not None:
+        policy = policy_of({"policy": "full", "window_frames": 54})
+    tiny, recorder = make_tiny(), GoneRecorder()
+    plain = tiny.pipeline(policy, 1)
+    fast = ChunkwisePipeline(plain.model, plain.sampler, plain.geometry, plain.cache, recorder=recorder)
+    fast = tiny.with_packer(fast, policy)
+    given = torch.randn(1, frames, 3, 4, 6) if frames else None
+    for _ in range(3):
+        tiny.run(policy, 54, pipeline=fast, initial_latent=given)
+    assert recorder.replayed and not recorder.gone
 
 
 @pytest.mark.parametrize("name, settings", [

@@ -56,7 +56,11 @@ class Replays:
 
     def place(self, name: Hashable, x: Tensor) -> Tensor:
         """A copy of x at the address that recorded work knows by this name; x itself where nothing is recorded."""
-        return x if self._record is None else self._places.setdefault(name, torch.empty_like(x)).copy_(x)
+        if self._record is None:
+            return x
+        if name not in self._places:
+            self._places[name] = torch.empty_like(x)
+        return self._places[name].copy_(x)
 
     def __call__(self, key: Hashable, work: Callable[[], Result]) -> Result:
         """What `work` returns; its tensors are written again by the next call with the same key."""

@@ -69,6 +69,11 @@ class KVCache:
         return self._layers[index]
 
     @property
+    def is_planned(self) -> bool:
+        """Whether a pass of the chunk in the making has gone through the layers."""
+        return self._layers[-1].plan is not None
+
+    @property
     def archives(self) -> bool:
         """Whether the chunk in the making leaves a packet; known after its first pass."""
         return self._layers[0].plan is not None and self._layers[0].plan.archive
@@ -149,7 +154,7 @@ class KVCache:
         self._end()
 
     def shapes(self) -> tuple[Any, ...]:
-        """All host numbers that shapes and addresses of the chunk that has begun can depend on."""
+        """All host numbers that shapes of the chunk that has begun, and addresses of the memory, can depend on."""
         return self._moment.chunk.frames, self._moment.seen_frames, self._moment.lookahead, *(
             (state.length, state.known_frames, state.known_packets, layer.archive and layer.archive.places,
              state.plan is not None)
