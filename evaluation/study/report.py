@@ -29,7 +29,7 @@ def write_report(saved: Saved) -> str:
     long = study["seconds"] > REFERENCE_SECONDS
     parts = [
         f"# {saved.folder.name}: {study['seconds']:g} s, model {study['model']}, noise seed {study['seed']}",
-        "Shares with Wilson's 95 % interval, means with a bootstrapped one (over captions, seeded). "
+        "Shares with Wilson's 95 % interval, means with that of a percentile bootstrap (over captions, seeded). "
         "Only what a caption says is judged. "
         f"A property holds for a video if it is right in {HOLDS:.0%} of its frames.",
         "## Videos in which a property holds, %", property_table(groups, held),
