@@ -156,6 +156,14 @@ def test_snapshots_are_averages_kept_every_so_many_steps() -> None:
             assert_close(kept.float(), averages[number][name], rtol=2**-8, atol=0)  # bf16 keeps 8 bits
 
 
+@pytest.mark.parametrize(("every", "kept"), [(3, ["3", "4"]), (9, ["4"])])
+def test_the_last_step_can_always_be_chosen(every: int, kept: list[str]) -> None:
+    stage = student_stage(snapshot_every=every)
+    for index in range(stage.steps):
+        stage.step(index)
+    assert list(stage.snapshots) == kept
+
+
 def test_a_student_goes_on_from_its_state() -> None:
     """Two steps, kept, and two by another stage that took it over: the bits of four."""
     straight, broken, resumed = student_stage(), student_stage(), student_stage()

@@ -78,7 +78,7 @@ class StudentStage:
         factor = learning_rate(index, self.steps, decay_from=0.4)
         self._optimizers.step(factor)
         self.ema.update(index)
-        if (index + 1) % s.snapshot_every == 0:
+        if (index + 1) % s.snapshot_every == 0 or index + 1 == self.steps:
             self.snapshots[str(index + 1)] = {name: t.bfloat16() for name, t in self.ema.shadow.items()}
         for _ in range(s.critic_updates):
             critic = self._graphs(
