@@ -107,13 +107,14 @@ def _speed_row(name: str, speed: Speed) -> tuple[str, ...]:
 
 
 def comparison_table(names: Sequence[str], lines: Mapping[str, Comparison]) -> str:
-    """Both settings line by line, and the ratio of neighbouring cycles."""
+    """Both settings line by line, and the ratio of neighbouring cycles' times a pixel frame."""
     names = [f"{letter} {name}" for letter, name in zip("AB", names, strict=True)]
     both = {}
     for counted, pair in lines.items():
         both |= {f"{counted}, {names[0]}": pair.first, f"{counted}, {names[1]}": pair.second}
     ratios = [
-        f"{counted}: {names[1]} takes {_middle(pair.second_over_first, 4)} times as long as {names[0]}; "
+        f"{counted}: a pixel frame of {names[1]} takes {_middle(pair.second_over_first, 4)} times as long as one of "
+        f"{names[0]}; "
         f"{pair.second_over_first.count} pairs of cycles, from {pair.second_over_first.least:.4f} "
         f"to {pair.second_over_first.most:.4f}"
         for counted, pair in lines.items()

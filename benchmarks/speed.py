@@ -20,7 +20,7 @@ class Comparison:
 
     first: Speed
     second: Speed
-    second_over_first: Spread  # ratio of neighbouring cycles' times; below 1 the second is faster
+    second_over_first: Spread  # ratio of neighbouring cycles' times a pixel frame; below 1 the second is faster
 
 
 def measure(subject: Subject, counted: str, schedule: Schedule, clock: Clock, latencies: int) -> Speed:
@@ -58,7 +58,9 @@ def compare(
         cycle_means(schedule, [sum(chunk.values()) for chunk in made])
         for schedule, made in zip(schedules, stages, strict=True)
     ]
-    return Comparison(first, second, Spread.of([b / a for a, b in zip(*means, strict=True)]))
+    shown = [subject.setting.batch * subject.plan.loop.chunk_pixel_frames for subject in pair]
+    ratios = [b / a * (shown[0] / shown[1]) for a, b in zip(*means, strict=True)]
+    return Comparison(first, second, Spread.of(ratios))
 
 
 def _prepare(subject: Subject, schedule: Schedule, clock: Clock, latencies: int) -> list[tuple[float, int]]:

@@ -66,7 +66,7 @@ class Speed:
     chunk_ms: Spread
     fps: float                            # pixel frames a second, all videos of a batch, by the median cycle
     stage_ms: dict[str, float]            # means; their sum is the mean chunk
-    ms_by_window_frames: dict[int, float]  # medians of the measured chunks, by latent frames that they attend to
+    ms_by_window_frames: dict[float, float]  # medians of the measured chunks, by latent frames that they attend to
     first_pixel_frames: int | None        # of a video's first chunk
     first_frames_ms: Spread | None        # from the call to those frames on the host; process warm, embeddings known
     memory: Memory

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections import deque
 from dataclasses import asdict, replace
 
@@ -11,6 +12,7 @@ import torch
 
 from evaluation.analysers import PROPERTIES, analyse, chance, curves, damage, judge, observe, segment
 from evaluation.analysers.behind import LEVELS, colour_distance, look_behind
+from evaluation.analysers.motion import MotionWindows
 from evaluation.analysers.segment import _connected, grown, inner_edge
 from evaluation.analysers.selfcheck import (
     DAMAGES,
@@ -140,6 +142,26 @@ def test_a_whole_video_stays_whole(subject):
     assert len(series["speed"]) == 30
     assert series["step"][7] == pytest.approx(np.nanmean(analysis.frames.step[7 * 16:8 * 16]))
     assert analysis.between(7, 8)["step"] == series["step"][7]
+
+
+@pytest.mark.parametrize("total, frames, stride", [(1, 1, 1), (40, 40, 16), (41, 8, 3), (100, 9, 4), (321, 81, 16)])
+def test_a_frame_is_judged_by_the_nearest_window(total, frames, stride):
+    """Against every distance; where two are as near, the earlier window."""
+    start = np.arange(0, total - frames + 1, stride)
+    windows = MotionWindows(start, frames, np.zeros((len(start), 1), int))
+    distance = np.abs(np.arange(total)[:, None] - (start + frames / 2))
+    assert windows.nearest(total).tolist() == distance.argmin(1).tolist()
+
+
+def test_windows_of_an_hour_cost_what_its_frames_do():
+    """57,600 frames and 3,595 windows: a table of both is 1.6 GB."""
+    windows = MotionWindows(np.arange(0, 57_520, 16), 81, np.zeros((3595, 1), int))
+    tracemalloc.start()
+    try:
+        windows.nearest(57_600)
+        assert tracemalloc.get_traced_memory()[1] < 5e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_free_colours_should_stay_what_they_were():

@@ -19,6 +19,7 @@ from benchmarks.__main__ import main
 from benchmarks.cycles import Cycle, Schedule, prune_cycles, schedule_of_cycles, schedule_of_seconds
 from benchmarks.endurance import endure, first_and_last_minute
 from benchmarks.plots import Panel, draw
+from benchmarks.report import comparison_table
 from benchmarks.settings import Setting
 from benchmarks.speed import compare, measure
 from benchmarks.subject import Made, Subject
@@ -184,6 +185,16 @@ def test_two_settings_take_turns_and_their_ratio_is_found(setting: Setting) -> N
     assert log[:4] == ["a counts dit", "b counts dit", "a warms up", "b warms up"]
     assert "".join(log[4:]).endswith("aab" + "baa" + "aab" + "baa")
     assert (result.first.chunks, result.second.chunks) == (24, 12)
+
+
+@pytest.mark.parametrize(("batch", "slower", "expected"), [(1, 2, 2), (2, 2, 1), (2, 1.5, 0.75), (4, 1, 0.25)])
+def test_what_is_compared_is_a_pixel_frame(setting: Setting, batch: int, slower: float, expected: float) -> None:
+    """Chunks of several videos show several times as many: the ratio is that of the speeds in FPS."""
+    schedule, log = schedule_of_cycles(setting.plan(CPU), 12), []
+    several = Scripted(replace(setting, batch=batch), schedule, log, "b", slower=slower)
+    result = compare((Scripted(setting, schedule, log, "a"), several), "dit", (schedule, schedule), WoundClock(), 1)
+    assert result.second_over_first.median == approx(expected) == result.first.fps / result.second.fps
+    assert f"a pixel frame of B b takes {expected:.4f}" in comparison_table("ab", {"dit": result})
 
 
 def test_both_videos_of_a_batch_count(setting: Setting) -> None:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from evaluation.study.compare import compare
 from evaluation.study.statistics import Z, bootstrap_mean, bootstrap_ratio, means_and_ends, sign_test, student_t, wilson
 
 
@@ -89,6 +90,39 @@ def test_nineteen_of_twenty_intervals_hold_the_mean(shares, count):
     values = generator.beta(8, 2, (count, 2000)) if shares else generator.normal(0.8, 0.1, (count, 2000))
     _, low, high = means_and_ends(values, shares=shares)
     assert ((low <= 0.8) & (high >= 0.8)).mean() > 0.92
+
+
+def verdict(ours, theirs):
+    """What is said of two methods with these drifts, caption by caption; everything goes on moving."""
+    both = [
+        [{"split": "test", "seed": seed, "said": {"motion": "drift"}, "video": {"background_drift": float(value)},
+          "windows": {name: {"speed": 1.0} for name in ("first", "last")}} for seed, value in enumerate(drifts)]
+        for drifts in (ours, theirs)
+    ]
+    return compare(*both).verdict
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 64])
+def test_between_equal_methods_a_difference_is_rarely_said(count):
+    """Drifts of one skewed distribution, 300 times: at most one in twenty, however few captions there are."""
+    drifts = np.random.default_rng(count).exponential(size=(300, 2, count))
+    assert np.mean([verdict(*pair) != "no difference shown" for pair in drifts]) <= 0.05
+
+
+@pytest.mark.parametrize("count, said", [(1, False), (5, False), (6, True), (64, True)])
+def test_a_difference_takes_six_captions(count, said):
+    """Five of five fall alike in one of sixteen throws, six of six in one of thirty-two."""
+    more = np.linspace(1, 2, count)
+    expected = ("drifts less", "drifts more") if said else ("no difference shown",) * 2
+    assert (verdict(more / 2, more), verdict(more, more / 2)) == expected
+
+
+def test_interval_and_sign_test_must_agree():
+    """One caption alone moves the mean, or most captions fall one way and the mean the other: nothing is shown."""
+    even = np.ones(16)
+    assert verdict([0.9] * 15 + [40.0], even) == "no difference shown"
+    assert verdict([0.1] * 8 + [1.05] * 8, even) == "no difference shown"
+    assert verdict([0.1] * 3 + [1.01] * 13, even) == "no difference shown"
 
 
 @pytest.mark.parametrize("call", [

@@ -3,18 +3,20 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL, make_tiny, policy_of
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from training.loop import learning_rate, pack, run_stage
+from training.loop import learning_rate, load_state, pack, run_stage, save_state
 from training.memory import RolloutMemory, Rotation, dense
 from training.optim import Muon, Optimizers
-from training.parts import CaptionEncoder, make_text_encoder, make_tokenizer, make_vae
-from training.settings import Settings, TextSettings, VaeSettings
+from training.parts import CaptionEncoder, export_transformer, make_text_encoder, make_tokenizer, make_vae
+from training.settings import DataSettings, Settings, TextSettings, VaeSettings
 from training.teacher import OpeningFlow, TeacherForcedFlow
 from training.vae import VaeStage
 from training.workshop import Workshop
@@ -76,6 +78,38 @@ def test_clips_of_broken_chunks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="data.latent_frames=21 must be whole chunks of chunk_frames=4. Use 20"):
         Workshop(Settings(chunk_frames=4), tmp_path, CPU).clips()
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("changed", ["clips", "latent_frames", "chunk_frames", "seed", "vae"])
+def test_clips_are_kept_for_the_settings_that_made_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, changed: str,
+) -> None:
+    """The same settings and autoencoder find what they made; any other make what a fresh folder would."""
+    sizes = VaeSettings(base_dim=8)
+    caplog.set_level("INFO")
+
+    def shop(folder: str, *, other: bool) -> Workshop:
+        data = DataSettings(clips=1, openings=1, latent_frames=6)
+        settings = Settings(vae=sizes, data=data, chunk_frames=3)
+        if other and changed != "vae":
+            value = {"clips": 2, "latent_frames": 9}.get(changed, 1)
+            setattr(data if changed in vars(data) else settings, changed, value)
+        torch.manual_seed(int(other and changed == "vae"))
+        vae = make_vae(sizes, 16)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        save_state(tmp_path / folder / "vae.pt", {"stage": {"ema": dict(vae.named_parameters())}})
+        return Workshop(settings, tmp_path / folder, CPU)
+
+    made = shop("a", other=False).clips()
+    with monkeypatch.context() as patch:
+        patch.setattr("training.workshop.make_clips", None)  # kept ones are read, not made
+        kept = shop("a", other=False).clips()
+    assert all(torch.equal(ours.latents, same.latents) for ours, same in zip(made, kept, strict=True))
+    assert "latents.pt" not in caplog.text
+    remade, fresh = shop("a", other=True).clips(), shop("b", other=True).clips()
+    for ours, theirs in zip(remade, fresh, strict=True):
+        assert torch.equal(ours.latents, theirs.latents) and torch.equal(ours.ids, theirs.ids)
+    assert caplog.text.count("latents.pt") == 1
 
 
 def test_rollout_memory_equals_the_cache() -> None:
@@ -282,3 +316,30 @@ def test_packed_weights_of_another_size_are_refused(tmp_path: Path, monkeypatch:
     pack({"ema": {"alien": torch.zeros(2)}}, 5, "vae", tmp_path)
     with pytest.raises(ValueError, match="alien"):
         run_stage(stage, tmp_path, device=CPU, seconds=None, checkpoint_seconds=1e9, log_every=1)
+
+
+def test_a_full_disk_leaves_the_last_state(tmp_path: Path) -> None:
+    """The error names the file, which stays as it was; nothing else lies beside it."""
+    path = tmp_path / "vae.pt"
+    save_state(path, {"step": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(str(path))):
+            save_state(path, {"step": 2, "weights": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert load_state(path, CPU) == {"step": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_shards_are_small_and_hold_everything_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two numbers fit into a shard; what is larger has one of its own, and none is empty."""
+    monkeypatch.setattr("training.parts.SHARD_BYTES", 4)
+    tensors = {name: torch.full((size,), float(size)) for name, size in {"a": 3, "b": 1, "c": 1, "d": 2}.items()}
+    export_transformer(tensors, tmp_path)
+    index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    held = {path.name: load_file(path) for path in tmp_path.glob("*.safetensors")}
+    assert sorted(map(sorted, held.values())) == [["a"], ["b", "c"], ["d"]]
+    assert index["metadata"]["total_size"] == 2 * (3 + 1 + 1 + 2)
+    for name, tensor in tensors.items():
+        assert torch.equal(held[index["weight_map"][name]][name], tensor.bfloat16())

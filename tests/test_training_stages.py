@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from torch.testing import assert_close
 
 from pipeline.sampler import FewStepSampler
 from training.data import LatentClips
+from training.loop import pack, run_stage
 from training.parts import CaptionEncoder, make_text_encoder, make_tokenizer
 from training.settings import DataSettings, Settings, StudentSettings, TeacherSettings, TextSettings
 from training.student import StudentStage
 from training.teacher import TeacherStage
+from training.workshop import Workshop
 from wan.model import CausalWanModel, randomize
 
 CPU = torch.device("cpu")
@@ -153,6 +156,14 @@ def test_snapshots_are_averages_kept_every_so_many_steps() -> None:
             assert_close(kept.float(), averages[number][name], rtol=2**-8, atol=0)  # bf16 keeps 8 bits
 
 
+@pytest.mark.parametrize(("every", "kept"), [(3, ["3", "4"]), (9, ["4"])])
+def test_the_last_step_can_always_be_chosen(every: int, kept: list[str]) -> None:
+    stage = student_stage(snapshot_every=every)
+    for index in range(stage.steps):
+        stage.step(index)
+    assert list(stage.snapshots) == kept
+
+
 def test_a_student_goes_on_from_its_state() -> None:
     """Two steps, kept, and two by another stage that took it over: the bits of four."""
     straight, broken, resumed = student_stage(), student_stage(), student_stage()
@@ -167,3 +178,20 @@ def test_a_student_goes_on_from_its_state() -> None:
     for name, average in straight.ema.shadow.items():
         assert torch.equal(average, resumed.ema.shadow[name])
     assert list(resumed.snapshots) == list(straight.snapshots)
+
+
+def test_a_packed_student_can_still_be_chosen_from(tmp_path: Path) -> None:
+    """Packed at its last step: elsewhere the stage is done at once, and every snapshot is there, bit for bit."""
+    stage, elsewhere = student_stage(), student_stage()
+    for index in range(4):
+        stage.step(index)
+    pack(stage.state(), 4, "student", tmp_path)
+    common = {"device": CPU, "seconds": None, "checkpoint_seconds": 1e9, "log_every": 1}
+    assert run_stage(elsewhere, tmp_path, **common)
+    assert (tmp_path / "student.jsonl").read_text() == ""
+    (tmp_path / "choice.json").write_text('{"best": "2"}')
+    chosen = Workshop(Settings(), tmp_path, CPU).chosen()
+    for snapshot in (elsewhere.snapshots["2"], chosen):
+        assert snapshot.keys() == stage.snapshots["2"].keys()
+        assert all(torch.equal(tensor, stage.snapshots["2"][name]) for name, tensor in snapshot.items())
+    assert list(elsewhere.snapshots) == ["2", "4"]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import colorsys
+import json
 import math
 import re
 from collections import Counter
@@ -284,7 +285,9 @@ def test_other_sentences_are_refused_by_name(text, says):
 
 def test_truth_survives_json(clips):
     for clip in clips["train"][:50]:
-        assert Truth.from_json(clip.said.to_json()) == clip.said
+        data = json.loads(json.dumps(clip.said.to_json()))
+        assert data == clip.said.to_json()
+        assert Truth(**data | {"objects": tuple(ObjectTruth(**item) for item in data["objects"])}) == clip.said
 
 
 @pytest.mark.parametrize("call", [

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -12,14 +13,15 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from training.parallel import is_main, largest, rank
-from utils.files import temp_path
+from training.parts import save_shards
+from utils.files import write_atomically
 
-PACKED_BYTES = 15 * 2**20
+SNAPSHOTS = "snapshots"  # in a stage's state: {step: {name: tensor}}
 logger = logging.getLogger(__name__)
 
 
@@ -69,9 +71,9 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     if not is_main():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temp_path(path)
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with io.BytesIO() as buffer:
+        torch.save(state, buffer)
+        write_atomically(path, buffer.getvalue())
 
 
 def load_state(path: Path, device: torch.device) -> dict[str, Any]:
@@ -80,27 +82,21 @@ def load_state(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def weights_in(state: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """The live tensors of weights and averages in a stage's state, by path; what optimisers remember is left out."""
+    """The live tensors of weights, averages and snapshots in a stage's state, by path; optimisers' are left out."""
     found = {}
     for key, value in state.items():
         if key in ("masters", "ema"):
             found |= {f"{prefix}{key}.{name}": tensor for name, tensor in value.items()}
+        elif key == SNAPSHOTS:
+            found |= {f"{prefix}{key}.{step}.{name}": t for step, one in value.items() for name, t in one.items()}
         elif isinstance(value, dict):
             found |= weights_in(value, f"{prefix}{key}.")
     return found
 
 
 def pack(state: dict[str, Any], step: int, name: str, folder: Path) -> None:
-    """Write weights and averages of a stage in bf16, in files of at most 15 MiB: all that has to travel."""
-    shards: list[dict[str, Tensor]] = [{}]
-    for key, tensor in weights_in(state).items():
-        tensor = tensor.to("cpu", torch.bfloat16).contiguous()
-        if sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > PACKED_BYTES:
-            shards.append({})
-        shards[-1][key] = tensor
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, shard in enumerate(shards):
-        save_file(shard, folder / f"{name}-{index}.safetensors", metadata={"step": str(step)})
+    """Write weights, averages and snapshots of a stage in bf16, in small files: all that has to travel."""
+    save_shards(weights_in(state), folder, lambda index, _: f"{name}-{index}.safetensors", {"step": str(step)})
 
 
 def unpack(paths: list[Path], stage: Stage) -> int:
@@ -110,6 +106,10 @@ def unpack(paths: list[Path], stage: Stage) -> int:
         packed |= load_file(path)
         with safe_open(path, "pt") as file:
             step = int(file.metadata()["step"])
+    for key, tensor in packed.items():
+        if key.startswith(f"{SNAPSHOTS}."):
+            _, at, name = key.split(".", 2)
+            state[SNAPSHOTS].setdefault(at, {})[name] = tensor
     copy_tensors(weights_in(state), packed)
     stage.load(state)  # masters are in place: write them to the networks
     return step

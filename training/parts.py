@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -132,22 +132,35 @@ class CaptionEncoder(nn.Module):
         return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask.unsqueeze(-1)
 
 
-def export_transformer(state: dict[str, Tensor], folder: Path) -> None:
-    """bf16 safetensors under the original names, in shards small enough for a repository."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_shards(
+    tensors: Mapping[str, Tensor], folder: Path, name_of: Callable[[int, int], str],
+    metadata: dict[str, str] | None = None,
+) -> dict[str, str]:
+    """Write tensors as bf16 safetensors, in shards small enough for a repository.
+
+    Args: name_of: of a file, by its index and how many there are.
+    Returns: the file of every tensor.
+    """
     shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in state.items():
+    for key, tensor in tensors.items():
         tensor = tensor.detach().to("cpu", torch.bfloat16).contiguous()
-        if sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
             shards.append({})
-        shards[-1][name] = tensor
-    names = [f"diffusion_pytorch_model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        shards[-1][key] = tensor
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [name_of(index, len(shards)) for index in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name)
-    index = {
-        "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.values())},
-        "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
-    }
+        save_file(shard, folder / name, metadata=metadata)
+    return {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+
+
+def export_transformer(state: dict[str, Tensor], folder: Path) -> None:
+    """bf16 safetensors under the original names, with their index."""
+    files = save_shards(
+        state, folder, lambda index, count: f"diffusion_pytorch_model-{index + 1:05d}-of-{count:05d}.safetensors",
+    )
+    total = sum(tensor.numel() for tensor in state.values()) * torch.bfloat16.itemsize
+    index = {"metadata": {"total_size": total}, "weight_map": files}
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 

@@ -79,7 +79,7 @@ class StudentSettings:
     critic_updates: int = 3         # per update of the student
     guidance: float = 2.0           # of the teacher
     ema: float = 0.97
-    snapshot_every: int = 50        # steps; the best snapshot is what is exported
+    snapshot_every: int = 50        # steps, and at the last one; the best snapshot is what is exported
     choice_captions: int = 192      # unseen captions by which it is chosen
 
 

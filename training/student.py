@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.sampler import FewStepSampler
 from training.data import LatentClips
 from training.graphs import Graphs
-from training.loop import Ema, copy_tensors, learning_rate, step_seed
+from training.loop import SNAPSHOTS, Ema, copy_tensors, learning_rate, step_seed
 from training.matching import DistributionMatching, Flow
 from training.memory import RolloutMemory, Rotation
 from training.optim import Optimizers
@@ -56,14 +56,14 @@ class StudentStage:
     def state(self) -> dict[str, Any]:
         return {
             "optimizers": self._optimizers.state(), "critic": self._matching.state(), "ema": self.ema.shadow,
-            "snapshots": self.snapshots,
+            SNAPSHOTS: self.snapshots,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self._optimizers.load(state["optimizers"])
         self._matching.load(state["critic"])
         copy_tensors(self.ema.shadow, state["ema"])
-        self.snapshots = dict(state["snapshots"])
+        self.snapshots = dict(state[SNAPSHOTS])
 
     def step(self, index: int) -> dict[str, Tensor]:
         s, seed = self._settings.student, step_seed(self._settings.seed, self.name, index)
@@ -78,7 +78,7 @@ class StudentStage:
         factor = learning_rate(index, self.steps, decay_from=0.4)
         self._optimizers.step(factor)
         self.ema.update(index)
-        if (index + 1) % s.snapshot_every == 0:
+        if (index + 1) % s.snapshot_every == 0 or index + 1 == self.steps:
             self.snapshots[str(index + 1)] = {name: t.bfloat16() for name, t in self.ema.shadow.items()}
         for _ in range(s.critic_updates):
             critic = self._graphs(

@@ -8,8 +8,8 @@
     python -m training.tiny all     --folder runs/tiny --output weights/tiny  # all of these
 
 Under `torchrun --nproc_per_node=N -m training.tiny ...` N processes share a stage, each with batches of its own.
-A folder holds the full state of every stage. To go on elsewhere, `pack --output other` writes weights and averages
-alone, in small files: a stage that finds them in its folder goes on from there with a fresh optimiser.
+A folder holds the full state of every stage. To go on elsewhere, `pack --output other` writes weights, averages and
+snapshots alone, in small files: a stage that finds them in its folder goes on from there with a fresh optimiser.
 """
 from __future__ import annotations
 

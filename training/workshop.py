@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -11,16 +14,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from training.data import LatentClips, make_clips, normalise, statistics
-from training.loop import load_state, save_state
+from training.loop import SNAPSHOTS, load_state, save_state
 from training.memory import dense
 from training.parts import CaptionEncoder, architecture_of, make_text_encoder, make_tokenizer, make_vae
 from training.settings import Settings
 from training.vae import working_dtype
 from training.world import spellings, words
 from utils.config import ConfigError, load_model_spec
+from utils.hashing import fingerprint
 from wan.geometry import VideoGeometry
 from wan.model import CausalWanModel
 from wan.vae import WanVAE
+
+logger = logging.getLogger(__name__)
 
 
 class Workshop:
@@ -66,7 +72,7 @@ class Workshop:
         path = self.folder / "choice.json"
         if not path.exists():
             raise ConfigError(f"{path} is not there: run `python -m training.tiny student` first.")
-        snapshots = load_state(self.folder / "student.pt", self.device)["stage"]["snapshots"]
+        snapshots = load_state(self.folder / "student.pt", self.device)["stage"][SNAPSHOTS]
         return snapshots[json.loads(path.read_text())["best"]]
 
     def vae(self) -> AutoencoderKLWan:
@@ -85,7 +91,7 @@ class Workshop:
         return CaptionEncoder(tokenizer, encoder, self.architecture.text_len)
 
     def clips(self) -> tuple[LatentClips, LatentClips]:
-        """Normalised latents of whole clips and of openings; made once, kept in the folder.
+        """Normalised latents of whole clips and of openings; kept in the folder for settings and autoencoder alike.
 
         Raises:
             ConfigError: clips that are no whole chunks.
@@ -96,28 +102,40 @@ class Workshop:
                 f"data.latent_frames={frames} must be whole chunks of chunk_frames={chunk}. "
                 f"Use {frames - frames % chunk or chunk}."
             )
-        if not path.exists():
-            vae, captions, s = self.vae().to(working_dtype(self.device)), self.captions(), self.settings.data
-            clips = make_clips(
-                vae, captions, first_seed=0, clips=s.clips, latent_frames=s.latent_frames, batch=s.batch,
-                device=self.device,
-            )
-            openings = make_clips(
-                vae, captions, first_seed=s.clips, clips=s.openings, latent_frames=self.geometry.chunk_frames,
-                batch=s.openings_batch, device=self.device,
-            )
-            mean, std = statistics(clips)
-            clips, openings = normalise(clips, mean, std), normalise(openings, mean, std)
-            save_state(path, {
-                "mean": mean, "std": std, "clips": dataclasses.asdict(clips), "openings": dataclasses.asdict(openings),
-            })
-            return clips, openings
-        saved = load_state(path, self.device)
-        return LatentClips(**saved["clips"]), LatentClips(**saved["openings"])
+        vae = self.vae()
+        made_of = fingerprint({
+            "data": dataclasses.asdict(self.settings.data), "chunk_frames": chunk, "seed": self.settings.seed,
+            "vae": hash_weights(vae),
+        })
+        if path.exists():
+            if self._latents().get("made_of") == made_of:
+                saved = load_state(path, self.device)
+                return LatentClips(**saved["clips"]), LatentClips(**saved["openings"])
+            logger.info("%s: made by other settings or another autoencoder, and made anew", path)
+        vae, captions, s = vae.to(working_dtype(self.device)), self.captions(), self.settings.data
+        clips = make_clips(
+            vae, captions, first_seed=0, clips=s.clips, latent_frames=s.latent_frames, batch=s.batch,
+            device=self.device,
+        )
+        openings = make_clips(
+            vae, captions, first_seed=s.clips, clips=s.openings, latent_frames=self.geometry.chunk_frames,
+            batch=s.openings_batch, device=self.device,
+        )
+        mean, std = statistics(clips)
+        clips, openings = normalise(clips, mean, std), normalise(openings, mean, std)
+        save_state(path, {
+            "made_of": made_of, "mean": mean, "std": std,
+            "clips": dataclasses.asdict(clips), "openings": dataclasses.asdict(openings),
+        })
+        return clips, openings
 
     def statistics(self) -> tuple[list[float], list[float]]:
-        saved = torch.load(self.folder / "latents.pt", map_location="cpu", weights_only=True, mmap=True)
+        saved = self._latents()
         return saved["mean"].tolist(), saved["std"].tolist()
+
+    def _latents(self) -> dict[str, Any]:
+        """What `clips` kept; tensors are read from the disk when they are used."""
+        return torch.load(self.folder / "latents.pt", map_location="cpu", weights_only=True, mmap=True)
 
     def decoder(self) -> WanVAE:
         """The autoencoder as inference uses it."""
@@ -142,3 +160,12 @@ def averaged(module, ema: dict[str, Tensor]):
         for name, value in ema.items():
             parameters[name].copy_(value)
     return module
+
+
+def hash_weights(module: torch.nn.Module) -> str:
+    """Hex SHA-256 of all parameters, by name."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -186,9 +186,7 @@ def _motion_right(seen: Observation, motion: str, named: int) -> np.ndarray:
         longest = np.argsort(-present, kind="stable")[:named]
         known = labels[longest][labels[longest] != UNKNOWN]
         right.append(bool(len(known)) and bool((known == MOTIONS.index(motion)).all()))
-    middle = windows.start + windows.frames / 2
-    nearest = np.abs(np.arange(seen.num_frames)[:, None] - middle).argmin(1)
-    return np.array(right)[nearest]
+    return np.array(right)[windows.nearest(seen.num_frames)]
 
 
 def _speed(seen: Observation) -> np.ndarray:

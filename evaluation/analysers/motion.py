@@ -33,6 +33,11 @@ class MotionWindows:
     frames: int          # frames in a window
     label: np.ndarray    # [W, S] index into MOTIONS, or STILL, or UNKNOWN
 
+    def nearest(self, num_frames: int) -> np.ndarray:
+        """The window whose middle is nearest to each frame, of two the earlier one [T]."""
+        middle = self.start + self.frames / 2
+        return np.searchsorted((middle[1:] + middle[:-1]) / 2, np.arange(num_frames))
+
 
 def name_motions(tracks: Tracks, fps: float, height: int) -> MotionWindows:
     """Label each slot over sliding windows; a video shorter than one window is a single one."""
@@ -51,8 +56,7 @@ def _name(tracks: Tracks, slot: int, window: slice, fps: float, height: int) -> 
     if present.mean() < 1 - MOST_MISSING or len(present) < SHORTEST_SECONDS * fps:
         return UNKNOWN
     x, y, radius = (
-        _filled(values[window, slot], present)
-        for values in (tracks.x / height, tracks.y / height, tracks.radius / height)
+        _filled(values[window, slot] / height, present) for values in (tracks.x, tracks.y, tracks.radius)
     )
     if radius.std() / radius.mean() > PULSE and _crossings(radius) > PULSE_CROSSINGS * len(radius) / fps:
         return MOTIONS.index("pulse")

@@ -42,6 +42,8 @@ def rollbacks(thumbnails: np.ndarray, fps: float) -> np.ndarray:
     """[T] 1 where a frame is cut off from the one before and resembles one of a second or more earlier.
 
     Shapes: thumbnails [T, P] in 0..1. Smooth returns, as every periodic motion makes, are none.
+    The roll-backs of evaluation.metrics.returns are others: a stream knows no later step, so the usual one is that of
+    the last two seconds, and earlier is two seconds back, as for its repetitions.
     """
     total = np.zeros(len(thumbnails))
     step = np.abs(np.diff(thumbnails, axis=0)).mean(1)

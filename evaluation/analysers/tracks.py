@@ -34,13 +34,6 @@ class Tracks:
         """[T, S] bool."""
         return self.kind >= 0
 
-    @property
-    def step(self) -> np.ndarray:
-        """Distance from the frame before, pixels [T, S]; NaN where either is empty."""
-        step = np.full(self.x.shape, np.nan)
-        step[1:] = np.hypot(np.diff(self.x, axis=0), np.diff(self.y, axis=0))
-        return step
-
 
 def follow(shapes: Shapes, num_frames: int, height: int) -> Tracks:
     """Assign every component to a slot, largest first where there are more than SLOTS in a frame."""

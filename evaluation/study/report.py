@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from evaluation.analysers import PROPERTIES
 from evaluation.analysers.judge import HOLDS, REFERENCE_SECONDS
-from evaluation.study.compare import FROZEN_MARK, compare, drift
+from evaluation.study.compare import FROZEN_MARK, SIGNIFICANT, compare, drift
 from evaluation.study.results import Saved
 from evaluation.study.scores import FROZEN, is_frozen, mean_known, speed_ratio
 from evaluation.study.statistics import Interval, bootstrap_mean, wilson
@@ -29,7 +29,7 @@ def write_report(saved: Saved) -> str:
     long = study["seconds"] > REFERENCE_SECONDS
     parts = [
         f"# {saved.folder.name}: {study['seconds']:g} s, model {study['model']}, noise seed {study['seed']}",
-        "Shares with Wilson's 95 % interval, means with a bootstrapped one (over captions, seeded). "
+        "Shares with Wilson's 95 % interval, means with that of a percentile bootstrap (over captions, seeded). "
         "Only what a caption says is judged. "
         f"A property holds for a video if it is right in {HOLDS:.0%} of its frames.",
         "## Videos in which a property holds, %", property_table(groups, held),
@@ -128,8 +128,10 @@ def _comparisons(saved: Saved) -> list[str]:
         parts += ["## Links of the chains: does each drift less than the one before?", _comparison_table(lines)]
     if parts:
         parts.append(
-            "Ratios under 1 mean less drift; p is that of an exact two-sided sign test over captions, ties dropped, "
-            "not corrected for the number of comparisons. "
+            "Ratios under 1 mean less drift. Their intervals are percentile bootstraps over captions, too narrow where "
+            "these are few; p is that of an exact two-sided sign test over captions, ties dropped, not corrected for "
+            "the number of comparisons. A difference is said where the interval leaves out 1 and p is under "
+            f"{SIGNIFICANT:g}, which takes at least six captions. "
             f"A method is {FROZEN_MARK} if its mean speed in the last five seconds is under {FROZEN:.0%} of that in "
             "the first, shapes that vanished standing still: it does not count as free of drift."
         )

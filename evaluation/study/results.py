@@ -2,16 +2,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from utils.config import ConfigError
-from utils.files import write_atomically
+from utils.files import lock_file, write_atomically
 from utils.outputs import append_json_line, read_json_lines
 
-RECORD = "study.json"
+RECORD, LOCK = "study.json", ".study.lock"
+WAIT_S = 0.05
 Key = tuple[str, int]  # split and seed of a caption
 
 
@@ -25,23 +28,20 @@ class Saved:
 
 
 class Results:
-    """An output folder that is being filled.
+    """An output folder that is being filled, by any number of runs of one study at a time.
 
-    Raises: ConfigError if it holds rows that were made otherwise; OSError if it cannot be written to.
+    Raises: ConfigError if it holds rows that were made otherwise; OSError if it cannot be written to or locked.
     """
 
     def __init__(self, folder: Path, study: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]):
         """`study` is the YAML's content, `settings` what decides the pixels of each method."""
         self.folder = folder
-        self._record: dict[str, Any] = {"study": dict(study), "methods": {}, "runs": []}
-        if (folder / RECORD).exists():
-            before = _read(folder)
-            _refuse_other(folder, before["methods"], settings)
-            self._record |= {"methods": before["methods"], "runs": before["runs"]}
-        self._record["methods"] |= settings
-        self._runs_before = len(self._record["runs"])
+        self._place: int | None = None  # of this run's note among all
         folder.mkdir(parents=True, exist_ok=True)
-        self._save()
+        with self._alone():
+            before = _read(folder) if (folder / RECORD).exists() else {"methods": {}, "runs": []}
+            _refuse_other(folder, before["methods"], settings)
+            self._save({"study": dict(study), "methods": before["methods"] | settings, "runs": before["runs"]})
 
     def done(self, method: str) -> set[Key]:
         """Captions whose rows are there."""
@@ -54,14 +54,27 @@ class Results:
 
     def note_run(self, run: Mapping[str, Any]) -> None:
         """Note how this run went; a later note replaces an earlier one."""
-        self._record["runs"][self._runs_before:] = [dict(run)]
-        self._save()
+        with self._alone():
+            record = _read(self.folder)
+            runs = record["runs"]
+            if self._place is None:
+                self._place = len(runs)
+            runs[self._place:self._place + 1] = [dict(run)]
+            self._save(record)
 
     def _path(self, method: str) -> Path:
         return self.folder / f"{method}.jsonl"
 
-    def _save(self) -> None:
-        write_atomically(self.folder / RECORD, (json.dumps(self._record, indent=1) + "\n").encode())
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait until no other run is at the record."""
+        while (lock := lock_file(self.folder / LOCK)) is None:
+            time.sleep(WAIT_S)
+        with lock:
+            yield
+
+    def _save(self, record: Mapping[str, Any]) -> None:
+        write_atomically(self.folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def key_of(row: Mapping[str, Any]) -> Key:

@@ -6,7 +6,7 @@ colours RGB in 0..1. Every motion is a stationary process: it may be drawn from 
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -137,10 +137,3 @@ class WaveBatch:
         ))
         index = self.shape[..., None].expand_as(u)[None]
         return self.amplitude[..., None] * shapes.gather(0, index)[0]
-
-
-def take(value, indices: Tensor):
-    """`value` (a batch dataclass, or a tensor with the batch first) at `indices`."""
-    if isinstance(value, Tensor):
-        return value[indices]
-    return type(value)(**{field.name: take(getattr(value, field.name), indices) for field in fields(value)})

@@ -66,12 +66,6 @@ class Truth:
         data["objects"] = list(data["objects"])
         return data
 
-    @staticmethod
-    def from_json(data: dict) -> Truth:
-        """The inverse of `to_json`."""
-        objects = tuple(ObjectTruth(item["kind"], item["colour"], item["size"]) for item in data["objects"])
-        return Truth(objects, data["motion"], data["background"], data["pattern"])
-
 
 def _member(name: str, value: str, allowed) -> None:
     if value not in allowed:
