@@ -62,6 +62,21 @@ def test_what_is_known_of_a_video(tmp_path):
     assert {v.path.stem: v.prompt for v in find_videos([f"m={folder}"], prompts=named)}["film"] == "a film"
 
 
+def test_prompts_are_read_as_they_are_generated_from(tmp_path):
+    """A byte-order mark, a form feed and blank lines of a .txt; the objects of a .jsonl; a mark before a .json, too."""
+    make_video(tmp_path / "v" / "0000-0.mp4", frames=1)
+    make_video(tmp_path / "v" / "0002-0.mp4", frames=1)
+    files = {"a.txt": "\ufeffa cat\r\n\r\na dog\fon a log\n", "a.json": '\ufeff{"0000-0": "a cat", "0002-0": "a dog"}',
+             "a.jsonl": '{"prompt": "a cat"}\n\n{"prompt": "a dog", "extended": "a long dog"}\n'}
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text.encode())
+        found = [video.prompt for video in find_videos([str(tmp_path / "v")], prompts=tmp_path / name)]
+        assert found == ["a cat", "a dog on a log" if name == "a.txt" else "a dog"], name
+    (tmp_path / "b.jsonl").write_text("a cat\n")
+    with pytest.raises(ConfigError, match="b.jsonl: line 1 is not JSON"):
+        find_videos([str(tmp_path / "v")], prompts=tmp_path / "b.jsonl")
+
+
 def test_folders_that_cannot_be_measured(tmp_path):
     """Missing, a file, empty, and two folders of one name are told apart."""
     for folder in ("a/x", "b/x", "empty"):
