@@ -19,7 +19,8 @@ from evaluation.metrics.videos import Video
 from utils.config import ConfigError
 from utils.files import write_atomically
 
-VERSION = "VBench commit 98b19513"
+SUITE = "VBench commit"            # stands in the protocol of all its rows, whichever commit it was
+VERSION = f"{SUITE} 98b19513"
 INDEX = "vbench_export.json"      # what each exported name is
 PROMPTS = "vbench_prompts.json"   # for `--mode custom_input --prompt_file`, which takes whole prompts
 NAME_BYTES = 230                  # of the 255 that file systems allow; clips get a suffix
@@ -110,6 +111,11 @@ def read_results(results: Path, exported: Path) -> list[Row]:
             raise ConfigError(f"{results}: {dimension} has no results of single videos. Run VBench again.")
         rows += _rows(dimension, lists, index, results)
     return rows
+
+
+def is_imported(row: Row) -> bool:
+    """Whether the suite said it."""
+    return SUITE in row.protocol
 
 
 def _rows(dimension: str, lists: Sequence[list[dict]], index: dict, results: Path) -> list[Row]:

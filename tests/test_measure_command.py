@@ -1,10 +1,8 @@
-"""The commands measure, export-vbench and import-vbench: from folders to the tidy table, also with bad input.
-"""
+"""The command measure: from folders to the tidy table, also with bad input."""
 from __future__ import annotations
 
 import json
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +10,13 @@ import numpy as np
 import pytest
 
 from evaluation.__main__ import main
+from evaluation.metrics import measuring
 from evaluation.metrics.catalogue import BASIC, make_metrics
-from evaluation.metrics.measuring import measure
+from evaluation.metrics.measuring import measure, measure_videos
 from evaluation.metrics.protocol import CannotMeasureError, Choices, Value, VideoInfo
-from evaluation.metrics.table import COLUMNS, Row, append, read_ends, read_table, write_csv, write_parquet
+from evaluation.metrics.table import Row, append, read_table
 from evaluation.metrics.videos import find_videos
-from evaluation.vbench import INDEX, NAME_BYTES, PROMPTS, export, read_results, vbench_stem
+from evaluation.vbench import VERSION
 from utils.config import ConfigError
 from utils.video import VideoWriter
 
@@ -37,80 +36,6 @@ def make_video(path: Path, *, frames: int = 40, size: tuple[int, int] = (32, 48)
 def sidecar(video: Path, **record) -> None:
     config = {"num_frame_per_block": 3, "independent_first_frame": False}
     video.with_suffix(".json").write_text(json.dumps({"settings": {"config": config}, **record}))
-
-
-# the table ----------------------------------------------------------------------------------------
-
-
-def test_a_table_comes_back_as_it_went(tmp_path):
-    """CSV keeps commas, quotes, line breaks, umlauts and empty fields; Parquet says the same."""
-    path = tmp_path / "t.csv"
-    rows = [ROW, replace(ROW, prompt='a "cat",\nna\u00efve', start_s=None, granularity="whole", value=-1e-7),
-            replace(ROW, metric="flow", granularity="", start_s=None, value=None, error="too short, by far")]
-    append(path, rows[:1])
-    append(path, rows[1:])
-    assert read_table(path) == rows and path.read_text().splitlines()[0] == ",".join(COLUMNS)
-    if write_parquet(rows, tmp_path / "t.parquet"):
-        assert read_table(tmp_path / "t.parquet") == rows
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_the_ends_of_a_table(tmp_path, count: int) -> None:
-    """The first and the last of all rows, whatever lies between."""
-    rows = [replace(ROW, start_s=float(second), prompt='says "a,\nb"') for second in range(count)]
-    assert read_ends(tmp_path / "t.csv") == []
-    write_csv(rows, tmp_path / "t.csv")
-    assert read_ends(tmp_path / "t.csv") == read_table(tmp_path / "t.csv")[:1] + read_table(tmp_path / "t.csv")[-1:]
-    (tmp_path / "t.csv").write_text("a,b\n")
-    with pytest.raises(ValueError, match="not a table of metrics"):
-        read_ends(tmp_path / "t.csv")
-
-
-def test_the_last_row_counts(tmp_path):
-    """A value measured again replaces the old one, and an error that was overcome is forgotten."""
-    path = tmp_path / "t.csv"
-    error = replace(ROW, granularity="", start_s=None, value=None, error="no")
-    append(path, [error, replace(ROW, value=0.25)])
-    append(path, [ROW])
-    assert read_table(path) == [ROW]
-    append(path, [replace(ROW, value=0.75)], replacing={ROW.video})
-    assert [row.value for row in read_table(path)] == [0.75] and path.read_text().count("\n") == 2
-
-
-def test_a_row_holds_a_number_or_a_reason():
-    """NaN, neither, and both are refused."""
-    for value, error in ((float("nan"), ""), (None, ""), (1.0, "but")):
-        with pytest.raises(ValueError, match="finite number"):
-            replace(ROW, value=value, error=error)
-
-
-def test_writers_side_by_side_lose_nothing(tmp_path):
-    """Eight threads add to one table."""
-    path = tmp_path / "t.csv"
-
-    def work(writer: int) -> None:
-        for number in range(5):
-            append(path, [replace(ROW, video=f"m/{writer}-{number}.mp4")])
-
-    jobs = [threading.Thread(target=work, args=(writer,)) for writer in range(8)]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join()
-    assert len(read_table(path)) == 40
-
-
-def test_a_damaged_table_is_refused(tmp_path):
-    """The file and the row are named."""
-    path = tmp_path / "t.csv"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="first line must be"):
-        read_table(path)
-    append(tmp_path / "u.csv", [ROW])
-    with (tmp_path / "u.csv").open("a") as file:
-        file.write("torn,row\n")
-    with pytest.raises(ValueError, match="row 3: 2 columns"):
-        read_table(tmp_path / "u.csv")
 
 
 # which videos -------------------------------------------------------------------------------------
@@ -135,6 +60,21 @@ def test_what_is_known_of_a_video(tmp_path):
     ours = found["red-ab12cd34-s7-0"].chunks
     assert (ours.first_frames, ours.chunk_frames) == (9, 12) and found["film"].chunks is None
     assert {v.path.stem: v.prompt for v in find_videos([f"m={folder}"], prompts=named)}["film"] == "a film"
+
+
+def test_prompts_are_read_as_they_are_generated_from(tmp_path):
+    """A byte-order mark, a form feed and blank lines of a .txt; the objects of a .jsonl; a mark before a .json, too."""
+    make_video(tmp_path / "v" / "0000-0.mp4", frames=1)
+    make_video(tmp_path / "v" / "0002-0.mp4", frames=1)
+    files = {"a.txt": "\ufeffa cat\r\n\r\na dog\fon a log\n", "a.json": '\ufeff{"0000-0": "a cat", "0002-0": "a dog"}',
+             "a.jsonl": '{"prompt": "a cat"}\n\n{"prompt": "a dog", "extended": "a long dog"}\n'}
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text.encode())
+        found = [video.prompt for video in find_videos([str(tmp_path / "v")], prompts=tmp_path / name)]
+        assert found == ["a cat", "a dog on a log" if name == "a.txt" else "a dog"], name
+    (tmp_path / "b.jsonl").write_text("a cat\n")
+    with pytest.raises(ConfigError, match="b.jsonl: line 1 is not JSON"):
+        find_videos([str(tmp_path / "v")], prompts=tmp_path / "b.jsonl")
 
 
 def test_folders_that_cannot_be_measured(tmp_path):
@@ -173,6 +113,75 @@ def test_measuring_resumes(tmp_path, capsys):
         row for row in first if row.video == "ours/a.mp4" and row.metric == "brightness"]
     assert {row.value for row in rows if row.video == "ours/b.mp4" and row.metric == "frames"} == {24}
     assert {row.video for row in rows if row.metric == "border_flicker"} == {f"ours/{n}.mp4" for n in "abc"}
+
+
+def test_what_vbench_said_stays(tmp_path, caplog):
+    """Rows that measuring did not make outlive it, before and after the file changes."""
+    video, table = make_video(tmp_path / "v" / "a.mp4"), tmp_path / "t.csv"
+    rated = replace(ROW, video="v/a.mp4", method="v", metric="imaging_quality", protocol=f"VBench, {VERSION}")
+    append(table, [rated])
+    command = ["measure", str(tmp_path / "v"), "--output", str(table), "--device", "cpu", "--metrics", "picture"]
+    assert main(command) == 0 and rated in read_table(table) and "VBench" not in caplog.text
+    make_video(video, frames=24)
+    assert main(command) == 0 and rated in read_table(table) and "VBench rated the old one" in caplog.text
+    assert {row.value for row in read_table(table) if row.metric == "frames"} == {24}
+
+
+def test_two_runs_over_a_changed_file_keep_each_others_rows(tmp_path, monkeypatch):
+    """Both have seen the old file's rows; the second one to finish finds them gone, and takes nothing else."""
+    video, table = make_video(tmp_path / "v" / "a.mp4"), tmp_path / "t.csv"
+    command = ["measure", str(tmp_path / "v"), "--output", str(table), "--device", "cpu", "--metrics"]
+    assert main([*command, "picture", "flicker"]) == 0
+    make_video(video, frames=24)
+    measure_file = measuring._measure_file
+
+    def while_another_runs(job, metrics):
+        monkeypatch.setattr(measuring, "_measure_file", measure_file)
+        assert main([*command, "flicker"]) == 0
+        return measure_file(job, metrics)
+
+    monkeypatch.setattr(measuring, "_measure_file", while_another_runs)
+    assert main([*command, "picture"]) == 0
+    rows = read_table(table)
+    assert {"brightness", "temporal_flickering"} <= {row.metric for row in rows}
+    assert {row.value for row in rows if row.metric == "frames"} == {24}
+
+
+@pytest.mark.parametrize("frames", [1, 2, 4, 80])
+def test_what_was_measured_is_not_measured_again(tmp_path, frames, caplog):
+    """However short the video, and whichever of its metrics' values it lacks."""
+    caplog.set_level("INFO")
+    make_video(tmp_path / "v" / "a.mp4", frames=frames)
+    table = tmp_path / "t.csv"
+    command = ["measure", str(tmp_path / "v"), "--output", str(table), "--device", "cpu", "--metrics", "picture"]
+    assert main(command) == 0
+    before = table.read_bytes()
+    assert main(command) == 0 and table.read_bytes() == before and "1 of 1 videos are measured already" in caplog.text
+    drifts = {row.metric for row in read_table(table) if row.granularity == "first_last_15pct"}
+    assert ("brightness_drift" in drifts) == (frames > 2)  # every other frame is looked at
+
+
+def test_measuring_again_adds_nothing_that_the_table_says(tmp_path):
+    """A metric that always fails brings a video's numbers along; they come back as they went, rounded."""
+    (tmp_path / "v").mkdir()
+    with VideoWriter(tmp_path / "v" / "a.mp4", fps=24) as writer:  # 1.66666... s
+        writer.write(np.zeros((40, 32, 48, 3), np.uint8))
+    table = tmp_path / "t.csv"
+    command = ["measure", str(tmp_path / "v"), "--output", str(table), "--device", "cpu", "--metrics", "borders"]
+    before = main(command), table.read_bytes()
+    assert (main(command), table.read_bytes()) == before
+
+
+def test_a_metric_whose_rows_were_torn_is_measured_again(tmp_path):
+    """Killed in the middle of an append: what came through does not pass for the whole."""
+    make_video(tmp_path / "v" / "a.mp4")
+    table = tmp_path / "t.csv"
+    command = ["measure", str(tmp_path / "v"), "--output", str(table), "--device", "cpu", "--metrics", "picture"]
+    assert main(command) == 0
+    rows, lines = read_table(table), table.read_bytes().splitlines(keepends=True)
+    for kept in (1, 3, len(lines) - 8, len(lines) - 1):
+        table.write_bytes(b"".join(lines[:kept]) + lines[kept][:20])
+        assert main(command) == 0 and sorted(map(repr, read_table(table))) == sorted(map(repr, rows))
 
 
 def test_a_metric_that_lacks_its_input_is_left_out(tmp_path, caplog):
@@ -255,6 +264,72 @@ def test_bad_input_costs_a_line_and_the_rest_goes_on(tmp_path, workers):
     assert measured == {f"theirs/{name}.mp4" for name in ("good", "fine", "large", "one")}
 
 
+def test_a_killed_process_costs_its_video_alone(tmp_path, monkeypatch):
+    """Videos that were measured beside it, or wait, have their values; the next run that fares better says no more."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "deadly_judge.py").write_text(
+        "import os, pathlib, signal\n"
+        "def judge(frames, question):\n"
+        "    if frames.shape[1] == 64 and pathlib.Path(__file__).with_name('deadly').exists():\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return 'Score: 4'\n"
+    )
+    (tmp_path / "deadly").touch()
+    for name in "abcd":
+        sidecar(make_video(tmp_path / "v" / f"{name}.mp4", size=(64, 96) if name == "b" else (32, 48)), prompt="p")
+    table = tmp_path / "t.csv"
+    command = ["measure", str(tmp_path / "v"), "--output", str(table), "--device", "cpu", "--workers", "2",
+               "--metrics", "picture", "visual_stability", "--vlm", "deadly_judge:judge"]
+    assert main(command) == 1
+    rows = read_table(table)
+    assert {row.video for row in rows if row.metric == "visual_stability"} == {f"v/{name}.mp4" for name in "acd"}
+    [row] = [row for row in rows if row.error]
+    assert (row.video, row.metric) == ("v/b.mp4", "file") and "was killed" in row.error
+    (tmp_path / "deadly").unlink()
+    assert main(command) == 1
+    assert {row.metric for row in read_table(table) if row.error} == {"frame_size"}
+
+
+def test_a_file_that_is_gone_costs_itself_alone(tmp_path, monkeypatch):
+    """Before it is read, or between that and the decoding; once it is back, nothing says otherwise."""
+    for name in "abc":
+        make_video(tmp_path / "v" / f"{name}.mp4", seed=ord(name))
+    table, kept = tmp_path / "t.csv", (tmp_path / "v" / "b.mp4").read_bytes()
+    found, content = find_videos([str(tmp_path / "v")]), measuring._content
+
+    def then_gone(path):
+        told = content(path)
+        if path.name == "c.mp4":
+            path.unlink()
+        return told
+
+    found[1].path.unlink()
+    monkeypatch.setattr(measuring, "_content", then_gone)
+    assert measure_videos(found, ["picture"], Choices(), table) == 2
+    rows = read_table(table)
+    assert {(row.video, row.metric) for row in rows if row.error} == {("v/b.mp4", "file"), ("v/c.mp4", "file")}
+    assert {row.video for row in rows if row.metric == "brightness"} == {"v/a.mp4"}
+    monkeypatch.setattr(measuring, "_content", content)
+    (tmp_path / "v" / "b.mp4").write_bytes(kept)
+    make_video(tmp_path / "v" / "c.mp4", seed=ord("c"))
+    assert measure_videos(found, ["picture"], Choices(), table) == 0
+    assert not any(row.error for row in read_table(table))
+
+
+def test_no_size_wins_a_tie(tmp_path):
+    """One of each size: both are told, whatever the order; once one is made anew, neither."""
+    for name, size in (("a", (32, 48)), ("b", (64, 96))):
+        make_video(tmp_path / "v" / f"{name}.mp4", size=size)
+    table = tmp_path / "t.csv"
+    command = ["measure", str(tmp_path / "v"), "--output", str(table), "--device", "cpu", "--metrics", "picture"]
+    for _ in range(2):
+        assert main(command) == 1
+        told = {row.video: row.error for row in read_table(table) if row.error}
+        assert "32x48, but other videos of v are 64x96" in told["v/a.mp4"] and "64x96, but" in told["v/b.mp4"]
+    make_video(tmp_path / "v" / "b.mp4")
+    assert main(command) == 0 and not any(row.error for row in read_table(table))
+
+
 def test_bad_arguments_are_one_line(tmp_path, capsys):
     """Status 2 before anything is opened: an unknown metric with the nearest name, a missing folder."""
     make_video(tmp_path / "v" / "a.mp4")
@@ -310,72 +385,5 @@ def test_one_metric_never_costs_another():
     frames = np.zeros((3, 8, 8, 3), np.uint8)
     measured = measure(frames, VideoInfo("v", 16, 8, 8), [Failing(where) for where in ("start", "add", "values", "")])
     assert set(measured.errors) == {"start", "add", "values"} and measured.values[""][0].value == 1
-    assert measured.errors["start"] == "not this one" and measured.errors["add"] == "RuntimeError: broken"
+    assert measured.errors["start"] == "not this one" and measured.errors["add"].startswith("RuntimeError: broken")
     assert "came out as nan" in measured.errors["values"]
-
-
-# VBench -------------------------------------------------------------------------------------------
-
-
-def exported(tmp_path: Path, prompts: list[str]):
-    for number, prompt in enumerate(prompts):
-        video = tmp_path / "in" / f"{number}.mp4"
-        video.parent.mkdir(exist_ok=True)
-        video.write_bytes(bytes([number]) * 10)
-        sidecar(video, prompt=prompt, seed=5)
-    return export(find_videos([f"rolling={tmp_path / 'in'}"]), tmp_path / "out")
-
-
-def test_names_that_vbench_reads_back():
-    """The stem is the prompt, but for what VBench or a file system would take for something else."""
-    assert vbench_stem("A cat. It sits.") == Path("A cat. It sits..mp4").stem == "A cat. It sits."
-    assert vbench_stem("snake_case and a/b, 16-Scene") == "snake case and a b, 16 Scene"
-    assert vbench_stem("Apollo-11") == "Apollo 11"  # VBench would strip -11
-    long = vbench_stem("\u00fcber " * 100)
-    assert len(long.encode()) <= NAME_BYTES and long.endswith("\u00fcber")
-
-
-def test_export_writes_the_folder_and_fails_on_collisions(tmp_path):
-    """One file a prompt, an index beside; the same prompt twice, or a stranger in the folder, stops it."""
-    folder = exported(tmp_path, ["A red star", "Two_cats"])["rolling"]
-    assert {p.name for p in folder.iterdir()} == {"A red star.mp4", "Two cats.mp4", INDEX, PROMPTS}
-    assert json.loads((folder / PROMPTS).read_text())["Two cats.mp4"] == "Two_cats"
-    assert exported(tmp_path, ["A red star", "Two_cats"])["rolling"] == folder  # again changes nothing
-    with pytest.raises(ConfigError, match="would both be"):
-        exported(tmp_path, ["A red star", "a RED star"])
-    (folder / "stranger.mp4").touch()
-    with pytest.raises(ConfigError, match="other files"):
-        exported(tmp_path, ["A red star", "Two_cats"])
-    (folder / "stranger.mp4").unlink()
-    (folder / "A red star.mp4").unlink()
-    (folder / "A red star.mp4").write_bytes(b"another")
-    with pytest.raises(ConfigError, match="is another video"):
-        exported(tmp_path, ["A red star", "Two_cats"])
-
-
-def test_results_of_clips_and_of_whole_videos(tmp_path):
-    """VBench-Long's clips are averaged a video; imaging quality comes in percent; a missing video is a line."""
-    folder = exported(tmp_path, ["A red star.", "Two cats"])["rolling"]
-    clip = "/x/split_clip/A red star./A red star._{:03}.mp4".format
-    content = {
-        "imaging_quality": [0.7, [{"video_path": clip(k), "video_results": 60 + 10 * k} for k in range(3)],
-                            [{"video_path": "/x/A red star..mp4", "video_results": 70}]],
-        "dynamic_degree": [0.5, [{"video_path": clip(k), "video_results": k == 0} for k in range(2)]],
-    }
-    results = folder / "results" / "results_eval_results.json"
-    results.parent.mkdir()
-    results.write_text(json.dumps(content))
-    rows = {(row.prompt, row.metric): row for row in read_results(results, folder)}
-    imaging = rows["A red star.", "imaging_quality"]
-    assert imaging.value == pytest.approx(0.7) and rows["A red star.", "dynamic_degree"].value == 0.5
-    assert (imaging.granularity, imaging.video, imaging.seed) == ("clip2s", "rolling/0.mp4", "5")
-    assert "no result" in rows["Two cats", "dynamic_degree"].error
-    assert main(["import-vbench", str(folder), "--output", str(tmp_path / "t.csv")]) == 1  # one is missing
-    assert len(read_table(tmp_path / "t.csv")) == 4
-    whole = {"dynamic_degree": [1.0, [{"video_path": f"/x/{n}.mp4", "video_results": True}
-                                      for n in ("A red star.", "Two cats")]]}
-    results.write_text(json.dumps(whole))
-    assert {(row.granularity, row.value) for row in read_results(results, folder)} == {("whole", 1.0)}
-    results.write_text(json.dumps({"dynamic_degree": [1.0, [{"video_path": "/x/no.mp4", "video_results": 1}]]}))
-    with pytest.raises(ConfigError, match="was not exported"):
-        read_results(results, folder)

@@ -70,6 +70,17 @@ def test_means_and_ends():
     assert means(ramp, 10, 16.0) == [(0.0, 80.0)]
 
 
+@pytest.mark.parametrize("every", [1, 2, 16])
+def test_ends_exist_where_two_samples_do(every):
+    """Whatever the length; frames without a value move nothing, and no sample is both ends."""
+    for length in range(1, 200):
+        series = np.full(length, np.nan)
+        series[::every] = np.arange(0, length, every)
+        found = ends(series, 16)
+        assert ("first_last_15pct" in found) == (length > every), length
+        assert all(first < last for first, last in found.values()), length
+
+
 def test_picture_measures_equal_a_pixel_by_pixel_computation():
     """Brightness, contrast, saturation, clipping over single pixels in Python; the gradient of a known slope."""
     rgb = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)

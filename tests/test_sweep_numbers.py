@@ -110,7 +110,7 @@ def test_prompts_weigh_alike_and_an_unknown_one_is_its_videos(numbers):
     assert Numbers(nameless).mean("a", MetricName.parse("d@whole")).value == 3
 
 
-@pytest.mark.parametrize("metric", ["dynamic_degree", "repetition", "clipped", "frozen", "world_holds_colour"])
+@pytest.mark.parametrize("metric", ["dynamic_degree", "repetition", "frozen", "world_holds_colour"])
 def test_no_share_is_known_for_certain(metric):
     """None of eight videos: Wilson's interval begins at 0 and is wider than nothing."""
     found = Numbers(seeds_of(8, 1, metric, lambda prompt: 0.0)).mean("a", MetricName.parse(f"{metric}@whole"))
@@ -120,6 +120,7 @@ def test_no_share_is_known_for_certain(metric):
 def test_shares_are_named_by_their_metrics():
     assert {"frozen", "world_survival", "world_colour", "world_rate_pair"} < share_names()
     assert not share_names() & {"drift", "brightness", "flow", "rollbacks", "world_jumps", "temporal_flickering"}
+    assert "clipped" not in share_names()  # of pixels: no frame has it or has it not
 
 
 # --- tables ---------------------------------------------------------------------------------------------------

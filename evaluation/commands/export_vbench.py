@@ -16,7 +16,9 @@ logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a folder of videos, or METHOD=FOLDER")
     parser.add_argument("--output", type=Path, required=True, help="where one folder a method goes")
-    parser.add_argument("--prompts", type=Path, help="prompts of videos without a JSON: .json by name, .txt by number")
+    parser.add_argument(
+        "--prompts", type=Path, help="prompts of videos without a JSON: .json by name, .txt or .jsonl by number",
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "any of these by name (default: basic)",
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/metrics.csv"), help="the table, a .csv")
-    parser.add_argument("--prompts", type=Path, help="prompts of videos without a JSON: .json by name, .txt by number")
+    parser.add_argument(
+        "--prompts", type=Path, help="prompts of videos without a JSON: .json by name, .txt or .jsonl by number",
+    )
     parser.add_argument(
         "--chunk_frames", type=int, nargs=2, metavar=("FIRST", "LATER"),
         help="pixel frames of the first and of every later chunk, of videos without a JSON (Self Forcing: 9 12)",

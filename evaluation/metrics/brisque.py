@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.metrics.protocol import CannotMeasureError, Frame, Value, VideoInfo
+from evaluation.metrics.protocol import CannotMeasureError, Frame, Metric, Value, VideoInfo
 from evaluation.metrics.series import of_frames
 from utils.config import ConfigError
 
@@ -28,7 +28,7 @@ LEAST_PIXELS = 16
 SHAPES = np.arange(0.1, 10.001, 0.001)          # of the generalised Gaussian, searched by table
 
 
-class Brisque:
+class Brisque(Metric):
     """`brisque`: one frame a second; lower is better. `brisque_drift`: |first - last|."""
 
     name = "brisque"

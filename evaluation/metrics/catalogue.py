@@ -72,15 +72,15 @@ def value_names() -> set[str]:
     found = set()
     for name in EVERY:
         kind = _kind(name)
-        reported = (*getattr(kind, "reports", (name,)), *getattr(kind, "at_times", ()))
+        reported = (*getattr(kind, "reports", (name,)), *kind.at_times)
         found |= {f"{value}@{granularity}" for value in reported for granularity in kind.granularities}
     return found
 
 
 @lru_cache(maxsize=1)
 def share_names() -> frozenset[str]:
-    """Names of the values that are shares, 0 to 1: Wilson's interval is theirs."""
-    return frozenset(value for name in EVERY for value in getattr(_kind(name), "shares", ()))
+    """Names of the values that are shares, 0 to 1, as `Metric` has them: Wilson's interval is theirs."""
+    return frozenset(value for name in EVERY for value in _kind(name).shares)
 
 
 def _kind(name: str) -> type[Metric]:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from evaluation.metrics.networks import Batches, clip_b32, dino
-from evaluation.metrics.protocol import Choices, Frame, TooShortError, Value, VideoInfo
+from evaluation.metrics.protocol import Choices, Frame, Metric, TooShortError, Value, VideoInfo
 from evaluation.metrics.series import CLIP_S
 
 
-class Consistency:
+class Consistency(Metric):
     """Mean over frames of (max(0, cosine to the one before) + max(0, cosine to the first)) / 2."""
 
     granularities = ("clip2s", "whole")

@@ -15,7 +15,7 @@ from collections import deque
 import numpy as np
 
 from evaluation.metrics.picture import gradient
-from evaluation.metrics.protocol import Frame, TooShortError, Value, VideoInfo
+from evaluation.metrics.protocol import Frame, Metric, TooShortError, Value, VideoInfo
 from evaluation.metrics.series import ENDS_S
 
 SAMPLES_PER_S = 4.0
@@ -30,7 +30,7 @@ RGB_TO_XYZ = np.array([
 LINEAR = np.where(np.arange(256) <= 10, np.arange(256) / 255 / 12.92, ((np.arange(256) / 255 + 0.055) / 1.055) ** 2.4)
 
 
-class Drift:
+class Drift(Metric):
     """`drift`: the mean distance of the last 5 s from the first 5 s (whole seconds of half the video, if it is shorter
     than 10 s). Every look at the video weighs the same.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from evaluation.metrics.protocol import Frame, TooShortError, Value, VideoInfo
+from evaluation.metrics.protocol import Frame, Metric, TooShortError, Value, VideoInfo
 from evaluation.metrics.series import clips, means
 from utils.config import ConfigError
 
@@ -15,7 +15,7 @@ TOP_SHARE = 0.05      # of the pixels, whose mean speed counts
 MOVING_PAIRS = 4      # of 16 sampled frames
 
 
-class Flow:
+class Flow(Metric):
     """`flow`: mean of the fastest 5 % of the pixels' motion from one sampled frame to the next, in pixels at a
     shorter side of 256. `dynamic_degree`: 1 if that exceeds 6 px in a quarter of the pairs; of the whole video,
     and of 2 s clips, averaged.

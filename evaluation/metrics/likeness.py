@@ -4,13 +4,22 @@ from __future__ import annotations
 import numpy as np
 
 from evaluation.metrics.networks import AestheticHead, Batches, ClipImagesAndText, aesthetic, clip_b32
-from evaluation.metrics.protocol import NO_PROMPT, CannotMeasureError, Choices, Frame, TooShortError, Value, VideoInfo
+from evaluation.metrics.protocol import (
+    NO_PROMPT,
+    CannotMeasureError,
+    Choices,
+    Frame,
+    Metric,
+    TooShortError,
+    Value,
+    VideoInfo,
+)
 from evaluation.metrics.series import WINDOW_S, clips, means, of_frames
 
 WINDOW_FRAMES = 8  # looked at in each window, each in the middle of its eighth
 
 
-class ClipScore:
+class ClipScore(Metric):
     """`clip_score`: 100 x cosine of picture and prompt, of each 10 s window; `whole` is the mean of the windows.
 
     Source: PackForcing, CLIP score per 10 s. The papers do not state which CLIP; ViT-B/32 fits their numbers best.
@@ -57,7 +66,7 @@ class ClipScoreReader:
         return [overall, *(Value("clip_score", "window10s", start, value) for start, value in found)]
 
 
-class Aesthetic:
+class Aesthetic(Metric):
     """`aesthetic_quality` in 0..1 of frames, seconds, 2 s clips; `aesthetic_quality_drift`: |first - last|.
 
     Source: VBench (CLIP ViT-L/14 and the LAION linear head, / 10); the drift over 5 s after Self Forcing's successors.

@@ -5,9 +5,10 @@ import hashlib
 import logging
 import math
 import multiprocessing
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +17,10 @@ import torch
 
 from evaluation.metrics.catalogue import ASKS, make_metrics
 from evaluation.metrics.protocol import CannotMeasureError, Choices, Frame, Metric, TooShortError, Value, VideoInfo
-from evaluation.metrics.table import LEFT_OUT, Row, append, read_table
+from evaluation.metrics.table import LEFT_OUT, Row, append, read_table, rounded
 from evaluation.metrics.videos import Video
+from evaluation.vbench import is_imported
+from utils.outputs import reason
 from utils.video import open_video
 
 logger = logging.getLogger(__name__)
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 FILE = "file"               # the row that says which file was measured: its bytes, and as protocol its hash
 FRAME_SIZE = "frame_size"   # the row of a video whose size differs from the others of its method
 HASH_DIGITS = 16
+KILLED = "the process that measured it was killed, perhaps for want of memory. Free some, and give the command again"
 
 
 @dataclass
@@ -47,7 +51,7 @@ def measure(frames: Iterable[np.ndarray], video: VideoInfo, metrics: Sequence[Me
         try:
             readers[metric.name] = metric.start(video)
         except Exception as error:
-            measured.errors[metric.name] = _reason(error)
+            measured.errors[metric.name] = _why(error)
     for rgb in frames:
         frame = Frame(measured.num_frames, rgb)
         measured.num_frames += 1
@@ -55,7 +59,7 @@ def measure(frames: Iterable[np.ndarray], video: VideoInfo, metrics: Sequence[Me
             try:
                 reader.add(frame)
             except Exception as error:
-                measured.errors[name] = _reason(error)
+                measured.errors[name] = _why(error)
                 del readers[name]
     for name, reader in readers.items():
         try:
@@ -63,7 +67,7 @@ def measure(frames: Iterable[np.ndarray], video: VideoInfo, metrics: Sequence[Me
             _check_finite(values)
             measured.values[name] = values
         except Exception as error:
-            measured.errors[name] = _reason(error)
+            measured.errors[name] = _why(error)
     return measured
 
 
@@ -79,31 +83,43 @@ def measure_videos(
     Raises: ConfigError, before any video is opened, for metrics that cannot be made.
     """
     metrics = make_metrics(names, choices)
-    known: dict[str, list[Row]] = {}
+    known: dict[str, list[Row]] = {video.name: [] for video in videos}
     for row in read_table(table):
-        known.setdefault(row.video, []).append(row)
-    jobs, left_out = [], Counter()
+        if row.video in known:
+            known[row.video].append(row)
+    jobs, unreadable, left_out = [], [], Counter()
     for video in videos:
         lacking = {
             name for name, (fact, _) in ASKS.items()
             if name not in names and not getattr(video, fact) and any(metric.name == name for metric in metrics)
         }
         left_out.update((name, ASKS[name][1]) for name in lacking)
-        content, before = _content(video.path), known.get(video.name, [])
-        unchanged = any(row.metric == FILE and row.protocol == content for row in before)
+        try:
+            content = _content(video.path)
+        except OSError as error:
+            unreadable.append(_row(video, FILE, "", None, None, "", _why(error)))
+            continue
+        before = known[video.name]
+        unchanged = _measured_content(before) == content
         todo = tuple(
             metric.name for metric in metrics
             if metric.name not in lacking and not (unchanged and _has(metric, before))
         )
         if todo:
-            jobs.append(_Job(video, todo, content, stale=bool(before) and not unchanged))
+            jobs.append(_Job(video, todo, content))
     _log_counts(left_out, len(videos))
-    if len(jobs) < len(videos):
-        logger.info("%d of %d videos are measured already and are skipped", len(videos) - len(jobs), len(videos))
+    skipped = len(videos) - len(jobs) - len(unreadable)
+    if skipped:
+        logger.info("%d of %d videos are measured already and are skipped", skipped, len(videos))
     failed, chosen = 0, {metric.reports[0]: metric.name for metric in metrics}  # by what an error's row says
     for number, (job, rows) in enumerate(_results(jobs, metrics, choices, min(workers, len(jobs))), 1):
-        known_rows = set() if job.stale else {*known.get(job.video.name, ())}
-        append(table, [row for row in rows if row not in known_rows], replacing={job.video.name} if job.stale else ())
+        before = known[job.video.name]
+        if job.outdated(before):
+            append(table, rows, outdated=job.outdated)
+            if any(map(is_imported, before)):
+                logger.warning("%s: another file now; VBench rated the old one. Let it rate this", job.video.name)
+        else:
+            append(table, _news(rows, before))
         logger.info("[%d/%d] %s", number, len(jobs), job.video.name)
         for row in rows:
             if row.failed:
@@ -112,7 +128,12 @@ def measure_videos(
     ours = {video.name: video for video in videos}
     rows = [row for row in read_table(table) if row.video in ours]
     log_left_out(rows, metrics, len(videos))
-    return failed + _note_sizes(ours, rows, table)
+    notes = unreadable + _odd_sizes(ours, rows)
+    for row in notes:
+        logger.error("%s: %s", row.video, row.error)
+    if set(notes) != {row for row in rows if _is_note(row)}:
+        append(table, notes, outdated=lambda now: [row for row in now if row.video in ours and _is_note(row)])
+    return failed + len(notes)
 
 
 def log_left_out(rows: Sequence[Row], metrics: Sequence[Metric], num_videos: int) -> None:
@@ -135,23 +156,53 @@ class _Job:
     video: Video
     metrics: tuple[str, ...]
     content: str
-    stale: bool  # the table has rows of another file of this name
+
+    def outdated(self, rows: Sequence[Row]) -> list[Row]:
+        """What was measured of this video when it was another file; what VBench said of it stays."""
+        ours = [row for row in rows if row.video == self.video.name]
+        if _measured_content(ours) in (None, self.content):
+            return []
+        return [row for row in ours if not is_imported(row)]
 
 
 def _results(
     jobs: Sequence[_Job], metrics: Sequence[Metric], choices: Choices, workers: int,
 ) -> Iterator[tuple[_Job, list[Row]]]:
-    """Jobs and their rows, in the order in which they are done."""
+    """Jobs and their rows, in the order in which they are done.
+
+    Of those at work when a process is killed each is tried again by itself, and is an error if that is killed too.
+    """
     if workers <= 1:
         for job in jobs:
             yield job, _measure_file(job, metrics)
         return
-    names = [metric.name for metric in metrics]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(names, choices)) as pool:
-        waiting = {pool.submit(_work, job): job for job in jobs}
-        for future in as_completed(waiting):
-            yield waiting[future], future.result()
+    making, left = ([metric.name for metric in metrics], choices), deque(jobs)
+    while left:
+        for job in (yield from _side_by_side(left, making, workers)):
+            if (yield from _side_by_side(deque([job]), making, 1)):
+                yield job, [_row(job.video, FILE, "", None, None, job.content, KILLED)]
+
+
+def _side_by_side(
+    left: deque[_Job], making: tuple[Sequence[str], Choices], workers: int,
+) -> Generator[tuple[_Job, list[Row]], None, list[_Job]]:
+    """Take jobs until none is left or a process is killed; returns those that were at work then."""
+    at_work: dict[Future, _Job] = {}
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=making,
+    ) as pool:
+        try:
+            while left or at_work:
+                while left and len(at_work) < workers:
+                    at_work[pool.submit(_work, left[0])] = left[0]
+                    left.popleft()
+                for future in wait(at_work, return_when=FIRST_COMPLETED).done:
+                    rows = future.result()
+                    yield at_work.pop(future), rows
+        except BrokenProcessPool:
+            logger.warning("a process was killed that measured one of: %s", ", ".join(
+                job.video.name for job in at_work.values()))
+    return [*at_work.values()]
 
 
 _METRICS: list[Metric] = []  # of a worker process, made once
@@ -175,17 +226,19 @@ def _measure_file(job: _Job, made: Sequence[Metric]) -> list[Row]:
         with open_video(video.path) as stream:
             info = VideoInfo(video.name, stream.fps, stream.height, stream.width, video.prompt, video.chunks)
             measured = measure(stream.frames, info, metrics)
+        size_bytes = video.path.stat().st_size
     except (ValueError, OSError) as error:
-        return [_row(video, FILE, "", None, None, content, _reason(error))]
+        return [_row(video, FILE, "", None, None, content, _why(error))]
     about = {
-        FILE: video.path.stat().st_size, "seconds": measured.num_frames / info.fps, "frames": measured.num_frames,
+        FILE: size_bytes, "seconds": measured.num_frames / info.fps, "frames": measured.num_frames,
         "fps": info.fps, "height": info.height, "width": info.width,
     }
     rows = [_row(video, name, "whole", None, float(value), content) for name, value in about.items()]
     for metric in metrics:
+        values = sorted(measured.values.get(metric.name, ()), key=lambda value: _is_last(metric, value))
         rows += [
             _row(video, value.metric, value.granularity, value.start_s, value.value, metric.protocol)
-            for value in measured.values.get(metric.name, ())
+            for value in values
         ]
         if metric.name in measured.errors:
             rows.append(_row(video, metric.reports[0], "", None, None, metric.protocol, measured.errors[metric.name]))
@@ -193,43 +246,63 @@ def _measure_file(job: _Job, made: Sequence[Metric]) -> list[Row]:
 
 
 def _row(video: Video, metric: str, granularity: str, start_s, value, protocol: str, error: str = "") -> Row:
+    start_s, value = (None if number is None else rounded(number) for number in (start_s, value))
     return Row(
         video.name, video.method, video.prompt or "", video.seed, metric, granularity, start_s, value, protocol, error
     )
 
 
+def _news(rows: Sequence[Row], before: Sequence[Row]) -> list[Row]:
+    """Those of `rows` that the table lacks, or that take back an error of it."""
+    said, failed = set(before), {(row.metric, row.protocol) for row in before if row.error}
+    return [row for row in rows if row not in said or (not row.error and (row.metric, row.protocol) in failed)]
+
+
+def _measured_content(rows: Sequence[Row]) -> str | None:
+    """Of which file these rows of one video are."""
+    return next((row.protocol for row in reversed(rows) if row.metric == FILE and row.protocol), None)
+
+
 def _has(metric: Metric, rows: Sequence[Row]) -> bool:
-    good = {row.metric for row in rows if row.protocol == metric.protocol and not row.error}
-    return set(metric.reports) <= good or any(_is_left_out(metric, row) for row in rows)
+    return any(
+        _is_left_out(metric, row) or (row.protocol == metric.protocol and _is_last(metric, row) and not row.error)
+        for row in rows
+    )
+
+
+def _is_last(metric: Metric, value: Value | Row) -> bool:
+    """The value that every video has comes after the metric's others: where it is, none was lost to a torn end."""
+    return (value.metric, value.granularity) == (metric.reports[0], "whole")
 
 
 def _is_left_out(metric: Metric, row: Row) -> bool:
     return row.left_out and (row.metric, row.protocol) == (metric.reports[0], metric.protocol)
 
 
-def _note_sizes(ours: Mapping[str, Video], rows: Sequence[Row], table: Path) -> int:
-    """Note each video whose size is not the usual one of its method; returns how many there are."""
+def _is_note(row: Row) -> bool:
+    """Rows that every run says anew."""
+    return row.metric == FRAME_SIZE or (row.metric == FILE and not row.protocol)
+
+
+def _odd_sizes(ours: Mapping[str, Video], rows: Sequence[Row]) -> list[Row]:
+    """A row for each video whose size is not that of most of its method; for all of them where no size leads."""
     sizes: dict[str, dict[str, float]] = {}
     for row in rows:
         if row.metric in ("height", "width"):
             sizes.setdefault(row.video, {})[row.metric] = row.value
     shown = {name: f"{size['height']:.0f}x{size['width']:.0f}" for name, size in sizes.items()}
     odd = []
-    for method in {video.method for video in ours.values()}:
+    for method in dict.fromkeys(video.method for video in ours.values()):
         of_method = {name: size for name, size in shown.items() if ours[name].method == method}
-        usual = Counter(of_method.values()).most_common(1)
+        counts = Counter(of_method.values())
+        usual = sorted(size for size, count in counts.items() if count == max(counts.values()))
+        share = "most" if len(usual) == 1 else "other"
         odd += [
-            _row(ours[name], FRAME_SIZE, "", None, None, "",
-                 f"{size}, but most videos of {method} are {usual[0][0]}: compare only videos of one size")
-            for name, size in of_method.items() if size != usual[0][0]
+            _row(ours[name], FRAME_SIZE, "", None, None, "", f"{size}, but {share} videos of {method} are "
+                 f"{' or '.join(other for other in usual if other != size)}: compare only videos of one size")
+            for name, size in of_method.items() if [size] != usual
         ]
-    noted = {row.video for row in rows if row.metric == FRAME_SIZE}
-    new = [row for row in odd if row.video not in noted]
-    for row in odd:
-        logger.error("%s: %s", row.video, row.error)
-    if new:
-        append(table, new)
-    return len(odd)
+    return odd
 
 
 def _check_finite(values: Sequence[Value]) -> None:
@@ -243,9 +316,7 @@ def _content(path: Path) -> str:
         return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:HASH_DIGITS]}"
 
 
-def _reason(error: Exception) -> str:
-    """One line of why."""
-    text = " ".join(str(error).split())
-    if isinstance(error, TooShortError):
-        return f"{LEFT_OUT}{text}"
-    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
+def _why(error: Exception) -> str:
+    """One line."""
+    text = " ".join(reason(error).split()) or type(error).__name__
+    return f"{LEFT_OUT}{text}" if isinstance(error, TooShortError) else text

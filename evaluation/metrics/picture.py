@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from evaluation.metrics.protocol import Frame, Value, VideoInfo
+from evaluation.metrics.protocol import Frame, Metric, Value, VideoInfo
 from evaluation.metrics.series import of_frames
 
 MEASURES = ("brightness", "contrast", "saturation", "sharpness", "clipped")
@@ -12,7 +12,7 @@ SAMPLES_PER_S = 8.0
 CLIPPED, CLEAR = 3.0, 15.0  # levels from black or white: clipped up to here, and by less and less up to there
 
 
-class Picture:
+class Picture(Metric):
     """Picture statistics of eight frames a second, all in 0..1.
 
     brightness: mean luma. contrast: its standard deviation (RMS contrast). saturation: mean of max - min of R, G, B
@@ -22,7 +22,6 @@ class Picture:
 
     name = "picture"
     reports = tuple(name for measure in MEASURES for name in (measure, f"{measure}_drift"))
-    shares = ("clipped",)
     granularities = ("second", "whole", "first_last_5s", "first_last_15pct")
     protocol = "8 frames a second; luma BT.601; colours of the thumbnail; gradient at half size; drift: |first - last|"
 

@@ -112,11 +112,12 @@ class Metric(Protocol):
     """One way to read a video."""
 
     name: str                              # by which it is chosen, as in --metrics
-    reports: tuple[str, ...]               # names of its values, such as `brightness` and `brightness_drift`; those
-                                           # that some videos lack stand in `at_times`, if there are any, and those
-                                           # that are shares of frames, pixels or videos, 0 to 1, in `shares` as well
+    reports: tuple[str, ...]               # names of its values, such as `brightness` and `brightness_drift`; the
+                                           # first has one of the whole video, always
     granularities: tuple[Granularity, ...]
     protocol: str                          # how its numbers were made, in a line; stands in every row
+    at_times: tuple[str, ...] = ()         # names of values that many videos lack, besides those of `reports`
+    shares: tuple[str, ...] = ()           # names of both that are a yes or no of a video, or shares of its frames
 
     def start(self, video: VideoInfo) -> Reader:
         """Begin a video. Raises CannotMeasureError if what is known of it does not suffice."""

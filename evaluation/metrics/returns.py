@@ -11,7 +11,7 @@ from statistics import median
 import numpy as np
 
 from evaluation.analysers.stability import LEAP, RETURN, SMALLEST_LEAP
-from evaluation.metrics.protocol import Frame, TooShortError, Value, VideoInfo
+from evaluation.metrics.protocol import Frame, Metric, TooShortError, Value, VideoInfo
 from evaluation.metrics.series import means
 
 EARLIER_S = 2.0        # what lies further back than this is earlier
@@ -23,7 +23,7 @@ MEMORY = 4096          # pictures kept; when full, every other one goes, so memo
 USUAL_S = 2.0          # the steps of this time say what a usual one is
 
 
-class Returns:
+class Returns(Metric):
     """`repetition`: share of the time that shows an earlier picture again. `rollbacks`: leaps back, a minute."""
 
     name = "returns"

@@ -42,15 +42,24 @@ def means(values: Sequence[float], fps: float, length_s: float) -> list[tuple[fl
 
 
 def ends(values: Sequence[float], fps: float) -> dict[Granularity, tuple[float, float]]:
-    """Means of the first and of the last 5 s (of videos of at least 10 s), and of the first and last 15 %."""
+    """Means of the first and of the last 5 s (of videos of at least 10 s), and of the first and last 15 %.
+
+    Where no frame of these has a value it is that of the nearest one that has; of a single one there are no ends.
+    """
     values = np.asarray(values, np.float64)
+    known = values[~np.isnan(values)]
+    if len(known) < 2:
+        return {}
     reaches = {"first_last_15pct": max(1, round(ENDS_SHARE * len(values)))}
     if len(values) >= 2 * ENDS_S * fps:
         reaches["first_last_5s"] = round(ENDS_S * fps)
     return {
-        name: (float(np.nanmean(values[:reach])), float(np.nanmean(values[-reach:])))
-        for name, reach in reaches.items() if not np.isnan(values[:reach]).all() and not np.isnan(values[-reach:]).all()
+        name: (_mean(values[:reach], known[0]), _mean(values[-reach:], known[-1])) for name, reach in reaches.items()
     }
+
+
+def _mean(values: np.ndarray, otherwise: float) -> float:
+    return float(otherwise if np.isnan(values).all() else np.nanmean(values))
 
 
 def of_frames(name: str, values: Sequence[float], fps: float, *, drift: bool) -> list[Value]:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from evaluation.metrics.protocol import Frame, Value, VideoInfo
+from evaluation.metrics.protocol import Frame, Metric, Value, VideoInfo
 from evaluation.metrics.transnet import Stack
 from utils.config import ConfigError
 
@@ -23,7 +23,7 @@ WINDOW, EDGE = 200, 25      # frames it sees at once, and those at either end wh
 CUT = 0.5                   # probability from which a frame is the last before a cut
 
 
-class Shots:
+class Shots(Metric):
     """`shot_cuts`: transitions in the video. A long take has none; a model that restarts its scene has some."""
 
     name = "shots"

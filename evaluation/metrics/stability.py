@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from evaluation.metrics.protocol import NO_PROMPT, CannotMeasureError, Choices, Frame, Value, VideoInfo
+from evaluation.metrics.protocol import NO_PROMPT, CannotMeasureError, Choices, Frame, Metric, Value, VideoInfo
 from utils.config import ConfigError
 
 MOST_FRAMES = 32
@@ -37,7 +37,7 @@ SCORE = re.compile(r"\bscore[\s*_]*(?:\([^()]*\)[\s*_]*)?:[\s*_`<\[]*([+-]?\d+(?
 Judge = Callable[[np.ndarray, str], str]
 
 
-class VisualStability:
+class VisualStability(Metric):
     """`visual_stability`: 0 to 100."""
 
     name = "visual_stability"

@@ -4,14 +4,14 @@ from __future__ import annotations
 import numpy as np
 
 from evaluation.analysers.stability import border_steps
-from evaluation.metrics.protocol import NO_CHUNKS, CannotMeasureError, Frame, TooShortError, Value, VideoInfo
+from evaluation.metrics.protocol import NO_CHUNKS, CannotMeasureError, Frame, Metric, TooShortError, Value, VideoInfo
 from evaluation.metrics.series import of_frames
 
 STILL_LEVELS = 1.0   # no cell changes by more, of 255: a re-encoded still picture stays below
 STILL_S = 0.5        # shorter rests are part of a motion
 
 
-class Flicker:
+class Flicker(Metric):
     """`temporal_flickering`: 1 - mean |difference of consecutive frames| / 255, as VBench's dimension of this name."""
 
     name = "flicker"
@@ -38,7 +38,7 @@ class FlickerReader:
         return of_frames("temporal_flickering", self.series, self.fps, drift=False)
 
 
-class Borders:
+class Borders(Metric):
     """`border_flicker`: how much larger the step at a chunk's border is than within chunks, in levels of 255."""
 
     name = "borders"
@@ -70,7 +70,7 @@ class BordersReader:
         return [Value("border_flicker", "whole", None, at_border - within)]
 
 
-class Frozen:
+class Frozen(Metric):
     """`frozen`: share of the time in which the picture stands still for half a second or longer."""
 
     name = "frozen"

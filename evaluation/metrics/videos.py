@@ -13,8 +13,8 @@ from pathlib import Path
 
 from evaluation.analysers.stability import ChunkLayout
 from utils.config import ConfigError
+from utils.prompts import VIDEO_SUFFIXES, load_prompts, read_text_lines
 
-SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 UNFINISHED = ".partial"
 TEMPORAL_STRIDE = 4  # pixel frames a latent frame, of the Wan VAE; the first latent frame is a single pixel frame
 
@@ -42,8 +42,9 @@ def find_videos(
 
     Arguments:
         folders: `FOLDER`, whose name is the method, or `METHOD=FOLDER`.
-        prompts: a .json {file name with or without suffix: prompt}, or a .txt whose line n (from 0) belongs to
-            the videos whose names begin with the number n, as `--save_with_index` writes them.
+        prompts: a .json {file name with or without suffix: prompt}, or what inference.py takes, a .txt or .jsonl,
+            whose line n (from 0) belongs to the videos whose names begin with the number n, as `--save_with_index`
+            writes them.
         chunks: layout of videos that have no JSON beside them.
     Raises:
         ConfigError: a folder that is missing, a file, empty, or of the same method as another; a bad prompts file.
@@ -67,11 +68,11 @@ def find_videos(
         by_method[method] = path
         files = sorted(
             file for file in path.iterdir()
-            if file.suffix.lower() in SUFFIXES and file.is_file() and not file.name.startswith(".")
+            if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file() and not file.name.startswith(".")
             and not file.stem.endswith(UNFINISHED)
         )
         if not files:
-            raise ConfigError(f"{path}: no videos in there ({', '.join(SUFFIXES)}).")
+            raise ConfigError(f"{path}: no videos in there ({', '.join(VIDEO_SUFFIXES)}).")
         videos += [_video(file, method, known, chunks) for file in files]
     return videos
 
@@ -135,10 +136,12 @@ def _read_prompts(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix != ".json":
-            return {f"#{number}": line.strip() for number, line in enumerate(text.splitlines()) if line.strip()}
-        named = json.loads(text)
+        if path.suffix.lower() == ".jsonl":
+            items = load_prompts(prompt=None, data_path=path, extended_prompt_path=None, i2v=False)
+            return {f"#{item.index}": item.prompt for item in items}
+        if path.suffix.lower() != ".json":
+            return {f"#{number}": " ".join(line.split()) for number, line in enumerate(read_text_lines(path)) if line}
+        named = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--prompts {path}: cannot be read: {error}") from error
     if not isinstance(named, dict) or not all(isinstance(prompt, str) for prompt in named.values()):

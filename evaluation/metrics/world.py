@@ -10,7 +10,7 @@ from dataclasses import fields
 import numpy as np
 
 from evaluation.analysers import PROPERTIES, PerFrame, PerVideo, analyse
-from evaluation.metrics.protocol import NO_CHUNKS, CannotMeasureError, Frame, TooShortError, Value, VideoInfo
+from evaluation.metrics.protocol import NO_CHUNKS, CannotMeasureError, Frame, Metric, TooShortError, Value, VideoInfo
 from evaluation.study.scores import pace_name, row_of, speed_ratio
 from training.world import CaptionError, Clip, Truth, parse_caption
 
@@ -18,7 +18,7 @@ MOST_PIXELS = 96 * 160 * 16 * 3600  # an hour of the embedded model's videos; la
 SHARES = ("rate", "holds")          # of each property: share of frames in which it is right, and whether that is enough
 
 
-class WorldMetric:
+class WorldMetric(Metric):
     """Numbers of evaluation.analysers, called world_*: per second every per-frame value, per video what PerVideo holds.
 
     `rate_<property>` and `holds_<property>` are shares; `pace` is the speed at which the caption's motion shows, and
