@@ -56,7 +56,7 @@ def draw_ablation(
 ) -> None:
     """Metrics over one setting of the cache, with 95 % intervals.
 
-    Raises: ConfigError if a method's cache has no such setting.
+    Raises: ConfigError if a method's cache has no such setting, or a metric was measured by several protocols.
     """
     methods = [method for method in methods if method in saved.variants]
     places = [_setting(saved, method, key) for method in methods]
@@ -64,6 +64,7 @@ def draw_ablation(
     with saved_figure(path, (5 * len(metrics), 3.8)) as figure:
         for axes, text in zip(np.atleast_1d(figure.subplots(1, len(metrics))), metrics, strict=True):
             name, _, protocol = text.partition(" ")
+            numbers.protocol(methods, MetricName.parse(name), protocol)
             known = [(places[i], numbers.mean(methods[i], MetricName.parse(name), protocol)) for i in order]
             known = [(x, mean) for x, mean in known if mean is not None]
             if known:
