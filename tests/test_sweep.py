@@ -249,7 +249,7 @@ class Picky:
     """A metric that says 1, and refuses prompts that begin so."""
 
     refused = "There is a blue square"
-    name, reports, granularities, protocol = "picky", ("one",), ("whole",), "by hand"
+    name, reports, gives, protocol = "picky", ("one",), ("one@whole",), "by hand"
 
     def start(self, video):
         if video.prompt.startswith(self.refused):

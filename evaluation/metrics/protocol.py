@@ -112,10 +112,10 @@ class Metric(Protocol):
     """One way to read a video."""
 
     name: str                              # by which it is chosen, as in --metrics
-    reports: tuple[str, ...]               # names of its values, such as `brightness` and `brightness_drift`; those
-                                           # that some videos lack stand in `at_times`, if there are any, and those
-                                           # that are shares of frames, pixels or videos, 0 to 1, in `shares` as well
-    granularities: tuple[Granularity, ...]
+    reports: tuple[str, ...]               # names of the values that every video has; the first one names its errors
+    gives: tuple[str, ...]                 # name@granularity of all that some video may have; {name} is its own name.
+                                           # Those that are shares of frames, pixels or videos, 0 to 1, also stand,
+                                           # without the granularity, in `shares`
     protocol: str                          # how its numbers were made, in a line; stands in every row
 
     def start(self, video: VideoInfo) -> Reader:
