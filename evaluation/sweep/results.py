@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from evaluation.metrics.catalogue import value_names
+from evaluation.metrics.catalogue import EVERY, value_names
 from evaluation.metrics.protocol import Metric
 from evaluation.metrics.table import Row, read_table, write_csv, write_parquet
 from evaluation.metrics.videos import sidecar
@@ -56,16 +56,27 @@ class Saved:
         return self.folder / VIDEOS / video
 
 
-def refuse_unknown_metrics(sweep: Sweep, folder: Path) -> None:
-    """Raise ConfigError for a shown number that nothing gives: no metric here, no suite, no table in `imported/`."""
+def refuse_unknown_metrics(sweep: Sweep, folder: Path, measured: Collection[str], only: Collection[str] = ()) -> None:
+    """Raise ConfigError for a shown number that nothing gives: no metric here, no suite, no table in `imported/`.
+
+    Of the tables and ablations that `only` names, or of all if it is empty, nor may one be shown that only a metric
+    gives which is not among the `measured`.
+    """
     shown = metrics_shown(sweep)
     if not shown:
         return
-    known = value_names() | {f"{name}@{granularity}" for name in DIMENSIONS for granularity in ("clip2s", "whole")}
-    for other in (folder / IMPORTED).glob("*.csv"):
-        known |= {f"{row.metric}@{row.granularity}" for row in read_table(other)}
+    other = {f"{name}@{granularity}" for name in DIMENSIONS for granularity in ("clip2s", "whole")}
+    for table in (folder / IMPORTED).glob("*.csv"):
+        other |= {f"{row.metric}@{row.granularity}" for row in read_table(table)}
+    known, given = value_names() | other, value_names(measured) | other
     for where, metric in shown:
         name = metric.partition(":")[0]
+        if name in known - given and (not only or where.partition(".")[2] in only):
+            need = next(one for one in EVERY if name in value_names([one]))
+            raise ConfigError(
+                f"{where}: {name} is not measured. Add {need} to metrics, such as --set "
+                f"'metrics=[{', '.join([*sweep.metrics, need])}]', or name what else you want with --only."
+            )
         if name not in known:
             alike = sorted(one for one in known if one.partition("@")[0] == name.partition("@")[0])
             every = alike or sorted({one.partition("@")[0] for one in known})

@@ -12,6 +12,7 @@ from evaluation.sweep.record import record_units
 from evaluation.sweep.results import refuse_unknown_metrics
 from evaluation.sweep.settings import Sweep, chosen_of
 from evaluation.sweep.work import Claims, start_of, work_off
+from pipeline.render import is_finished
 from utils.config import REPOSITORY, ConfigError
 from utils.devices import choose_device
 
@@ -26,12 +27,26 @@ def prepare(
 
     Raises: as `refuse_unknown_metrics`, `make_metrics` and `make_tasks` do.
     """
-    refuse_unknown_metrics(sweep, folder)
     chosen = choose_device(device, local_rank)
     metrics = make_metrics(sweep.metrics, Choices(str(chosen), vlm=sweep.vlm))
+    refuse_unknown_metrics(sweep, folder, [metric.name for metric in metrics], only)
     tasks = make_tasks(sweep, folder, device=chosen, random_weights=random_weights, only=only)
     record_units(folder, [task for task in tasks if task.variant.name in sweep.record.methods], sweep.record)
     return tasks, metrics
+
+
+def outstanding(
+    sweep: Sweep, tasks: Sequence[Task], metrics: Sequence[Metric], folder: Path, only: Sequence[str] = (),
+) -> str:
+    """What `labour` would do, in a line."""
+    wanted, seen = chosen_of(sweep, only)
+    watched = [task for task in tasks if task.variant.name in seen]
+    tasks = [task for task in tasks if task.variant.name in wanted]
+    jobs = [(task, job) for task in tasks for job in task.jobs]
+    make = sum(not is_finished(task.output, job) for task, job in jobs)
+    measure = sum(not unit.is_done() for task in tasks for unit in measure_units(folder, task, metrics))
+    record = sum(not unit.is_done() for unit in record_units(folder, watched, sweep.record))
+    return f"of {len(jobs)} videos, {make} are to be made and {measure} to be measured; {record} to be recorded"
 
 
 def labour(
