@@ -4,8 +4,10 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small_model import write_small_model, write_small_sweep
@@ -13,8 +15,12 @@ from small_model import write_small_model, write_small_sweep
 from evaluation.__main__ import main
 from evaluation.commands import sweep as command
 from evaluation.metrics.catalogue import BASIC
-from evaluation.sweep.results import TABLE, load, refuse_unknown_metrics
+from evaluation.sweep import work, workers
+from evaluation.sweep.make import Maker
+from evaluation.sweep.results import TABLE, collect, load, refuse_unknown_metrics
 from evaluation.sweep.settings import load_sweep
+from evaluation.sweep.work import Claims
+from evaluation.sweep.workers import prepare
 from utils.config import REPOSITORY
 
 SCRIPTS = sorted((REPOSITORY / "evaluation" / "reproduce").glob("[!c]*.sh"))  # all but common.sh
@@ -87,6 +93,30 @@ def test_numbers_stay_when_others_are_measured(write, tmp_path):
         assert run(path, tmp_path / "out", "--set", f"metrics=[{name}]") == 0
     assert (tmp_path / "out" / TABLE).read_bytes() == (tmp_path / "both" / TABLE).read_bytes()
     assert {"frozen", "brightness"} <= {row.metric for row in load(tmp_path / "out").rows}
+
+
+def test_what_another_worker_is_repairing_is_waited_for(write, tmp_path, monkeypatch):
+    """This worker cannot make a video, another one is at it: it is measured, and in the table, before this one ends."""
+    sweep = load_sweep(write(batch_size=3, metrics=["picture"]))
+    tasks, metrics = prepare(sweep, tmp_path, device="cpu", local_rank=0, random_weights=True)
+    make, watch, held = Maker._make, workers.record_units, ExitStack()
+
+    def fail(*_):
+        raise ValueError("not here")
+
+    def meanwhile(*arguments):
+        assert held.enter_context(Claims(tmp_path / workers.CLAIMS).claim("make.rolling.0"))
+        return watch(*arguments)
+
+    def repair(seconds):
+        with held:
+            make(Maker(3), tasks[0], tasks[0].jobs)
+
+    monkeypatch.setattr(work, "time", SimpleNamespace(sleep=repair))
+    monkeypatch.setattr(Maker, "_make", fail)
+    monkeypatch.setattr(workers, "record_units", meanwhile)
+    assert workers.labour(sweep, tasks, metrics, tmp_path, rank=0, world_size=1) == {}
+    assert not any(row.error for row in collect(sweep, tasks, metrics, tmp_path))
 
 
 # --- the scripts ----------------------------------------------------------------------------------------------

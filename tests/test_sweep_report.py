@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 import yaml
 from conftest import SMALL, policy_of
 from reference import ReferenceModel, reference_rollout
-from small_model import write_small_model
+from small_model import write_small_model, write_small_sweep
 from test_against_reference import BASE, Given
 
 from evaluation.__main__ import main
@@ -22,9 +23,11 @@ from evaluation.metrics.table import Row, write_csv
 from evaluation.sweep.figures import draw_ablation, moments_of
 from evaluation.sweep.numbers import Numbers
 from evaluation.sweep.page import PAGE, by_second, write_page
-from evaluation.sweep.record import Recorded, Watcher, read_recorded, records_path
+from evaluation.sweep.record import Recorded, Watcher, read_recorded, record_units, records_path
 from evaluation.sweep.recorded import by_age, frequency, jaccard_distances
 from evaluation.sweep.results import load
+from evaluation.sweep.settings import load_sweep
+from evaluation.sweep.workers import prepare
 from utils.config import REPOSITORY, ConfigError
 from utils.video import read_video
 
@@ -221,6 +224,28 @@ def test_recordings_of_a_sweep(done):
     ages = by_age(rolling)
     assert (ages[..., :21] > 0).all() and ages.shape[-1] == rolling.attention.shape[-1]
     assert (ages[..., 21:] == 0).all()  # a window of 21 frames sees none that is older
+
+
+def test_a_record_of_other_layers_is_none(done):
+    """What was recorded is done for the layers that it holds, and for no others."""
+    saved = load(done)
+    sweep = load_sweep(done.parent / "sweep.yaml")
+    tasks, _ = prepare(sweep, saved.folder, device="cpu", local_rank=0, random_weights=True, only=["rolling"])
+    states = [record_units(done, tasks, replace(sweep.record, layers=layers))[0].is_done() for layers in ([], [0], [5])]
+    assert states == [True, True, False]
+
+
+def test_a_budget_without_top_c_is_reported(done, tmp_path):
+    """Sinks and recent frames fill it, so nothing is ever chosen: its record says so, and has no figure of it."""
+    pytest.importorskip("matplotlib")
+    methods = {"none": {"config": "configs/deep_forcing.yaml", "set": ["kv_cache.budget_frames=14"]}}
+    path, out = write_small_sweep(
+        tmp_path, done.parent / "small.yaml", methods=methods, metrics=["picture"],
+        record={"methods": ["none"], "seconds": 7}, prompts={"captions": [{"split": "test", "count": 1}]},
+    ), tmp_path / "out"
+    assert main(["sweep", str(path), "--output_folder", str(out), "--device", "cpu", "--random_weights"]) == 0
+    assert read_recorded(records_path(out, "none")).chosen is None and main(["report", str(out)]) == 0
+    assert [path.name for path in (out / "figures").glob("none_*")] == ["none_attention_over_earlier_frames.png"]
 
 
 def test_moments_are_frames_of_the_file(done):
