@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -29,7 +31,7 @@ from evaluation.sweep.results import load
 from evaluation.sweep.settings import load_sweep
 from evaluation.sweep.workers import prepare
 from utils.config import REPOSITORY, ConfigError
-from utils.video import read_video
+from utils.video import VideoWriter, read_video
 
 PAGE_PARTS = REPOSITORY / "evaluation" / "sweep"
 HOSTS = re.compile(r"(?:src|href)=\"(?:[a-z]+:)?//|@import|url\(")
@@ -324,26 +326,36 @@ def test_a_damaged_folder_is_one_line(done, tmp_path, capsys, name, damage, said
     assert error.startswith("error: ") and re.search(said, error) and "Errno" not in error
 
 
-@pytest.mark.parametrize("lost", [False, True])
-def test_the_page_in_a_browser(done, tmp_path, lost):
-    """Chromium, from the folder: players start, keep step, seek together and go; one whose file is lost says so."""
+@contextmanager
+def browsing(done: Path, folder: Path, change: Callable[[Path], None]):
+    """The page of a changed copy, in Chromium; nothing in it fails, and no other host is asked."""
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("needs Chromium")
-    folder = tmp_path / "moved somewhere else"
     shutil.copytree(done, folder)
     write_page(load(folder), Numbers(load(folder).rows), {}, {})
-    if lost:
-        next((folder / "videos" / "forcing").glob("a-script*.mp4")).unlink()
-    number = 2 if lost else 3
+    change(folder)
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page, problems = browser.new_page(), []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: None if request.url.startswith("file:") else problems.append(request.url))
         page.goto((folder / PAGE).as_uri())
-        page.wait_for_function(f"players.filter((p) => p.readyState >= 3).length === {number}")
+        yield page
+        browser.close()
+    assert not problems
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_page_in_a_browser(done, tmp_path, lost):
+    """Chromium, from the folder: players start, keep step, seek together and go; one whose file is lost says so."""
+    def change(folder: Path) -> None:
+        if lost:
+            next((folder / "videos" / "forcing").glob("a-script*.mp4")).unlink()
+
+    with browsing(done, tmp_path / "moved somewhere else", change) as page:
+        page.wait_for_function(f"players.filter((p) => p.readyState >= 3).length === {2 if lost else 3}")
         assert page.locator(".missing").count() == int(lost)
         page.click("#play")
         page.wait_for_function("now() > 0.7")
@@ -362,5 +374,26 @@ def test_the_page_in_a_browser(done, tmp_path, lost):
         page.select_option("#prompt", "1")
         page.wait_for_function("players.length === 2 && players.every((p) => p.src.includes('a-plain-square'))")
         page.wait_for_function("players.every((p) => Math.abs(p.currentTime - 3) < 0.05)")  # the moment is kept
-        browser.close()
-    assert not problems
+
+
+def test_a_longer_video_plays_on_beside_a_short_one(done, tmp_path):
+    """One of two seconds waits at its end, and comes along when all go back; a chosen speed is kept."""
+    def change(folder: Path) -> None:
+        path = next((folder / "videos" / "sink_3").glob("a-plain*.mp4"))
+        frames = read_video(path, max_frames=32)
+        path.unlink()
+        with VideoWriter(path, fps=16) as writer:
+            writer.write(frames)
+
+    with browsing(done, tmp_path / "copy", change) as page:
+        page.select_option("#rate", "2")
+        page.select_option("#prompt", "1")
+        page.wait_for_function("players.length === 3 && players.every((p) => p.readyState >= 3)")
+        assert page.evaluate("players.map((p) => p.playbackRate)") == [2, 2, 2]
+        page.click("#play")
+        page.wait_for_function("now() > 3")
+        times = page.evaluate("Object.fromEntries(players.map((p) => [p.method, p.currentTime]))")
+        assert times["sink_3"] == pytest.approx(2, abs=0.01) and min(times["rolling"], times["forcing"]) > 2.8
+        page.select_option("#rate", "0.5")
+        page.evaluate("seek(0)")
+        page.wait_for_function("players.every((p) => !p.paused && p.currentTime > 0.3 && p.currentTime < 1.9)")
