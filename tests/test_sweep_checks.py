@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 from contextlib import ExitStack
 from functools import partial
@@ -21,7 +22,7 @@ from evaluation.sweep.results import TABLE, collect, load, refuse_unknown_metric
 from evaluation.sweep.settings import load_sweep
 from evaluation.sweep.work import Claims
 from evaluation.sweep.workers import prepare
-from utils.config import REPOSITORY
+from utils.config import REPOSITORY, ConfigError
 
 SCRIPTS = sorted((REPOSITORY / "evaluation" / "reproduce").glob("[!c]*.sh"))  # all but common.sh
 TABLES = {"t": {"title": "T", "columns": [{"metric": "frozen@whole", "label": "f"}]}}
@@ -60,6 +61,19 @@ def test_a_table_that_its_metrics_cannot_fill_is_refused(write, tmp_path, capsys
         assert "'metrics=[world, frozen]'" in said and not files(tmp_path / "out")
     assert run(path, tmp_path / "out", "--only", "u", "--dry_run") == 0
     assert run(path, tmp_path / "out", "--dry_run", "--set", "metrics=[basic]") == 0
+
+
+@pytest.mark.parametrize(("changed", "said"), [
+    ({"tables": {"t": {"title": "T", "columns": [{"metric": "frozen@whole", "label": "f", "digits": -1}]}}},
+     "tables.t: digits=-1 is too small. Ask for 0 or more."),
+    ({"tables": TABLES, "ablations": {"t": {"title": "A", "x": "x", "methods": ["rolling"], "metrics": []}}},
+     "'t' is the name of 2 of methods, tables, ablations and record: --only could mean each."),
+    ({"tables": {"rolling": TABLES["t"]}}, "'rolling' is the name of 2 of"),
+    ({"tables": {"record": TABLES["t"]}}, "'record' is the name of 2 of"),
+])
+def test_what_cannot_be_shown_is_refused_when_it_is_read(write, changed, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_sweep(write(**changed))
 
 
 def test_a_judge_is_asked_for_before_anything_is_made(write, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """What is made of a sweep's tidy table: means, intervals, curves, and tables beside those that papers print."""
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,6 +208,14 @@ def test_names_are_escaped(tmp_path, numbers):
     assert r"Drift\_1 \& <more> $\downarrow$" in latex(grid) and r"\caption{A \& B\_c." in latex(grid)
     assert "Drift_1 &amp; &lt;more&gt; ↓" in to_html(grid) and "<more>" not in to_html(grid)
     assert latex(grid).count(r"\\") == 3 and latex(grid).count(" & ") == 2 * 3
+
+
+def test_a_bar_in_a_label_is_no_border(tmp_path, numbers):
+    """Every row of the Markdown has as many borders as columns, and one more."""
+    table = {"title": "T", "methods": [], "columns": [COLUMN | {"label": "|a - b|"}], "quoted": None}
+    rows = [line for line in markdown(make_grid(table, saved_of(tmp_path), numbers)).splitlines() if line[:1] == "|"]
+    assert len(rows) == 4 and {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {4}
+    assert r"\|a - b\| ↓" in rows[0]
 
 
 def test_quoted_tables_are_whole():

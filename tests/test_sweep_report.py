@@ -308,6 +308,7 @@ def in_the_way(path: Path) -> None:
 @pytest.mark.parametrize("name, damage, said", [
     ("sweep.json", lambda path: path.write_text("[]"), "sweep.json or results.csv is damaged .* Run the same sweep"),
     ("sweep.json", lambda path: path.write_text(path.read_text().replace("shown", "show")), "the sweep's shown are"),
+    ("sweep.json", lambda path: path.write_text(path.read_text().replace("digits", "d")), "tables.main.columns.digits"),
     ("results.csv", lambda path: path.unlink(), "has no results.csv: no sweep was finished there. Name a folder"),
     ("results.csv", lambda path: path.write_bytes(path.read_bytes()[:-30]), "results.csv is damaged"),
     ("records/forcing.safetensors", lambda path: path.write_bytes(path.read_bytes()[:99]), "forcing.safetensors is da"),

@@ -21,7 +21,7 @@ from evaluation.metrics.table import Row, read_table, write_csv, write_parquet
 from evaluation.metrics.videos import sidecar
 from evaluation.sweep.make import VIDEOS, Task
 from evaluation.sweep.measure import read_rows
-from evaluation.sweep.settings import Sweep, metrics_shown, variants_of
+from evaluation.sweep.settings import Ablation, Column, Recording, Sweep, Table, metrics_shown, variants_of
 from evaluation.vbench import DIMENSIONS
 from utils.config import REPOSITORY, ConfigError
 from utils.config_schema import nearest
@@ -166,18 +166,28 @@ def load(folder: Path) -> Saved:
             )
     try:
         record = json.loads((folder / RECORD).read_bytes())
-        missing = [field.name for field in fields(Sweep) if field.name not in record["sweep"]]
+        missing = _missing(record["sweep"])
         if missing:
             raise ValueError(f"the sweep's {', '.join(missing)} are not in it")
         rows = read_table(folder / TABLE)
         for other in sorted((folder / IMPORTED).glob("*.csv")):
             rows += read_table(other)
         return Saved(folder, record["sweep"], record["variants"], record["videos"], record["provenance"], rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{folder}: {RECORD} or {TABLE} is damaged ({error}). "
             "Run the same sweep command again: what is made stays, both files are collected anew."
         ) from error
+
+
+def _missing(sweep: dict[str, Any]) -> list[str]:
+    """Keys that a sweep, or a part of it that a report reads, does not have."""
+    parts = [("", Sweep, sweep), ("record.", Recording, sweep.get("record", {}))]
+    parts += [(f"ablations.{name}.", Ablation, part) for name, part in sweep.get("ablations", {}).items()]
+    for name, table in sweep.get("tables", {}).items():
+        parts.append((f"tables.{name}.", Table, table))
+        parts += [(f"tables.{name}.columns.", Column, column) for column in table.get("columns", ())]
+    return [f"{where}{field.name}" for where, kind, part in parts for field in fields(kind) if field.name not in part]
 
 
 def _provenance(sweep: Sweep, tasks: Sequence[Task], made: Sequence[dict[str, Any]]) -> dict[str, Any]:

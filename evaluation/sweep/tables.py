@@ -130,7 +130,7 @@ def markdown(grid: Grid) -> str:
     rows += [
         [f"*{line.name}* ({MARK})" if line.quoted else line.name, *map(cell, line.cells)] for line in grid.lines
     ]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    table = "\n".join("| " + " | ".join(text.replace("|", r"\|") for text in row) + " |" for row in rows)
     return f"## {grid.title}\n\n{table}\n\n" + "\n".join(f"* {note}" for note in grid.notes) + "\n"
 
 
