@@ -99,6 +99,25 @@ def test_a_dry_run_says_what_is_left_and_does_nothing(write, tmp_path, caplog):
     assert run(path, out, "--dry_run", "--only", "nope") == 2 and files(out) == before
 
 
+@pytest.mark.parametrize("config", ["deep_forcing", "packforcing"])
+def test_a_length_at_which_nothing_is_forgotten_is_told(write, tmp_path, caplog, config):
+    """Two roads to whether a memory forgets: said at the start, and the same pixels as with all that was seen."""
+    methods = {"all": {"config": "configs/full.yaml"}, "some": {"config": f"configs/{config}.yaml"}}
+    seen_frames = 15 if config == "packforcing" else 21  # sink, recent frames and chunk; one window
+    for frames, told in ((seen_frames, True), (seen_frames + 3, False)):
+        caplog.clear()
+        path = write(
+            methods=methods, seconds=[(4 * frames - 3) / 16], metrics=["picture"],
+            prompts={"captions": [{"split": "test", "count": 1}]},
+        )
+        out = tmp_path / str(frames)
+        assert run(path, out, "--set", "methods.all.set=[kv_cache.window_frames=30]") == 0
+        said = [line for line in caplog.messages if line.startswith("all, some: these videos are so short")]
+        rows = load(out).rows
+        values = [[(row.prompt, row.metric, row.value) for row in rows if row.method == name] for name in methods]
+        assert len(said) == told and (values[0] == values[1]) == told
+
+
 def test_numbers_stay_when_others_are_measured(write, tmp_path):
     """Two roads to one table: metric by metric in one folder, and both at once."""
     path = write(metrics=["picture", "frozen"], prompts={"captions": [{"split": "test", "count": 1}]})

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from evaluation.metrics.measuring import log_left_out
+    from evaluation.sweep.make import memories_without_effect
     from evaluation.sweep.measure import unit_name
     from evaluation.sweep.results import collect
     from evaluation.sweep.settings import load_sweep
@@ -46,6 +47,12 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--workers {options.workers} is too small. Ask for 1 or more.")
     common = {"device": options.device, "random_weights": options.random_weights, "only": options.only}
     tasks, metrics = prepare(sweep, folder, local_rank=launch.local_rank, **common)
+    unforgetting = memories_without_effect(tasks)
+    if launch.is_main and unforgetting:
+        logger.warning(
+            "%s: these videos are so short that no memory forgets a frame, so memories make no difference. "
+            "Ask for longer ones with seconds.", ", ".join(unforgetting),
+        )
     if options.dry_run:
         logger.info("%s: %s", folder, outstanding(sweep, tasks, metrics, folder, options.only))
         return 0
