@@ -6,104 +6,35 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SMALL, policy_of
-from reference import ReferenceModel, reference_rollout
 from small_model import write_small_model, write_small_sweep
-from test_against_reference import BASE, Given
 
 from evaluation.__main__ import main
 from evaluation.metrics.table import Row, write_csv
+from evaluation.sweep import figures
 from evaluation.sweep.figures import draw_ablation, moments_of
 from evaluation.sweep.numbers import Numbers
 from evaluation.sweep.page import PAGE, by_second, write_page
-from evaluation.sweep.record import Recorded, Watcher, read_recorded, record_units, records_path
-from evaluation.sweep.recorded import by_age, frequency, jaccard_distances
+from evaluation.sweep.record import read_recorded, record_units, records_path
+from evaluation.sweep.recorded import by_age, draw_on_frames
 from evaluation.sweep.results import load
 from evaluation.sweep.settings import load_sweep
 from evaluation.sweep.workers import prepare
 from utils.config import REPOSITORY, ConfigError
-from utils.video import VideoWriter, read_video
+from utils.video import VideoWriter, open_video, read_video
 
 PAGE_PARTS = REPOSITORY / "evaluation" / "sweep"
 HOSTS = re.compile(r"(?:src|href)=\"(?:[a-z]+:)?//|@import|url\(")
-
-
-# --- recordings -----------------------------------------------------------------------------------------------
-
-def watched(tiny, policy, frames=30, layers=(0, 1)):
-    """A rollout with and without a watcher on it."""
-    pipeline, noise, seeds = tiny.pipeline(policy), tiny.noise(), [0]
-    plain = torch.cat([c.latents for c in pipeline(tiny.text(), frames, noise, seeds)], 1)
-    kernels = [block.self_attn.backend for block in tiny.model.blocks]
-    watcher, latents = Watcher(pipeline, layers), []
-    with watcher.watching():
-        for chunk in pipeline(tiny.text(), frames, tiny.noise(), seeds):
-            watcher.next_chunk(chunk.span.frames)
-            latents.append(chunk.latents)
-    assert [block.self_attn.backend for block in tiny.model.blocks] == kernels
-    assert not tiny.model._forward_hooks
-    return watcher, plain, torch.cat(latents, 1)
-
-
-def test_watching_changes_no_bit_and_shares_are_whole(tiny, policy):
-    """For every policy: same latents, nothing left behind, each query's attention sums to one over what it may see."""
-    watcher, plain, seen = watched(tiny, policy)
-    assert torch.equal(plain, seen)
-    attention = watcher.tensors()["attention"]
-    assert attention.shape == (10, 2, SMALL.num_heads, 30)
-    torch.testing.assert_close(attention.sum(-1), torch.ones(10, 2, SMALL.num_heads))
-    if policy == policy_of({"policy": "rolling", "window_frames": 12}):  # 9 frames of past, 3 of its own
-        assert (attention[-1, ..., :18] == 0).all() and (attention[-1, ..., 18:] > 0).all()
-    if policy.compression is not None:  # chunks are shown whole or not at all
-        for layer, chosen in enumerate(watcher.tensors()["chosen"][-1]):
-            shown = [attention[-1, layer, :, start:start + 3] for start in chosen.tolist() if start >= 0]
-            assert len(shown) >= 2 and all((share > 0).all() for share in shown)
-        assert watcher.event_chunks[-1] == 9
-
-
-def test_chosen_tokens_are_those_of_the_reference(tiny):
-    """Two roads to which tokens are left: our indices, followed from chunk to chunk, and the reference's records."""
-    frames, geometry = 24, tiny.geometry
-    tiny.model.double()
-    generator = torch.Generator().manual_seed(3)
-    text = torch.randn(1, SMALL.text_len, SMALL.text_dim, generator=generator, dtype=torch.float64)
-    shape = (1, frames, SMALL.in_dim, geometry.latent_height, geometry.latent_width)
-    source = Given(torch.randn(shape, generator=generator, dtype=torch.float64), 0, 0)
-    config = {name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__}
-    reference = reference_rollout(
-        ReferenceModel(tiny.model.state_dict(), config), prompt_embeds=text, noise=source.noise, policy=BASE,
-        renoise=lambda chunk, step: source.fresh(chunk, step, 3), steps=(1000, 500),
-    )
-    watcher = Watcher(tiny.pipeline(policy_of(BASE)), [0])
-    with watcher.watching():
-        for chunk in watcher.pipeline(text, frames, source, [0]):
-            watcher.next_chunk(chunk.span.frames)
-    for ours, (theirs,) in zip(watcher._tokens, reference.tokens, strict=True):
-        places = [(t.frame * geometry.rows + t.row) * geometry.columns + t.col for t in theirs]
-        assert ours.tolist() == [int(place) for place in places]
-    assert watcher.event_chunks == [chunk for chunk, _ in reference.topc]
-    assert set(watcher.chosen[-1][0].tolist()) <= set(range(frames * geometry.frame_tokens))
-
-
-def test_jaccard_by_hand():
-    chosen = torch.tensor([[[1, 2], [1, 2]], [[2, 3], [1, 2]], [[4, 5], [2, 1]]])  # [events, layers, C]
-    torch.testing.assert_close(jaccard_distances(chosen), torch.tensor([[2 / 3, 0.0], [1.0, 0.0]]))
-
-
-def test_frequency_by_hand():
-    """Eight choices of two layers, among tokens of three frames of 2 x 2."""
-    chosen = torch.tensor([[[0, 4], [3, 8]], [[7, 3], [4, 5]]])  # [events, layers, C]
-    recorded = Recorded(torch.zeros(0), [0, 1], chosen, [1, 2], {"rows": 2, "columns": 2})
-    torch.testing.assert_close(frequency(recorded), torch.tensor([[4 / 8, 1 / 8], [0.0, 3 / 8]]))
 
 
 # --- a whole sweep --------------------------------------------------------------------------------------------
@@ -250,10 +181,30 @@ def test_a_budget_without_top_c_is_reported(done, tmp_path):
     assert [path.name for path in (out / "figures").glob("none_*")] == ["none_attention_over_earlier_frames.png"]
 
 
-def test_moments_are_frames_of_the_file(done):
+def test_moments_are_frames_of_the_file(done, monkeypatch):
+    """Of one pass; past the end there is the last frame."""
     path = next((done / "videos" / "rolling").glob("*.mp4"))
-    every = torch.from_numpy(read_video(path))
-    assert len(every) == 96 and torch.equal(moments_of(path, 6), every[::19])
+    every, opened = torch.from_numpy(read_video(path)), []
+    monkeypatch.setattr(figures, "open_video", lambda path: opened.append(path) or open_video(path))
+    assert len(every) == 96 and torch.equal(moments_of(path, 6, 96), every[::19]) and opened == [path]
+    assert [torch.equal(torch.from_numpy(frame), every[index]) for frame, index in
+            zip(figures.frames_at(path, [9, 3, 200]), [9, 3, 95], strict=True)] == [True] * 3
+
+
+def test_only_frames_that_are_shown_are_kept(done, tmp_path):
+    """Sixteen hundred that come before them cost no memory."""
+    pytest.importorskip("matplotlib")
+    recorded = read_recorded(records_path(done, "forcing"))
+    late = 400 * recorded.about["rows"] * recorded.about["columns"] + torch.arange(recorded.chosen.shape[-1])
+    recorded = replace(recorded, chosen=late.expand_as(recorded.chosen))
+    with VideoWriter(tmp_path / "long.mp4", fps=16) as writer:
+        for _ in range(20):
+            writer.write(np.zeros((80, 96, 160, 3), np.uint8))
+    tracemalloc.start()
+    draw_on_frames(recorded, tmp_path / "long.mp4", "title", tmp_path / "x.png")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1600 * 96 * 160 * 3 / 2
 
 
 def test_figures_of_a_sweep(done):

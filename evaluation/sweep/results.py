@@ -1,7 +1,7 @@
 """The folder of one sweep: `sweep.json` says what was asked and how it was made, `results.csv` holds every number.
 
-The tidy table has one row per (video, metric, granularity, start_s). It is collected from the rows of all videos in
-a fixed order, so the same sweep gives the same file however many workers made it. With pyarrow, also
+The tidy table has one row per (video, metric, granularity, start_s, protocol). It is collected from the rows of all
+videos in a fixed order, so the same sweep gives the same file however many workers made it. With pyarrow, also
 `results.parquet`. Tables that lie in `imported/` are read beside it.
 """
 from __future__ import annotations
