@@ -362,7 +362,7 @@ def test_a_missing_package_costs_its_metric_alone(monkeypatch, caplog):
 class Failing:
     """A metric that breaks in one of three places."""
 
-    reports, granularities, protocol = ("failing",), ("whole",), "none"
+    reports, gives, protocol = ("failing",), ("failing@whole",), "none"
 
     def __init__(self, where: str):
         self.name, self.where = where, where

@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-import yaml
-from small_model import write_small_model
+from small_model import write_small_model, write_small_sweep
 
 from evaluation.__main__ import main
 from evaluation.analysers import ChunkLayout, analyse
@@ -46,16 +46,7 @@ def small(tmp_path_factory):
 @pytest.fixture
 def write(tmp_path, small):
     """Write a sweep, its defaults changed by keywords, and return its path."""
-    def to_file(**changed):
-        sweep = {
-            "seconds": [0.5], "model": str(small), "prompts": {"captions": [{"split": "test", "count": 3}]},
-            "batch_size": 2, "methods": {"rolling": {"config": "configs/self_forcing.yaml"}}, "metrics": ["world"],
-        }
-        path = tmp_path / "sweep.yaml"
-        path.write_text(yaml.safe_dump(sweep | changed))
-        return path
-
-    return to_file
+    return partial(write_small_sweep, tmp_path, small)
 
 
 def run(path, folder, *arguments):
@@ -249,7 +240,7 @@ class Picky:
     """A metric that says 1, and refuses prompts that begin so."""
 
     refused = "There is a blue square"
-    name, reports, granularities, protocol = "picky", ("one",), ("whole",), "by hand"
+    name, reports, gives, protocol = "picky", ("one",), ("one@whole",), "by hand"
 
     def start(self, video):
         if video.prompt.startswith(self.refused):
@@ -335,17 +326,17 @@ def test_the_sweeps_here_can_be_read(path, tmp_path):
     """And something gives every number that they show."""
     sweep = load_sweep(path)
     assert variants_of(sweep)
-    refuse_unknown_metrics(sweep, tmp_path)
+    refuse_unknown_metrics(sweep, tmp_path, catalogue.EVERY)
 
 
 def test_a_table_of_other_tools_may_be_shown(write, tmp_path):
     """What nothing here measures is known once a table in imported/ holds it."""
     sweep = load_sweep(write(tables={"t": {"title": "T", "columns": [{"metric": "votes@whole", "label": "v"}]}}))
     with pytest.raises(ConfigError, match="nothing measures 'votes@whole'"):
-        refuse_unknown_metrics(sweep, tmp_path)
+        refuse_unknown_metrics(sweep, tmp_path, ["world"])
     (tmp_path / "imported").mkdir()
     write_csv([Row("a/0.mp4", "a", "p", "0", "votes", "whole", None, 1.0, "people", "")], tmp_path / "imported/v.csv")
-    refuse_unknown_metrics(sweep, tmp_path)
+    refuse_unknown_metrics(sweep, tmp_path, ["world"])
 
 
 def test_every_number_has_a_name_that_is_known(write, tmp_path):

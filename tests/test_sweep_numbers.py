@@ -1,14 +1,16 @@
 """What is made of a sweep's tidy table: means, intervals, curves, and tables beside those that papers print."""
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from evaluation.metrics.catalogue import EVERY, _kind, share_names, value_names
+from evaluation.metrics.catalogue import EVERY, share_names, value_names
 from evaluation.metrics.table import Row
 from evaluation.study.statistics import wilson
+from evaluation.sweep.figures import draw_ablation
 from evaluation.sweep.numbers import MetricName, Numbers
 from evaluation.sweep.quoted import QUOTED, Quoted, read_quoted
 from evaluation.sweep.results import Saved
@@ -27,9 +29,7 @@ def test_headlines_are_numbers_that_a_metric_gives():
     """Each by a name that is known, and one at least for every metric."""
     shown = {column.metric for column in HEADLINES}
     assert shown <= value_names()
-    for name in EVERY:
-        reported = getattr(_kind(name), "reports", (name,))
-        assert shown & {f"{value}@{granularity}" for value in reported for granularity in _kind(name).granularities}
+    assert all(shown & value_names([name]) for name in EVERY)
 
 
 def test_headlines_are_those_that_were_measured(tmp_path):
@@ -81,7 +81,21 @@ def test_protocols_are_never_mixed(numbers):
     with pytest.raises(ConfigError, match="2 protocols .VBench-Long; by hand."):
         both.mean("a", name)
     assert both.mean("a", name, "VBench").value == 5 and both.mean("a", name, "hand").value == 1
-    assert both.protocol(name, "VBench") == "VBench-Long"
+    assert both.protocol(["a"], name, "VBench") == "VBench-Long"
+
+
+def test_methods_of_different_protocols_are_never_set_side_by_side(tmp_path):
+    """Each by one judge, another one: refused until the column says which it means."""
+    rows = [row("a", 0, "drift", "whole", None, 1.0), replace(row("b", 0, "drift", "whole", None, 5.0), protocol="x")]
+    table = {"title": "T", "methods": [], "columns": [COLUMN], "quoted": None}
+    with pytest.raises(ConfigError, match="drift@whole of a, b was measured by 2 protocols .by hand; x."):
+        make_grid(table, saved_of(tmp_path), Numbers(rows))
+    grid = make_grid(table | {"columns": [COLUMN | {"protocol": "hand"}]}, saved_of(tmp_path), Numbers(rows))
+    assert [line.cells[1].text for line in grid.lines] == ["10.0", "–"]
+    assert make_grid(table | {"methods": ["b"]}, saved_of(tmp_path), Numbers(rows)).notes[-1].endswith(", x.")
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ConfigError, match="drift@whole of a, b was measured by 2 protocols"):
+        draw_ablation(saved_of(tmp_path), Numbers(rows), "sink_frames", ["a", "b"], ["drift@whole"], tmp_path / "x.png")
 
 
 def seeds_of(prompts: int, seeds: int, metric: str, value) -> list[Row]:
@@ -131,7 +145,8 @@ COLUMN = {"metric": "drift@whole", "label": "Drift_1 & <more>", "better": "lower
 
 def saved_of(tmp_path: Path, **sweep) -> Saved:
     defaults = {"tables": {}, "ablations": {}, "record": {"methods": []}, "shown": 4}
-    return Saved(tmp_path, defaults | sweep, {"a": {}, "b": {}}, [], {}, [])
+    variants = {name: {"settings": {"config": {"kv_cache": {"sink_frames": 1}}}} for name in "ab"}
+    return Saved(tmp_path, defaults | sweep, variants, [], {}, [])
 
 
 def test_a_table_marks_the_best_of_ours_and_what_is_quoted(tmp_path, numbers):
@@ -149,20 +164,35 @@ def test_a_table_marks_the_best_of_ours_and_what_is_quoted(tmp_path, numbers):
     assert "arXiv:2512.05081" in text and "not measured in this sweep" in text
 
 
+def test_only_means_over_the_same_prompts_compete(tmp_path):
+    """A line of fewer prompts, or of others, may be lower than all: bold is the best over the largest set."""
+    values = {"full": [5.0] * 6, "other": [4.0] * 6, "few": [1.0]}
+    rows = [row(method, v, "drift", "whole", None, x) for method, some in values.items() for v, x in enumerate(some)]
+    rows += [replace(row("elsewhere", v, "drift", "whole", None, 2.0), prompt=f"another {v}") for v in range(6)]
+    table = {"title": "T", "columns": [COLUMN], "quoted": None}
+
+    def bold(*methods: str) -> list[str]:
+        grid = make_grid(table | {"methods": methods}, saved_of(tmp_path), Numbers(rows))
+        return [line.name for line in grid.lines if line.cells[1].best]
+
+    assert bold("few", "full", "other", "elsewhere") == ["other"] and bold("full", "few") == []
+
+
 def test_a_cell_of_fewer_videos_says_so_and_is_never_the_best(tmp_path):
     """Three of four videos have a score, the best of all: its n is shown, and another line's is bold."""
     rows = [row(m, v, "drift", "whole", None, 1.0 + v) for m in "ab" for v in range(4)]
     rows += [row("a", v, "score", "whole", None, 9.0 + v) for v in range(3)]
     rows += [row("b", v, "score", "whole", None, float(v)) for v in range(4)]
-    rows += [row("c", 0, "drift", "whole", None, 9.0)]
+    rows += [row("c", v, "drift", "whole", None, 9.0) for v in range(4)]
     score = COLUMN | {"metric": "score@whole", "better": "higher", "scale": 1.0}
     table = {"title": "T", "methods": ["a", "b", "c"], "columns": [COLUMN, score], "quoted": None}
     grid = make_grid(table, saved_of(tmp_path), Numbers(rows))
-    assert [line.cells[0].text for line in grid.lines] == ["4", "4", "1"]
+    assert [line.cells[0].text for line in grid.lines] == ["4", "4", "4"]
     assert [line.cells[2].best for line in grid.lines] == [False, False, False]  # one alone is whole: no contest
     assert "10.0 [7.5, 12.5] n=3 |" in markdown(grid) and r"10.0 {\scriptsize [7.5, 12.5] n=3}" in latex(grid)
     assert "10.0 <small>[7.5, 12.5] n=3</small>" in to_html(grid) and markdown(grid).count("n=") == 1
-    grid = make_grid(table, saved_of(tmp_path), Numbers([*rows, row("c", 0, "score", "whole", None, 0.5)]))
+    grid = make_grid(table, saved_of(tmp_path), Numbers([*rows, *(row("c", v, "score", "whole", None, 0.5)
+                                                                   for v in range(4))]))
     assert [line.cells[2].best for line in grid.lines] == [False, True, False] and "**1.5** [" in markdown(grid)
 
 
@@ -179,6 +209,14 @@ def test_names_are_escaped(tmp_path, numbers):
     assert r"Drift\_1 \& <more> $\downarrow$" in latex(grid) and r"\caption{A \& B\_c." in latex(grid)
     assert "Drift_1 &amp; &lt;more&gt; ↓" in to_html(grid) and "<more>" not in to_html(grid)
     assert latex(grid).count(r"\\") == 3 and latex(grid).count(" & ") == 2 * 3
+
+
+def test_a_bar_in_a_label_is_no_border(tmp_path, numbers):
+    """Every row of the Markdown has as many borders as columns, and one more."""
+    table = {"title": "T", "methods": [], "columns": [COLUMN | {"label": "|a - b|"}], "quoted": None}
+    rows = [line for line in markdown(make_grid(table, saved_of(tmp_path), numbers)).splitlines() if line[:1] == "|"]
+    assert len(rows) == 4 and {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {4}
+    assert r"\|a - b\| ↓" in rows[0]
 
 
 def test_quoted_tables_are_whole():

@@ -6,99 +6,35 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SMALL, policy_of
-from reference import ReferenceModel, reference_rollout
-from small_model import write_small_model
-from test_against_reference import BASE, Given
+from small_model import write_small_model, write_small_sweep
 
 from evaluation.__main__ import main
 from evaluation.metrics.table import Row, write_csv
+from evaluation.sweep import figures
 from evaluation.sweep.figures import draw_ablation, moments_of
 from evaluation.sweep.numbers import Numbers
 from evaluation.sweep.page import PAGE, by_second, write_page
-from evaluation.sweep.record import Recorded, Watcher, read_recorded, records_path
-from evaluation.sweep.recorded import by_age, frequency, jaccard_distances
+from evaluation.sweep.record import read_recorded, record_units, records_path
+from evaluation.sweep.recorded import by_age, draw_on_frames
 from evaluation.sweep.results import load
+from evaluation.sweep.settings import load_sweep
+from evaluation.sweep.workers import prepare
 from utils.config import REPOSITORY, ConfigError
-from utils.video import read_video
+from utils.video import VideoWriter, open_video, read_video
 
 PAGE_PARTS = REPOSITORY / "evaluation" / "sweep"
 HOSTS = re.compile(r"(?:src|href)=\"(?:[a-z]+:)?//|@import|url\(")
-
-
-# --- recordings -----------------------------------------------------------------------------------------------
-
-def watched(tiny, policy, frames=30, layers=(0, 1)):
-    """A rollout with and without a watcher on it."""
-    pipeline, noise, seeds = tiny.pipeline(policy), tiny.noise(), [0]
-    plain = torch.cat([c.latents for c in pipeline(tiny.text(), frames, noise, seeds)], 1)
-    kernels = [block.self_attn.backend for block in tiny.model.blocks]
-    watcher, latents = Watcher(pipeline, layers), []
-    with watcher.watching():
-        for chunk in pipeline(tiny.text(), frames, tiny.noise(), seeds):
-            watcher.next_chunk(chunk.span.frames)
-            latents.append(chunk.latents)
-    assert [block.self_attn.backend for block in tiny.model.blocks] == kernels
-    assert not tiny.model._forward_hooks
-    return watcher, plain, torch.cat(latents, 1)
-
-
-def test_watching_changes_no_bit_and_shares_are_whole(tiny, policy):
-    """For every policy: same latents, nothing left behind, each query's attention sums to one over what it may see."""
-    watcher, plain, seen = watched(tiny, policy)
-    assert torch.equal(plain, seen)
-    attention = watcher.tensors()["attention"]
-    assert attention.shape == (10, 2, SMALL.num_heads, 30)
-    torch.testing.assert_close(attention.sum(-1), torch.ones(10, 2, SMALL.num_heads))
-    if policy == policy_of({"policy": "rolling", "window_frames": 12}):  # 9 frames of past, 3 of its own
-        assert (attention[-1, ..., :18] == 0).all() and (attention[-1, ..., 18:] > 0).all()
-    if policy.compression is not None:  # chunks are shown whole or not at all
-        for layer, chosen in enumerate(watcher.tensors()["chosen"][-1]):
-            shown = [attention[-1, layer, :, start:start + 3] for start in chosen.tolist() if start >= 0]
-            assert len(shown) >= 2 and all((share > 0).all() for share in shown)
-        assert watcher.event_chunks[-1] == 9
-
-
-def test_chosen_tokens_are_those_of_the_reference(tiny):
-    """Two roads to which tokens are left: our indices, followed from chunk to chunk, and the reference's records."""
-    frames, geometry = 24, tiny.geometry
-    tiny.model.double()
-    generator = torch.Generator().manual_seed(3)
-    text = torch.randn(1, SMALL.text_len, SMALL.text_dim, generator=generator, dtype=torch.float64)
-    shape = (1, frames, SMALL.in_dim, geometry.latent_height, geometry.latent_width)
-    source = Given(torch.randn(shape, generator=generator, dtype=torch.float64), 0, 0)
-    config = {name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__}
-    reference = reference_rollout(
-        ReferenceModel(tiny.model.state_dict(), config), prompt_embeds=text, noise=source.noise, policy=BASE,
-        renoise=lambda chunk, step: source.fresh(chunk, step, 3), steps=(1000, 500),
-    )
-    watcher = Watcher(tiny.pipeline(policy_of(BASE)), [0])
-    with watcher.watching():
-        for chunk in watcher.pipeline(text, frames, source, [0]):
-            watcher.next_chunk(chunk.span.frames)
-    for ours, (theirs,) in zip(watcher._tokens, reference.tokens, strict=True):
-        places = [(t.frame * geometry.rows + t.row) * geometry.columns + t.col for t in theirs]
-        assert ours.tolist() == [int(place) for place in places]
-    assert watcher.event_chunks == [chunk for chunk, _ in reference.topc]
-    assert set(watcher.chosen[-1][0].tolist()) <= set(range(frames * geometry.frame_tokens))
-
-
-def test_jaccard_by_hand():
-    chosen = torch.tensor([[[1, 2], [1, 2]], [[2, 3], [1, 2]], [[4, 5], [2, 1]]])  # [events, layers, C]
-    torch.testing.assert_close(jaccard_distances(chosen), torch.tensor([[2 / 3, 0.0], [1.0, 0.0]]))
-
-
-def test_frequency_by_hand():
-    """Eight choices of two layers, among tokens of three frames of 2 x 2."""
-    chosen = torch.tensor([[[0, 4], [3, 8]], [[7, 3], [4, 5]]])  # [events, layers, C]
-    recorded = Recorded(torch.zeros(0), [0, 1], chosen, [1, 2], {"rows": 2, "columns": 2})
-    torch.testing.assert_close(frequency(recorded), torch.tensor([[4 / 8, 1 / 8], [0.0, 3 / 8]]))
 
 
 # --- a whole sweep --------------------------------------------------------------------------------------------
@@ -223,10 +159,52 @@ def test_recordings_of_a_sweep(done):
     assert (ages[..., 21:] == 0).all()  # a window of 21 frames sees none that is older
 
 
-def test_moments_are_frames_of_the_file(done):
+def test_a_record_of_other_layers_is_none(done):
+    """What was recorded is done for the layers that it holds, and for no others."""
+    saved = load(done)
+    sweep = load_sweep(done.parent / "sweep.yaml")
+    tasks, _ = prepare(sweep, saved.folder, device="cpu", local_rank=0, random_weights=True, only=["rolling"])
+    states = [record_units(done, tasks, replace(sweep.record, layers=layers))[0].is_done() for layers in ([], [0], [5])]
+    assert states == [True, True, False]
+
+
+def test_a_budget_without_top_c_is_reported(done, tmp_path):
+    """Sinks and recent frames fill it, so nothing is ever chosen: its record says so, and has no figure of it."""
+    pytest.importorskip("matplotlib")
+    methods = {"none": {"config": "configs/deep_forcing.yaml", "set": ["kv_cache.budget_frames=14"]}}
+    path, out = write_small_sweep(
+        tmp_path, done.parent / "small.yaml", methods=methods, metrics=["picture"],
+        record={"methods": ["none"], "seconds": 7}, prompts={"captions": [{"split": "test", "count": 1}]},
+    ), tmp_path / "out"
+    assert main(["sweep", str(path), "--output_folder", str(out), "--device", "cpu", "--random_weights"]) == 0
+    assert read_recorded(records_path(out, "none")).chosen is None and main(["report", str(out)]) == 0
+    assert [path.name for path in (out / "figures").glob("none_*")] == ["none_attention_over_earlier_frames.png"]
+
+
+def test_moments_are_frames_of_the_file(done, monkeypatch):
+    """Of one pass; past the end there is the last frame."""
     path = next((done / "videos" / "rolling").glob("*.mp4"))
-    every = torch.from_numpy(read_video(path))
-    assert len(every) == 96 and torch.equal(moments_of(path, 6), every[::19])
+    every, opened = torch.from_numpy(read_video(path)), []
+    monkeypatch.setattr(figures, "open_video", lambda path: opened.append(path) or open_video(path))
+    assert len(every) == 96 and torch.equal(moments_of(path, 6, 96), every[::19]) and opened == [path]
+    assert [torch.equal(torch.from_numpy(frame), every[index]) for frame, index in
+            zip(figures.frames_at(path, [9, 3, 200]), [9, 3, 95], strict=True)] == [True] * 3
+
+
+def test_only_frames_that_are_shown_are_kept(done, tmp_path):
+    """Sixteen hundred that come before them cost no memory."""
+    pytest.importorskip("matplotlib")
+    recorded = read_recorded(records_path(done, "forcing"))
+    late = 400 * recorded.about["rows"] * recorded.about["columns"] + torch.arange(recorded.chosen.shape[-1])
+    recorded = replace(recorded, chosen=late.expand_as(recorded.chosen))
+    with VideoWriter(tmp_path / "long.mp4", fps=16) as writer:
+        for _ in range(20):
+            writer.write(np.zeros((80, 96, 160, 3), np.uint8))
+    tracemalloc.start()
+    draw_on_frames(recorded, tmp_path / "long.mp4", "title", tmp_path / "x.png")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1600 * 96 * 160 * 3 / 2
 
 
 def test_figures_of_a_sweep(done):
@@ -281,6 +259,7 @@ def in_the_way(path: Path) -> None:
 @pytest.mark.parametrize("name, damage, said", [
     ("sweep.json", lambda path: path.write_text("[]"), "sweep.json or results.csv is damaged .* Run the same sweep"),
     ("sweep.json", lambda path: path.write_text(path.read_text().replace("shown", "show")), "the sweep's shown are"),
+    ("sweep.json", lambda path: path.write_text(path.read_text().replace("digits", "d")), "tables.main.columns.digits"),
     ("results.csv", lambda path: path.unlink(), "has no results.csv: no sweep was finished there. Name a folder"),
     ("results.csv", lambda path: path.write_bytes(path.read_bytes()[:-30]), "results.csv is damaged"),
     ("records/forcing.safetensors", lambda path: path.write_bytes(path.read_bytes()[:99]), "forcing.safetensors is da"),
@@ -299,27 +278,38 @@ def test_a_damaged_folder_is_one_line(done, tmp_path, capsys, name, damage, said
     assert error.startswith("error: ") and re.search(said, error) and "Errno" not in error
 
 
-@pytest.mark.parametrize("lost", [False, True])
-def test_the_page_in_a_browser(done, tmp_path, lost):
-    """Chromium, from the folder: players start, keep step, seek together and go; one whose file is lost says so."""
+@contextmanager
+def browsing(done: Path, folder: Path, change: Callable[[Path], None]):
+    """The page of a changed copy, in Chromium; nothing in it fails, and no other host is asked."""
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("needs Chromium")
-    folder = tmp_path / "moved somewhere else"
     shutil.copytree(done, folder)
     write_page(load(folder), Numbers(load(folder).rows), {}, {})
-    if lost:
-        next((folder / "videos" / "forcing").glob("a-script*.mp4")).unlink()
-    number = 2 if lost else 3
+    change(folder)
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page, problems = browser.new_page(), []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: None if request.url.startswith("file:") else problems.append(request.url))
         page.goto((folder / PAGE).as_uri())
-        page.wait_for_function(f"players.filter((p) => p.readyState >= 3).length === {number}")
+        yield page
+        browser.close()
+    assert not problems
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_page_in_a_browser(done, tmp_path, lost):
+    """Chromium, from the folder: players start, keep step, seek together and go; one whose file is lost says so."""
+    def change(folder: Path) -> None:
+        if lost:
+            next((folder / "videos" / "forcing").glob("a-script*.mp4")).unlink()
+
+    with browsing(done, tmp_path / "moved somewhere else", change) as page:
+        page.wait_for_function(f"players.filter((p) => p.readyState >= 3).length === {2 if lost else 3}")
         assert page.locator(".missing").count() == int(lost)
+        page.select_option("#rate", "0.5")   # so that a busy machine comes to the end before the video does
         page.click("#play")
         page.wait_for_function("now() > 0.7")
         times = page.evaluate("players.filter((p) => !p.error).map((p) => p.currentTime)")
@@ -337,5 +327,26 @@ def test_the_page_in_a_browser(done, tmp_path, lost):
         page.select_option("#prompt", "1")
         page.wait_for_function("players.length === 2 && players.every((p) => p.src.includes('a-plain-square'))")
         page.wait_for_function("players.every((p) => Math.abs(p.currentTime - 3) < 0.05)")  # the moment is kept
-        browser.close()
-    assert not problems
+
+
+def test_a_longer_video_plays_on_beside_a_short_one(done, tmp_path):
+    """One of two seconds waits at its end, and comes along when all go back; a chosen speed is kept."""
+    def change(folder: Path) -> None:
+        path = next((folder / "videos" / "sink_3").glob("a-plain*.mp4"))
+        frames = read_video(path, max_frames=32)
+        path.unlink()
+        with VideoWriter(path, fps=16) as writer:
+            writer.write(frames)
+
+    with browsing(done, tmp_path / "copy", change) as page:
+        page.select_option("#rate", "2")
+        page.select_option("#prompt", "1")
+        page.wait_for_function("players.length === 3 && players.every((p) => p.readyState >= 3)")
+        assert page.evaluate("players.map((p) => p.playbackRate)") == [2, 2, 2]
+        page.click("#play")
+        page.wait_for_function("now() > 3")
+        times = page.evaluate("Object.fromEntries(players.map((p) => [p.method, p.currentTime]))")
+        assert times["sink_3"] == pytest.approx(2, abs=0.01) and min(times["rolling"], times["forcing"]) > 2.8
+        page.select_option("#rate", "0.5")
+        page.evaluate("seek(0)")
+        page.wait_for_function("players.every((p) => !p.paused && p.currentTime > 0.3 && p.currentTime < 1.9)")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.sweep.work import Claims, Unit, start_of, work_off
+from evaluation.sweep.work import Claims, Unit, start_of, wait_for_others_with, work_off
+from evaluation.sweep.workers import resources_of_task
 from utils.config import REPOSITORY
 
 FORK = multiprocessing.get_context("fork")         # for workers that call no library with threads of its own
@@ -90,6 +91,30 @@ def test_a_claim_is_one_at_a_time_and_ends_with_its_block(tmp_path):
         assert (mine, other, elsewhere) == (True, False, True)
     with claims.claim("x") as again:
         assert again
+
+
+def test_what_failed_here_is_waited_for_while_another_is_at_it(tmp_path):
+    """Until it is done, or let go undone; what nobody holds is not waited for."""
+    claims, looks = Claims(tmp_path), []
+
+    def done_at_third_look() -> bool:
+        looks.append(None)
+        return len(looks) > 2
+
+    held, free = (Unit(name, done_at_third_look, lambda: None) for name in ("held", "free"))
+    with claims.claim("held"):
+        wait_for_others_with([held], claims)
+    assert len(looks) == 3
+    looks.clear()
+    wait_for_others_with([free], claims)
+    assert len(looks) == 1
+
+
+@pytest.mark.parametrize(("device", "cluster", "gpus"), [
+    ("auto", {"CPU": 8.0}, 0), ("auto", {"CPU": 8.0, "GPU": 2.0}, 1), ("cpu", {"GPU": 2.0}, 0), ("cuda", {}, 1),
+])
+def test_a_task_asks_for_a_gpu_only_where_there_are_some(device, cluster, gpus):
+    assert resources_of_task(device, cluster).get("num_gpus", 0) == gpus
 
 
 @pytest.mark.parametrize(("units", "workers"), [(7, 3), (3, 7), (8, 8), (0, 2)])

@@ -33,7 +33,7 @@ class Brisque(Metric):
 
     name = "brisque"
     reports = ("brisque", "brisque_drift")
-    granularities = ("second", "whole", "first_last_5s", "first_last_15pct")
+    gives = ("brisque@second", "brisque@whole", "brisque_drift@first_last_5s", "brisque_drift@first_last_15pct")
     protocol = "BRISQUE with the support vectors of the package brisque, 1 frame a second, 0 best"
 
     def __init__(self, folder: Path | None = None):

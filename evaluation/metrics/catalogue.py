@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import get_type_hints
 
@@ -67,14 +67,9 @@ def make_metrics(names: Sequence[str], choices: Choices) -> list[Metric]:
     return made
 
 
-def value_names() -> set[str]:
-    """name@granularity of whatever the metrics here may report; none of them is made."""
-    found = set()
-    for name in EVERY:
-        kind = _kind(name)
-        reported = (*getattr(kind, "reports", (name,)), *kind.at_times)
-        found |= {f"{value}@{granularity}" for value in reported for granularity in kind.granularities}
-    return found
+def value_names(names: Iterable[str] = EVERY) -> set[str]:
+    """name@granularity of whatever the metrics of these names may report; none of them is made."""
+    return {value.format(name=name) for name in names for value in _kind(name).gives}
 
 
 @lru_cache(maxsize=1)

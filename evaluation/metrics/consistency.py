@@ -21,7 +21,7 @@ from evaluation.metrics.series import CLIP_S
 class Consistency(Metric):
     """Mean over frames of (max(0, cosine to the one before) + max(0, cosine to the first)) / 2."""
 
-    granularities = ("clip2s", "whole")
+    gives = ("{name}@clip2s", "{name}@whole")
 
     def __init__(self, name: str, network, protocol: str):
         self.name, self.reports, self.protocol, self.network = name, (name,), protocol, network

@@ -39,7 +39,7 @@ class Drift(Metric):
 
     name = "drift"
     reports = ("drift", "drift_colour", "drift_detail")
-    granularities = ("second", "whole")
+    gives = tuple(f"drift{part}@{at}" for part in ("", "_colour", "_detail") for at in ("second", "whole"))
     protocol = "sliced Wasserstein distance of colours in Delta E + 10 |log2 gradient ratio|, against the first 5 s"
 
     def start(self, video: VideoInfo) -> DriftReader:

@@ -27,7 +27,7 @@ class Flow(Metric):
     name = "flow"
     reports = ("flow", "dynamic_degree")
     shares = ("dynamic_degree",)
-    granularities = ("second", "clip2s", "whole")
+    gives = ("flow@second", "flow@whole", "dynamic_degree@clip2s", "dynamic_degree@whole")
     protocol = "VBench's rule with OpenCV DIS flow (not RAFT) at a shorter side of 256, 8 samples a second"
 
     def __init__(self):

@@ -27,7 +27,7 @@ class ClipScore(Metric):
 
     name = "clip_score"
     reports = ("clip_score",)
-    granularities = ("window10s", "whole")
+    gives = ("clip_score@window10s", "clip_score@whole")
     protocol = "100 x cosine, CLIP ViT-B/32 in transformers, 8 middle frames a 10 s window, " \
                "prompt as written, cut at 77 tokens"
 
@@ -74,7 +74,8 @@ class Aesthetic(Metric):
 
     name = "aesthetic_quality"
     reports = ("aesthetic_quality", "aesthetic_quality_drift")
-    granularities = ("second", "clip2s", "whole", "first_last_5s", "first_last_15pct")
+    gives = tuple(f"aesthetic_quality{value}" for value in (
+        "@second", "@clip2s", "@whole", "_drift@first_last_5s", "_drift@first_last_15pct"))
     protocol = "CLIP ViT-L/14 in transformers + LAION linear head / 10; drift: |first - last|"
 
     def __init__(self, network: AestheticHead):

@@ -22,7 +22,8 @@ class Picture(Metric):
 
     name = "picture"
     reports = tuple(name for measure in MEASURES for name in (measure, f"{measure}_drift"))
-    granularities = ("second", "whole", "first_last_5s", "first_last_15pct")
+    gives = tuple(f"{measure}{value}" for measure in MEASURES
+                  for value in ("@second", "@whole", "_drift@first_last_5s", "_drift@first_last_15pct"))
     protocol = "8 frames a second; luma BT.601; colours of the thumbnail; gradient at half size; drift: |first - last|"
 
     def start(self, video: VideoInfo) -> PictureReader:

@@ -112,12 +112,11 @@ class Metric(Protocol):
     """One way to read a video."""
 
     name: str                              # by which it is chosen, as in --metrics
-    reports: tuple[str, ...]               # names of its values, such as `brightness` and `brightness_drift`; the
-                                           # first has one of the whole video, always
-    granularities: tuple[Granularity, ...]
+    reports: tuple[str, ...]               # names of the values that every video has; the first one names its errors,
+                                           # and always has a value of the whole video
+    gives: tuple[str, ...]                 # name@granularity of all that some video may have; {name} is its own name
     protocol: str                          # how its numbers were made, in a line; stands in every row
-    at_times: tuple[str, ...] = ()         # names of values that many videos lack, besides those of `reports`
-    shares: tuple[str, ...] = ()           # names of both that are a yes or no of a video, or shares of its frames
+    shares: tuple[str, ...] = ()           # names of values that are a yes or no of a video, or shares of its frames
 
     def start(self, video: VideoInfo) -> Reader:
         """Begin a video. Raises CannotMeasureError if what is known of it does not suffice."""

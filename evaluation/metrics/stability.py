@@ -42,7 +42,7 @@ class VisualStability(Metric):
 
     name = "visual_stability"
     reports = ("visual_stability",)
-    granularities = ("whole",)
+    gives = ("visual_stability@whole",)
 
     def __init__(self, judge: Judge, who: str):
         self.judge = judge

@@ -16,7 +16,7 @@ class Flicker(Metric):
 
     name = "flicker"
     reports = ("temporal_flickering",)
-    granularities = ("second", "whole")
+    gives = ("temporal_flickering@second", "temporal_flickering@whole")
     protocol = "1 - mean |difference of luma of consecutive frames| / 255, all videos (VBench: static ones, RGB)"
 
     def start(self, video: VideoInfo) -> FlickerReader:
@@ -43,7 +43,7 @@ class Borders(Metric):
 
     name = "borders"
     reports = ("border_flicker",)
-    granularities = ("whole",)
+    gives = ("border_flicker@whole",)
     protocol = "mean step of cell means at chunk borders - mean step within chunks, levels of 255"
 
     def start(self, video: VideoInfo) -> BordersReader:
@@ -76,7 +76,7 @@ class Frozen(Metric):
     name = "frozen"
     reports = ("frozen",)
     shares = ("frozen",)
-    granularities = ("second", "whole")
+    gives = ("frozen@second", "frozen@whole")
     protocol = "share of frames in rests of 0.5 s or longer, in which no cell changes by more than 1 level of 255"
 
     def start(self, video: VideoInfo) -> FrozenReader:

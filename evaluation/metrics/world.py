@@ -27,12 +27,12 @@ class WorldMetric(Metric):
 
     name = "world"
     reports = ("world_background_drift", "world_survival", "world_jumps")
-    at_times = tuple(f"world_{name}" for name in (
-        *(field.name for kind in (PerFrame, PerVideo) for field in fields(kind) if field.name not in SHARES),
-        *(f"{share}_{name}" for share in SHARES for name in PROPERTIES), "pace", "pace_ratio",
+    gives = tuple(f"world_{value}" for value in (
+        *(f"{name}@second" for name in (*(field.name for field in fields(PerFrame)), "pace")),
+        *(f"{field.name}@whole" for field in fields(PerVideo) if field.name not in SHARES), "pace_ratio@whole",
+        *(f"{share}_{name}@whole" for share in SHARES for name in PROPERTIES),
     ))
     shares = ("world_survival", *(f"world_{part}{name}" for part in ("", "rate_", "holds_") for name in PROPERTIES))
-    granularities = ("second", "whole")
     protocol = "evaluation.analysers on every frame of the decoded file, against the caption"
 
     def start(self, video: VideoInfo) -> WorldReader:

@@ -18,9 +18,10 @@ reproduce() {  # reproduce SWEEP FOLDER ARGUMENT...   evaluation/sweeps/SWEEP.ya
     WORKERS="${WORKERS:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo "$PROCESSORS")}"
     # Else each worker starts as many compilers as there are processors.
     export TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-$(((PROCESSORS + WORKERS - 1) / WORKERS))}"
+    set -- sweep "evaluation/sweeps/$sweep.yaml" --output_folder "$folder" "$@"
+    "$PYTHON" -m evaluation "$@" --dry_run || return  # torchrun would tell bad input as a failure
     ${LIMIT_S:+timeout --kill-after=45 "$LIMIT_S"} \
-        "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$WORKERS" -m evaluation \
-        sweep "evaluation/sweeps/$sweep.yaml" --output_folder "$folder" "$@" || status=$?
+        "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$WORKERS" -m evaluation "$@" || status=$?
     if [ "$status" = 124 ] || [ "$status" = 137 ]; then
         echo "stopped after $LIMIT_S s; the same command goes on from here" >&2
         return 124

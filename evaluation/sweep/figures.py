@@ -37,7 +37,7 @@ def draw_figures(saved: Saved, numbers: Numbers, folder: Path) -> dict[str, Path
 
 
 def draw_over_time(saved: Saved, numbers: Numbers, metric: str, granularity: str, path: Path) -> None:
-    """One line a method with its 95 % band over the videos."""
+    """One line a method with its 95 % band over the prompts."""
     with saved_figure(path, (8, 4.2)) as figure:
         axes = figure.subplots()
         for index, method in enumerate(saved.variants):
@@ -56,7 +56,7 @@ def draw_ablation(
 ) -> None:
     """Metrics over one setting of the cache, with 95 % intervals.
 
-    Raises: ConfigError if a method's cache has no such setting.
+    Raises: ConfigError if a method's cache has no such setting, or a metric was measured by several protocols.
     """
     methods = [method for method in methods if method in saved.variants]
     places = [_setting(saved, method, key) for method in methods]
@@ -64,6 +64,7 @@ def draw_ablation(
     with saved_figure(path, (5 * len(metrics), 3.8)) as figure:
         for axes, text in zip(np.atleast_1d(figure.subplots(1, len(metrics))), metrics, strict=True):
             name, _, protocol = text.partition(" ")
+            numbers.protocol(methods, MetricName.parse(name), protocol)
             known = [(places[i], numbers.mean(methods[i], MetricName.parse(name), protocol)) for i in order]
             known = [(x, mean) for x, mean in known if mean is not None]
             if known:
@@ -85,21 +86,31 @@ def draw_grids(saved: Saved, folder: Path) -> dict[str, Path]:
         if not first:
             logger.warning("no video is left of %r. Run the sweep again to have them in the figures.", prompt)
             continue
-        rows = {method: moments_of(path, MOMENTS) for method, path in first.items()}
+        rows = {
+            method: moments_of(path, MOMENTS, saved.variants[method]["pixel_frames"]) for method, path in first.items()
+        }
         path = drawn[f"Grid: {prompt}"] = folder / f"grid_{index:02d}.png"
         texts = [f"{method}: {prompt}" if method == next(iter(rows)) else method for method in rows]
         contact_sheet([*rows.values()], texts, MOMENTS, path)
     return drawn
 
 
-def moments_of(path: Path, count: int) -> torch.Tensor:
-    """Evenly spaced frames of a file, uint8 [count, H, W, 3]; decoded as a stream."""
-    with open_video(path) as stream:
-        total = sum(1 for _ in stream.frames)
+def moments_of(path: Path, count: int, total: int) -> torch.Tensor:
+    """Evenly spaced frames of a file of `total`, uint8 [count, H, W, 3]."""
     wanted = np.linspace(0, total - 1, count).round().astype(int)
+    return torch.from_numpy(np.stack(frames_at(path, wanted.tolist())))
+
+
+def frames_at(path: Path, indices: Sequence[int]) -> list[np.ndarray]:
+    """Frames of a file by number, each uint8 [H, W, 3], the last one for those past its end; decoded as a stream."""
+    kept = {}
     with open_video(path) as stream:
-        kept = {index: frame for index, frame in enumerate(stream.frames) if index in set(wanted.tolist())}
-    return torch.from_numpy(np.stack([kept[index] for index in wanted.tolist()]))
+        for index, frame in enumerate(stream.frames):
+            if index in indices:
+                kept[index] = frame
+            if index >= max(indices):
+                break
+    return [kept.get(index, frame) for index in indices]
 
 
 def _setting(saved: Saved, method: str, key: str) -> float:

@@ -14,6 +14,7 @@ from evaluation.sweep.work import Unit
 from pipeline.build import RunPlan
 from pipeline.engine import Engine
 from pipeline.length import asked_pixel_frames, check_timelines, video_length
+from pipeline.loops import ChunkwiseLoop
 from pipeline.memory import fit_memory
 from pipeline.render import Job, check_number, is_finished, make_jobs, refuse_other_settings, render
 from utils.config import REPOSITORY, ConfigError
@@ -78,6 +79,24 @@ def _task(
         for job in make_jobs(plan, items, pixel_frames, seed=seed, num_samples=1, with_index=False)
     ]
     return Task(variant, plan, pixel_frames, jobs, OutputFolder(folder / VIDEOS / variant.name, overwrite=False))
+
+
+def memories_without_effect(tasks: Sequence[Task]) -> list[str]:
+    """Variants that differ in their memories, at lengths at which no memory forgets a frame: it cannot show."""
+    found = []
+    for seconds in dict.fromkeys(task.variant.seconds for task in tasks):
+        alike = [t for t in tasks if t.variant.seconds == seconds and isinstance(t.plan.loop, ChunkwiseLoop)]
+        if len({task.plan.policy for task in alike}) > 1 and not any(map(_forgets, alike)):
+            found += [task.variant.name for task in alike]
+    return found
+
+
+def _forgets(task: Task) -> bool:
+    """Whether the video is longer than what its policy remembers as it is."""
+    g, sizes = task.plan.geometry, task.plan.policy.sizes(task.plan.geometry)
+    whole_tokens = min(sizes.window_tokens, sizes.capacity_tokens - g.chunk_frames * g.frame_tokens)
+    frames = video_length(task.plan, task.pixel_frames, given_frames=0).latent_frames
+    return frames * g.frame_tokens > whole_tokens
 
 
 class Maker:

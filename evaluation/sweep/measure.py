@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from evaluation.metrics.catalogue import EVERY
 from evaluation.metrics.measuring import measure
 from evaluation.metrics.protocol import Metric, VideoInfo
 from evaluation.metrics.table import Row, read_ends, read_table, write_csv
@@ -47,23 +48,29 @@ def unit_name(variant: str, stem: str) -> str:
 
 
 def read_rows(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> list[Row]:
-    """What is known of one video, errors included. Raises: MeasureError for a damaged table."""
-    paths = [rows_path(folder, task, job, metric) for metric in metrics]
-    try:
-        return [row for path in paths for row in read_table(path)]
-    except ValueError as error:
-        raise MeasureError(f"{error} Delete it: the same command measures its video again.") from error
+    """What is known of one video, errors of `metrics` included; values of others that an earlier run measured, too.
+
+    Raises: MeasureError for a damaged table.
+    """
+    asked, rows = [metric.name for metric in metrics], []
+    for name in dict.fromkeys((*asked, *EVERY)):
+        try:
+            found = read_table(rows_path(folder, task, job, name))
+        except ValueError as error:
+            raise MeasureError(f"{error} Delete it: the same command measures its video again.") from error
+        rows += [row for row in found if name in asked or not row.error]
+    return rows
 
 
-def rows_path(folder: Path, task: Task, job: Job, metric: Metric) -> Path:
-    return folder / ROWS / task.variant.name / f"{job.stem}.{job.fingerprint[:DIGITS]}.{metric.name}.csv"
+def rows_path(folder: Path, task: Task, job: Job, metric: str) -> Path:
+    return folder / ROWS / task.variant.name / f"{job.stem}.{job.fingerprint[:DIGITS]}.{metric}.csv"
 
 
 def _missing(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> list[Metric]:
     """Metrics without rows, or whose rows end in a failure, or were made by another protocol."""
     def is_there(metric: Metric) -> bool:
         try:
-            rows = read_ends(rows_path(folder, task, job, metric))  # written whole, an error last
+            rows = read_ends(rows_path(folder, task, job, metric.name))  # written whole, an error last
         except ValueError as error:
             logger.warning("measured again, since its table is damaged: %s", error)
             return False
@@ -86,7 +93,7 @@ def _measure(folder: Path, task: Task, job: Job, metrics: Sequence[Metric]) -> N
         if metric.name in failed:
             rows.append(row(metric.reports[0], "", None, None, failed[metric.name]))
             errors += [failed[metric.name]] if rows[-1].failed else []
-        path = rows_path(folder, task, job, metric)
+        path = rows_path(folder, task, job, metric.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_csv(rows, path)
     if errors:

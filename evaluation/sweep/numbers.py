@@ -62,7 +62,8 @@ class Numbers:
         Raises: ConfigError if that leaves several protocols: their numbers are not comparable.
         """
         found: dict[str, list[float]] = {}
-        for row in self._of(method, name.metric, name.granularity, protocol):
+        self.protocol([method], name, protocol)
+        for row in self._of(method, name, protocol):
             if name.fits(row):
                 found.setdefault(row.video, []).append(row.value)
         return {video: float(np.mean(values)) for video, values in found.items()}
@@ -86,7 +87,9 @@ class Numbers:
     def curves(self, method: str, metric: str, granularity: str) -> dict[str, dict[float, float]]:
         """video -> start_s -> value."""
         found: dict[str, dict[float, float]] = {}
-        for row in self._of(method, metric, granularity):
+        name = MetricName(metric, granularity)
+        self.protocol([method], name)
+        for row in self._of(method, name):
             if row.start_s is not None and row.value is not None:
                 found.setdefault(row.video, {})[row.start_s] = row.value
         return found
@@ -98,14 +101,27 @@ class Numbers:
             if row.granularity == granularity and row.start_s is not None
         ))
 
-    def protocol(self, name: MetricName, protocol: str = "") -> str:
-        """How the number was made; empty if nobody has it."""
-        return "; ".join(self.protocols(name, protocol))
+    def prompts(self, method: str, name: MetricName, protocol: str = "") -> set[str]:
+        """Those that the mean is over."""
+        return {self._prompts.get(video, video) for video in self.per_video(method, name, protocol)}
 
-    def protocols(self, name: MetricName, protocol: str = "") -> list[str]:
+    def protocol(self, methods: Sequence[str], name: MetricName, protocol: str = "") -> str:
+        """How the number of these methods was made; empty if none has it.
+
+        Raises: ConfigError if it was made in several ways: their numbers are not comparable.
+        """
+        found = self.protocols(methods, name, protocol)
+        if len(found) > 1:
+            raise ConfigError(
+                f"{name.metric}@{name.granularity} of {', '.join(methods)} was measured by {len(found)} protocols "
+                f"({'; '.join(found)}), which are not comparable. "
+                "Name a part of the one that is meant as the column's protocol."
+            )
+        return "".join(found)
+
+    def protocols(self, methods: Sequence[str], name: MetricName, protocol: str = "") -> list[str]:
         """All by which it was made; `protocol` is a part of those meant."""
-        return sorted({row.protocol for (_, metric, granularity), rows in self._rows.items() for row in rows
-                       if (metric, granularity) == (name.metric, name.granularity) and protocol in row.protocol})
+        return sorted({row.protocol for method in methods for row in self._of(method, name, protocol)})
 
     def _by_prompt(self, videos: Mapping[str, float | list[float]]) -> list[np.ndarray]:
         """Means over each prompt's videos of what they know; NaN where none does."""
@@ -114,13 +130,6 @@ class Numbers:
             found.setdefault(self._prompts.get(video, video), []).append(values)
         return [means(values) for values in found.values()]
 
-    def _of(self, method: str, metric: str, granularity: str, protocol: str = "") -> list[Row]:
-        rows = [row for row in self._rows.get((method, metric, granularity), ()) if protocol in row.protocol]
-        protocols = sorted({row.protocol for row in rows})
-        if len(protocols) > 1:
-            raise ConfigError(
-                f"{metric}@{granularity} of {method} was measured by {len(protocols)} protocols "
-                f"({'; '.join(protocols)}), which are not comparable. "
-                "Name a part of the one that is meant as the column's protocol."
-            )
-        return rows
+    def _of(self, method: str, name: MetricName, protocol: str = "") -> list[Row]:
+        rows = self._rows.get((method, name.metric, name.granularity), ())
+        return [row for row in rows if protocol in row.protocol]

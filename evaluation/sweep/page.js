@@ -3,7 +3,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const at = (id) => document.getElementById(id);
 const shown = new Set(data.methods.map((method) => method.name));
-const STEP_S = 0.08;  // how far a player may run from the first one before it is called back
+const STEP_S = 0.08;  // how far a player may run from the leader before it is called back
 let players = [], seeking = false;
 
 function make(tag, properties = {}, ...children) {
@@ -19,7 +19,8 @@ function draw(tag, attributes, ...children) {
   return element;
 }
 
-const leader = () => players.find((player) => !player.error && player.readyState > 0);
+const leader = () => players.reduce((best, player) => (  // the longest: shorter ones wait at their end
+  player.error || !player.readyState || best?.duration >= player.duration ? best : player), undefined);
 const duration = () => Math.max(0, ...players.map((player) => player.duration || 0));
 const methods = () => data.methods.filter((method) => shown.has(method.name));
 
@@ -36,6 +37,7 @@ function layPlayers() {
       return figure;
     }
     const player = make("video", {src: video.file, muted: true, playsInline: true, preload: "auto"});
+    player.playbackRate = Number(at("rate").value);
     player.addEventListener("loadedmetadata", () => { player.currentTime = Math.min(time, player.duration); range(); });
     player.addEventListener("error", () => {
       figure.replaceChildren(make("div", {className: "missing", textContent: "cannot be played"}), name);
@@ -60,7 +62,7 @@ function toggle() {
   if (!first) return;
   if (first.paused) {
     if (first.ended) seek(0);
-    for (const player of players) { player.playbackRate = Number(at("rate").value); player.play().catch(() => {}); }
+    for (const player of players) if (!player.ended) player.play().catch(() => {});
   } else for (const player of players) player.pause();
 }
 
@@ -76,6 +78,7 @@ function keepStep() {
       if (player === first || player.readyState < 2 || player.seeking) continue;
       const target = Math.min(first.currentTime, player.duration);
       if (Math.abs(player.currentTime - target) > STEP_S) player.currentTime = target;
+      else if (player.paused && !first.paused && target < player.duration - STEP_S) player.play().catch(() => {});
     }
     if (!seeking) at("seek").value = first.currentTime;
     at("clock").textContent = `${first.currentTime.toFixed(1)} / ${duration().toFixed(1)} s`;

@@ -155,7 +155,7 @@ class Recorded:
 
     attention: Tensor       # [chunks, layers, heads, frames]
     layers: list[int]
-    chosen: Tensor | None   # [events, all layers, C]
+    chosen: Tensor | None   # [events, all layers, C]; None if nothing is ever chosen
     event_chunks: list[int]
     about: dict[str, Any]   # video, rows, columns, temporal_stride, chunk_frames, seconds
 
@@ -188,8 +188,11 @@ def read_recorded(path: Path) -> Recorded:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["about"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        chosen = tensors.get("chosen")
+        if chosen is not None and not chosen.numel():  # a budget that leaves no top-C
+            chosen = None
         return Recorded(
-            tensors["attention"], about.pop("layers"), tensors.get("chosen"), tensors["event_chunks"].tolist(), about,
+            tensors["attention"], about.pop("layers"), chosen, tensors["event_chunks"].tolist(), about,
         )
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -202,16 +205,23 @@ def _is_recorded(folder: Path, task: Task, recording: Recording) -> bool:
     if not path.exists():
         return False
     try:
-        about = read_recorded(path).about
+        found = read_recorded(path)
     except ConfigError as error:
         logger.warning("%s", error)
         return False
-    return (about["fingerprint"], about["seconds"]) == (task.jobs[0].fingerprint, recording.seconds)
+    asked = task.jobs[0].fingerprint, recording.seconds, _layers(task, recording)
+    return (found.about["fingerprint"], found.about["seconds"], found.layers) == asked
+
+
+def _layers(task: Task, recording: Recording) -> list[int]:
+    """Those whose attention is kept."""
+    last = task.plan.architecture.num_layers - 1
+    return recording.layers or sorted({0, (last + 1) // 2, last})
 
 
 def _record(folder: Path, task: Task, recording: Recording) -> None:
     plan, job = task.plan, task.jobs[0]
-    layers = recording.layers or sorted({0, plan.architecture.num_layers // 2, plan.architecture.num_layers - 1})
+    layers = _layers(task, recording)
     engine = Engine(plan)
     engine.prepare(job.item.texts)
     length = video_length(plan, asked_pixel_frames(plan, latent_frames=0, seconds=recording.seconds), given_frames=0)

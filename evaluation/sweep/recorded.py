@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.sweep.figures import frames_at
 from evaluation.sweep.record import Recorded, read_recorded, records_path
 from evaluation.sweep.results import Saved
 from utils.figures import saved_figure
-from utils.video import read_video
 
 SHOWN_FRAMES = 6
 
@@ -115,13 +115,13 @@ def draw_on_frames(recorded: Recorded, video: Path, title: str, path: Path) -> N
     frames = counts.argsort(descending=True)[:SHOWN_FRAMES]
     frames = frames[counts[frames] > 0].sort().values.tolist()
     stride = recorded.about["temporal_stride"]
-    pixels = read_video(video, max_frames=frames[-1] * stride + 1)
+    pictures = frames_at(video, [frame * stride for frame in frames])
     with saved_figure(path, (3.2 * len(frames), 3)) as figure:
         figure.suptitle(f"{title} (chunk {recorded.event_chunks[-1]})")
-        for axes, frame in zip(np.atleast_1d(figure.subplots(1, len(frames))), frames, strict=True):
+        panels = np.atleast_1d(figure.subplots(1, len(frames)))
+        for axes, frame, picture in zip(panels, frames, pictures, strict=True):
             places = last[last // tokens == frame] % tokens
             share = torch.bincount(places, minlength=tokens).reshape(recorded.about["rows"], -1) / len(last)
-            picture = pixels[min(frame * stride, len(pixels) - 1)]
             axes.imshow(picture, extent=(0, 1, 0, 1), aspect=picture.shape[0] / picture.shape[1])
             axes.imshow(share, extent=(0, 1, 0, 1), aspect=picture.shape[0] / picture.shape[1], cmap="hot",
                         alpha=0.25 + 0.5 * share.numpy(), vmin=0, vmax=1)

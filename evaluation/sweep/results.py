@@ -1,7 +1,7 @@
 """The folder of one sweep: `sweep.json` says what was asked and how it was made, `results.csv` holds every number.
 
-The tidy table has one row per (video, metric, granularity, start_s). It is collected from the rows of all videos in
-a fixed order, so the same sweep gives the same file however many workers made it. With pyarrow, also
+The tidy table has one row per (video, metric, granularity, start_s, protocol). It is collected from the rows of all
+videos in a fixed order, so the same sweep gives the same file however many workers made it. With pyarrow, also
 `results.parquet`. Tables that lie in `imported/` are read beside it.
 """
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from evaluation.metrics.catalogue import value_names
+from evaluation.metrics.catalogue import EVERY, value_names
 from evaluation.metrics.protocol import Metric
 from evaluation.metrics.table import Row, read_table, write_csv, write_parquet
 from evaluation.metrics.videos import sidecar
 from evaluation.sweep.make import VIDEOS, Task
 from evaluation.sweep.measure import read_rows
-from evaluation.sweep.settings import Sweep, metrics_shown, variants_of
+from evaluation.sweep.settings import Ablation, Column, Recording, Sweep, Table, metrics_shown, variants_of
 from evaluation.vbench import DIMENSIONS
 from utils.config import REPOSITORY, ConfigError
 from utils.config_schema import nearest
@@ -56,16 +56,27 @@ class Saved:
         return self.folder / VIDEOS / video
 
 
-def refuse_unknown_metrics(sweep: Sweep, folder: Path) -> None:
-    """Raise ConfigError for a shown number that nothing gives: no metric here, no suite, no table in `imported/`."""
+def refuse_unknown_metrics(sweep: Sweep, folder: Path, measured: Collection[str], only: Collection[str] = ()) -> None:
+    """Raise ConfigError for a shown number that nothing gives: no metric here, no suite, no table in `imported/`.
+
+    Of the tables and ablations that `only` names, or of all if it is empty, nor may one be shown that only a metric
+    gives which is not among the `measured`.
+    """
     shown = metrics_shown(sweep)
     if not shown:
         return
-    known = value_names() | {f"{name}@{granularity}" for name in DIMENSIONS for granularity in ("clip2s", "whole")}
-    for other in (folder / IMPORTED).glob("*.csv"):
-        known |= {f"{row.metric}@{row.granularity}" for row in read_table(other)}
+    other = {f"{name}@{granularity}" for name in DIMENSIONS for granularity in ("clip2s", "whole")}
+    for table in (folder / IMPORTED).glob("*.csv"):
+        other |= {f"{row.metric}@{row.granularity}" for row in read_table(table)}
+    known, given = value_names() | other, value_names(measured) | other
     for where, metric in shown:
         name = metric.partition(":")[0]
+        if name in known - given and (not only or where.partition(".")[2] in only):
+            need = next(one for one in EVERY if name in value_names([one]))
+            raise ConfigError(
+                f"{where}: {name} is not measured. Add {need} to metrics, such as --set "
+                f"'metrics=[{', '.join([*sweep.metrics, need])}]', or name what else you want with --only."
+            )
         if name not in known:
             alike = sorted(one for one in known if one.partition("@")[0] == name.partition("@")[0])
             every = alike or sorted({one.partition("@")[0] for one in known})
@@ -155,18 +166,28 @@ def load(folder: Path) -> Saved:
             )
     try:
         record = json.loads((folder / RECORD).read_bytes())
-        missing = [field.name for field in fields(Sweep) if field.name not in record["sweep"]]
+        missing = _missing(record["sweep"])
         if missing:
             raise ValueError(f"the sweep's {', '.join(missing)} are not in it")
         rows = read_table(folder / TABLE)
         for other in sorted((folder / IMPORTED).glob("*.csv")):
             rows += read_table(other)
         return Saved(folder, record["sweep"], record["variants"], record["videos"], record["provenance"], rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{folder}: {RECORD} or {TABLE} is damaged ({error}). "
             "Run the same sweep command again: what is made stays, both files are collected anew."
         ) from error
+
+
+def _missing(sweep: dict[str, Any]) -> list[str]:
+    """Keys that a sweep, or a part of it that a report reads, does not have."""
+    parts = [("", Sweep, sweep), ("record.", Recording, sweep.get("record", {}))]
+    parts += [(f"ablations.{name}.", Ablation, part) for name, part in sweep.get("ablations", {}).items()]
+    for name, table in sweep.get("tables", {}).items():
+        parts.append((f"tables.{name}.", Table, table))
+        parts += [(f"tables.{name}.columns.", Column, column) for column in table.get("columns", ())]
+    return [f"{where}{field.name}" for where, kind, part in parts for field in fields(kind) if field.name not in part]
 
 
 def _provenance(sweep: Sweep, tasks: Sequence[Task], made: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,10 +226,16 @@ def _output_fault(sweep: Sweep) -> str | None:
     for where, metric in metrics_shown(sweep):
         if not METRIC.fullmatch(metric):
             return f"{where}: {metric!r} names no metric. Write name@granularity, such as background_drift@whole."
+    names = Counter([*known, *sweep.ablations, *sweep.tables, "record"])
+    for name, count in names.items():
+        if count > 1:
+            return f"{name!r} is the name of {count} of methods, tables, ablations and record: --only could mean each."
     for name, table in sweep.tables.items():
         if table.quoted is not None:
             read_quoted(table.quoted)
         for column in table.columns:
             if column.better not in ("lower", "higher", "none"):
                 return f"tables.{name}: better={column.better!r} is unknown. Use lower, higher or none."
+            if column.digits < 0:
+                return f"tables.{name}: digits={column.digits} is too small. Ask for 0 or more."
     return None

@@ -73,21 +73,20 @@ def make_grid(table: Mapping[str, Any], saved: Saved, numbers: Numbers) -> Grid:
     found = [[numbers.mean(method, *name) for name in names] for method in methods]
     videos = [[len(numbers.per_video(method, *name)) for name in names] for method in methods]
     counts = [max(line, default=0) for line in videos]
-    whole = [
-        [value if own == count else None for value, own in zip(values, line, strict=True)]
-        for values, line, count in zip(found, videos, counts, strict=True)
+    best = [
+        _best([line[i] for line in found], [numbers.prompts(method, *name) for method in methods], column)
+        for i, (column, name) in enumerate(zip(columns, names, strict=True))
     ]
-    best = [_best([line[i] for line in whole], column) for i, column in enumerate(columns)]
     lines = [
         Line(method, [Cell(str(counts[row])), *(
-            _cell(found[row][i], column, row in best[i], videos[row][i] if whole[row][i] is None else None)
-            for i, column in enumerate(columns)
+            _cell(found[row][i], column, row in best[i], None if own == counts[row] else own)
+            for i, (column, own) in enumerate(zip(columns, videos[row], strict=True))
         )])
         for row, method in enumerate(methods)
     ]
     notes = [
         "Means over prompts, each over its videos, with 95 % intervals, Wilson's for shares, else Student's; n: fewer "
-        "videos than the line says; bold: the best of ours, of those that have all of their line's videos."
+        "videos than the line says; bold: the best of ours, of those over the most prompts, the same ones."
     ]
     if table["quoted"]:
         source, printed = read_quoted(table["quoted"])
@@ -99,21 +98,23 @@ def make_grid(table: Mapping[str, Any], saved: Saved, numbers: Numbers) -> Grid:
         ]
         notes.append(f"Rows marked {MARK} are not ours: {source}, as printed.")
     for column, name in zip(columns, names, strict=True):
-        said = numbers.protocol(*name)
+        said = numbers.protocol(methods, *name)
         notes.append(f"{column['label']}: {column['metric']}, {said or 'not measured in this sweep'}.")
     return Grid(table["title"], ["method", "videos", *(_headed(column) for column in columns)], lines, notes)
 
 
-def headline_table(numbers: Numbers) -> dict[str, dict[str, Any]]:
+def headline_table(methods: Sequence[str], numbers: Numbers) -> dict[str, dict[str, Any]]:
     """A table of all methods and the first few of HEADLINES that were measured, each by one protocol; or none."""
-    known = [column for column in HEADLINES if len(numbers.protocols(MetricName.parse(column.metric))) == 1]
+    known = [
+        column for column in HEADLINES if len(numbers.protocols(methods, MetricName.parse(column.metric))) == 1
+    ]
     return {"methods": asdict(Table("Methods", columns=known[:MOST_HEADLINES]))} if known else {}
 
 
 def write_tables(saved: Saved, numbers: Numbers, folder: Path) -> dict[str, Grid]:
     """Write every table of the sweep as .md, .tex and .html; one of headline numbers if the sweep names none."""
     folder.mkdir(parents=True, exist_ok=True)
-    tables = saved.sweep["tables"] or headline_table(numbers)
+    tables = saved.sweep["tables"] or headline_table([*saved.variants], numbers)
     grids = {name: make_grid(table, saved, numbers) for name, table in tables.items()}
     for name, grid in grids.items():
         for suffix, text in ((".md", markdown(grid)), (".tex", latex(grid)), (".html", to_html(grid))):
@@ -129,7 +130,7 @@ def markdown(grid: Grid) -> str:
     rows += [
         [f"*{line.name}* ({MARK})" if line.quoted else line.name, *map(cell, line.cells)] for line in grid.lines
     ]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    table = "\n".join("| " + " | ".join(text.replace("|", r"\|") for text in row) + " |" for row in rows)
     return f"## {grid.title}\n\n{table}\n\n" + "\n".join(f"* {note}" for note in grid.notes) + "\n"
 
 
@@ -187,9 +188,14 @@ def _cell(value: Interval | None, column: Mapping[str, Any], best: bool, few: in
     return Cell(mean, " ".join(filter(None, [interval, "" if few is None else f"n={few}"])), best)
 
 
-def _best(values: Sequence[Interval | None], column: Mapping[str, Any]) -> set[int]:
-    """Which lines are best as they are shown; none where that means nothing, or all are alike."""
-    known = {i: round(column["scale"] * value.value, column["digits"]) for i, value in enumerate(values) if value}
+def _best(values: Sequence[Interval | None], prompts: Sequence[set[str]], column: Mapping[str, Any]) -> set[int]:
+    """Which lines are best as they are shown, of those over the largest set of prompts; none where that means nothing,
+    or all are alike."""
+    most = max(prompts, key=len, default=set())
+    known = {
+        i: round(column["scale"] * value.value, column["digits"])
+        for i, (value, own) in enumerate(zip(values, prompts, strict=True)) if value and own == most
+    }
     if column["better"] == "none" or len(set(known.values())) < 2:
         return set()
     best = (min if column["better"] == "lower" else max)(known.values())

@@ -50,6 +50,11 @@ class Claims:
             if file is not None:
                 file.close()
 
+    def is_free(self, name: str) -> bool:
+        """Whether no worker is at `name`."""
+        with self.claim(name) as mine:
+            return mine
+
 
 def work_off(
     units: Sequence[Unit], claims: Claims, *, start: int = 0, meanwhile: Sequence[Unit] = (),
@@ -73,6 +78,12 @@ def work_off(
                 _attempt(unit, claims, failed)
         waiting = left
     return failed
+
+
+def wait_for_others_with(units: Sequence[Unit], claims: Claims) -> None:
+    """Wait until each of `units`, which failed here, is done or held by nobody."""
+    while any(not unit.is_done() and not claims.is_free(unit.name) for unit in units):
+        time.sleep(WAIT_S)
 
 
 def _take_ready(units: list[Unit]) -> Unit | None:

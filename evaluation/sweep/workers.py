@@ -1,7 +1,7 @@
 """Who does the work: this process, the ranks of torchrun, or tasks on a Ray cluster. All run `labour` on one folder."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evaluation.metrics.catalogue import make_metrics
@@ -11,7 +11,8 @@ from evaluation.sweep.measure import measure_units
 from evaluation.sweep.record import record_units
 from evaluation.sweep.results import refuse_unknown_metrics
 from evaluation.sweep.settings import Sweep, chosen_of
-from evaluation.sweep.work import Claims, start_of, work_off
+from evaluation.sweep.work import Claims, start_of, wait_for_others_with, work_off
+from pipeline.render import is_finished
 from utils.config import REPOSITORY, ConfigError
 from utils.devices import choose_device
 
@@ -26,12 +27,26 @@ def prepare(
 
     Raises: as `refuse_unknown_metrics`, `make_metrics` and `make_tasks` do.
     """
-    refuse_unknown_metrics(sweep, folder)
     chosen = choose_device(device, local_rank)
     metrics = make_metrics(sweep.metrics, Choices(str(chosen), vlm=sweep.vlm))
+    refuse_unknown_metrics(sweep, folder, [metric.name for metric in metrics], only)
     tasks = make_tasks(sweep, folder, device=chosen, random_weights=random_weights, only=only)
     record_units(folder, [task for task in tasks if task.variant.name in sweep.record.methods], sweep.record)
     return tasks, metrics
+
+
+def outstanding(
+    sweep: Sweep, tasks: Sequence[Task], metrics: Sequence[Metric], folder: Path, only: Sequence[str] = (),
+) -> str:
+    """What `labour` would do, in a line."""
+    wanted, seen = chosen_of(sweep, only)
+    watched = [task for task in tasks if task.variant.name in seen]
+    tasks = [task for task in tasks if task.variant.name in wanted]
+    jobs = [(task, job) for task in tasks for job in task.jobs]
+    make = sum(not is_finished(task.output, job) for task, job in jobs)
+    measure = sum(not unit.is_done() for task in tasks for unit in measure_units(folder, task, metrics))
+    record = sum(not unit.is_done() for unit in record_units(folder, watched, sweep.record))
+    return f"of {len(jobs)} videos, {make} are to be made and {measure} to be measured; {record} to be recorded"
 
 
 def labour(
@@ -53,10 +68,12 @@ def labour(
     maker.release()
     record = record_units(folder, watched, sweep.record)
     failed |= work_off(record, claims, start=start_of(record, rank, world_size), meanwhile=measure)
+    wait_for_others_with([unit for unit in make if unit.name in failed], claims)
     left = [unit for unit in measure if unit.name not in failed]
     failed |= work_off(left, claims, start=start_of(left, rank, world_size))
-    return {unit.name: failed[unit.name] for unit in (*make, *record, *measure)
-            if unit.name in failed and not unit.is_done()}  # another worker may have done it since
+    tried = [unit for unit in (*make, *record, *measure) if unit.name in failed]
+    wait_for_others_with(tried, claims)
+    return {unit.name: failed[unit.name] for unit in tried if not unit.is_done()}
 
 
 def labour_on_ray(
@@ -66,7 +83,7 @@ def labour_on_ray(
     """The same by `workers` tasks on the cluster at `address` (`local` starts one on this machine).
 
     A task whose process or machine dies is started again elsewhere. All machines must see the repository and
-    `folder` at the same paths. Each task takes one GPU, or one processor with device=cpu.
+    `folder` at the same paths.
     Raises: ConfigError if Ray is not installed.
     """
     try:
@@ -78,7 +95,7 @@ def labour_on_ray(
         address=None if address == "local" else address, runtime_env={"env_vars": paths}, include_dashboard=False,
         log_to_driver=True, num_cpus=workers if address == "local" else None,
     )
-    resources = {"num_cpus": 1} if device == "cpu" else {"num_cpus": 1, "num_gpus": 1}
+    resources = resources_of_task(device, ray.cluster_resources())
     task = ray.remote(max_retries=RETRIES, **resources)(_ray_task)
     try:
         waiting = [
@@ -89,6 +106,12 @@ def labour_on_ray(
         return {name: why for name, why in first.items() if all(name in failed for failed in others)}
     finally:
         ray.shutdown()
+
+
+def resources_of_task(device: str, cluster: Mapping[str, float]) -> dict[str, int]:
+    """What one task takes: a processor, and a GPU unless `device` is cpu, or auto where the cluster has none."""
+    on_gpu = cluster.get("GPU", 0) >= 1 if device == "auto" else device != "cpu"
+    return {"num_cpus": 1, "num_gpus": 1} if on_gpu else {"num_cpus": 1}
 
 
 def _ray_task(
