@@ -74,9 +74,7 @@ class RunPlan:
     @property
     def decodes_aside(self) -> bool:
         """Frames are made while the transformer goes on; not where it needs their pixels."""
-        packed = self.policy.compression
-        needs_pixels = self.config.pipeline == "causvid_overlap" or (packed is not None and packed.reads_pixels)
-        return not needs_pixels and (self.acceleration.overlap or self.decoder_device != self.device)
+        return not self.loop.needs_pixels and (self.acceleration.overlap or self.decoder_device != self.device)
 
     @property
     def decoder_name(self) -> str:
@@ -116,7 +114,7 @@ class RunPlan:
             recorder=self.acceleration.recorder(self.device),
         )
         compression = self.policy.compression
-        if compression is not None and compression.compressor != "kv_pool":  # that is pooled by the cache itself
+        if compression is not None and not compression.is_pooled:
             pipeline.packer = Packer(
                 model, cache, self.policy.sizes(self.geometry).archive.grid, compression, self.sampler.context_time,
                 vae=load_vae() if compression.reads_pixels else None, branch=branch,

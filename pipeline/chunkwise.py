@@ -66,7 +66,7 @@ class ChunkwisePipeline:
         Raises:
             ValueError: lengths or shapes that do not fit the geometry or the model.
         """
-        given_frames = 0 if initial_latent is None else initial_latent.shape[1]
+        given_frames = 0 if initial_latent is None else self._checked(initial_latent, len(seeds)).shape[1]
         spans = self.geometry.chunks(num_frames, prefilled=given_frames)
         self.cache.reset(seeds)
         if self.packer is not None:
@@ -90,7 +90,7 @@ class ChunkwisePipeline:
         for span in spans:
             latents = initial_latent[:, span.start:span.stop].to(self.model.device)
             self.cache.begin(span)
-            self.remember(latents, track.text)
+            self.remember(latents, track.text, given=True)
             track.note(span, latents)
             yield Chunk(span, latents, given=True)
 
@@ -109,9 +109,13 @@ class ChunkwisePipeline:
         return latents
 
     @torch.inference_mode()
-    def remember(self, latents: Tensor, text: TextContext) -> None:
-        """The context pass: clean keys and values of the chunk that has begun become memory."""
-        self._run("see clean", self._see_clean, [latents], text)
+    def remember(self, latents: Tensor, text: TextContext, *, given: bool = False) -> None:
+        """The context pass: clean keys and values of the chunk that has begun become memory.
+
+        Args: given: by whom, if not the network: such latents are seen at time 0, whatever the context noise.
+        """
+        time = 0.0 if given else self.sampler.context_time
+        self._run(("see clean", time), partial(self._see_clean, time=time), [latents], text)
         packet = None if self.packer is None else self.packer.compress(latents)  # its past is not the cache's
         self._run("commit", self._commit, [] if packet is None else [packet], text)
 
@@ -124,14 +128,25 @@ class ChunkwisePipeline:
                 x = self.sampler.renoise(x0, noise[index + 1], index + 1)
         return x0
 
-    def _see_clean(self, latents: Tensor, text: TextContext) -> None:
-        self.model.remember(latents, self._times(latents, self.sampler.context_time), text, self.cache)
+    def _see_clean(self, latents: Tensor, text: TextContext, time: float = 0.0) -> None:
+        self.model.remember(latents, self._times(latents, time), text, self.cache)
 
     def _commit(self, *packet: Tensor, text: TextContext) -> None:
         """`packet`: tokens of the chunk that has been seen clean, if it leaves any."""
         for tokens in packet:
             self.packer.write(tokens, text)
         self.cache.commit()
+
+    def _checked(self, initial_latent: Tensor, batch: int) -> Tensor:
+        """The same. Raises ValueError if it is no clip of the model's own latents."""
+        g, shape = self.geometry, list(initial_latent.shape)
+        wanted = [self.model.config.in_dim, g.latent_height, g.latent_width]
+        if len(shape) != 5 or shape[0] != batch or shape[2:] != wanted:
+            raise ValueError(
+                f"initial_latent is {shape}; expected [{batch}, frames, {', '.join(map(str, wanted))}]: one clip for "
+                "each video of the batch, encoded at the run's own size."
+            )
+        return initial_latent
 
     def _record(self, recorder: Recorder, function: Callable[[], None]) -> Replay:
         self._noise.wait()

@@ -32,7 +32,7 @@ from wan.lora import read_lora
 from wan.model import CausalWanModel, randomize
 from wan.prompt_tokens import PromptTokens
 from wan.stream import StreamDecoder
-from wan.text_encoder import EmbeddingCache, TextEncoder, embed_prompts
+from wan.text_encoder import EmbeddingCache, TextEncoder, embed_prompts, filled_up, up_to_its_end
 from wan.tiny_vae import TinyVAE
 from wan.vae import WanVAE
 
@@ -51,7 +51,7 @@ class Engine:
 
     def __init__(self, plan: RunPlan):
         self.plan = plan
-        self._embeddings: dict[str, Tensor] = {}  # of the prompts that `prepare` was given
+        self._embeddings: dict[str, Tensor] = {}  # of the prompts that `prepare` was given, up to their ends
         self._model: CausalWanModel | None = None
         self._pipeline: tuple[int, ChunkwisePipeline] | None = None
         self._vae: WanVAE | None = None
@@ -124,7 +124,7 @@ class Engine:
     ) -> Iterator[Decoding]:
         """Queue the work of one chunk after the other."""
         pipeline = self.pipeline_for(len(requests))
-        embeddings = torch.stack([self._embeddings[request.text] for request in requests])
+        embeddings = self._embedded([request.text for request in requests])
         g, seeds = self.plan.geometry, [request.seed for request in requests]
         noise = SeededNoise(seeds, (self.plan.architecture.in_dim, g.latent_height, g.latent_width), self.plan.device)
         stream = self._new_stream()
@@ -136,13 +136,13 @@ class Engine:
         )
         while self._stream is stream:
             with clock.stage("dit"):
-                chunk = next(chunks, None)
-            if chunk is None:
-                return
+                chunk = next(chunks)
             if chunk.restarts:
                 stream = self._new_stream()
                 decoder = OnceDecoder(stream, clock)
             yield self._lane.begin(chunk, decoder, clock)
+            if chunk.span.stop == latent_frames:  # not asked for more, the loop does not remember the last one
+                return
         raise RuntimeError("another video has begun since. Finish one before the next, or make an Engine for each.")
 
     def _new_stream(self) -> StreamDecoder:
@@ -160,9 +160,13 @@ class Engine:
         g, starts = self.plan.geometry, self.plan.loop.starts(latent_frames, given_frames)
         frames = switch_frames(g, times, starts, g.pixel_frames(latent_frames))
         return [
-            PromptSwitch(frame, torch.stack([self._embeddings[request.later[i][1]] for request in requests]))
+            PromptSwitch(frame, self._embedded([request.later[i][1] for request in requests]))
             for i, frame in enumerate(frames)
         ]
+
+    def _embedded(self, texts: Sequence[str]) -> Tensor:
+        """[B, T, text_dim]."""
+        return torch.stack([filled_up(self._embeddings[text], self.plan.architecture.text_len) for text in texts])
 
     def release(self) -> None:
         """Free the cache after a failure, so that the next video starts from a clean device."""
@@ -199,7 +203,7 @@ class Engine:
 
 
 def _embed(plan: RunPlan, texts: Sequence[str]) -> dict[str, Tensor]:
-    """Each text's embedding [T, text_dim] on the CPU: kept on disk by content; seeded noise when weights are random."""
+    """Each text's embedding [t, text_dim] on the CPU: kept on disk by content; seeded noise when weights are random."""
     spec, text_len = plan.spec, plan.architecture.text_len
     if plan.random_weights:
         return {text: _random_embedding(plan, text) for text in texts}
@@ -232,4 +236,4 @@ def _random_embedding(plan: RunPlan, text: str) -> Tensor:
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
     embedding = torch.randn(a.text_len, a.text_dim, generator=torch.Generator().manual_seed(seed))
     embedding[max(1, min(a.text_len, len(text) // 4)):] = 0
-    return embedding.to(plan.dtype)
+    return up_to_its_end(embedding.to(plan.dtype))

@@ -55,8 +55,8 @@ def video_length(plan: RunPlan, pixel_frames: int, *, given_frames: int) -> Leng
         raise ConfigError(str(error)) from error
     if limit is not None and whole > limit:
         raise ConfigError(
-            f"the video needs {whole} latent frames, but kv_cache.policy=full keeps every frame and has a window of "
-            f"{limit} (local_attn_size: -1 is defined up to the length of a training clip). Choose a policy that "
+            f"the video needs {whole} latent frames, but kv_cache.policy={plan.config.kv_cache['policy']} goes no "
+            f"further than {limit} (local_attn_size: -1: the length of a training clip). Choose a policy that "
             "forgets, such as --policy rolling or configs/deep_forcing.yaml, or pay for the memory with "
             f"--set kv_cache.policy=full --set kv_cache.window_frames={whole}."
         )

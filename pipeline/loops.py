@@ -100,6 +100,11 @@ class Loop(ABC):
         return 1
 
     @property
+    def needs_pixels(self) -> bool:
+        """Whether what is made next depends on pixels of what was made before."""
+        return self.policy.compression is not None and self.policy.compression.reads_pixels
+
+    @property
     def chunk_pixel_frames(self) -> float:
         """Pixel frames that a chunk shows on average, wherever the video neither begins nor ends."""
         return self.geometry.pixel_frames(self.geometry.chunk_frames, first=False)
@@ -226,6 +231,10 @@ class CausVidOverlapLoop(Loop):
     @property
     def max_frames(self) -> int | None:
         return None
+
+    @property
+    def needs_pixels(self) -> bool:
+        return True
 
     @property
     def chunk_pixel_frames(self) -> float:

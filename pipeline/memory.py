@@ -16,7 +16,7 @@ from pipeline.presets import PRESETS
 from pipeline.timeline import forget
 from utils.config import ConfigError
 from utils.footprint import FastKernels, LiveBytes
-from wan.checkpoint import CheckpointError, weight_files
+from wan.checkpoint import CheckpointError
 from wan.fp8 import quantise_layers
 from wan.geometry import ChunkSpan
 from wan.kv_cache.archive import FIRST_PLACES
@@ -24,6 +24,7 @@ from wan.kv_cache.cache import KVCache
 from wan.model import CausalWanModel
 from wan.rope import phase_dtype
 from wan.stream import to_uint8
+from wan.text_encoder import count_parameters
 from wan.tiny_vae import TinyVAE
 from wan.vae import WanVAE
 
@@ -190,12 +191,12 @@ def decoder_bytes(plan: RunPlan, batch: int) -> dict[str, int]:
 
 
 def encoder_bytes(plan: RunPlan) -> dict[str, int]:
-    """Size of the text encoder's file, where it is used on the device and it is clear which that is."""
+    """Size of the text encoder as it is loaded, where it is used on the device and it is clear which its file is."""
     path = plan.spec.text_encoder
     if plan.random_weights or plan.memory.encoder_on_host:
         return {}
     with suppress(CheckpointError):  # a folder of several networks, which only its loader can read
-        return {ENCODER: sum(file.stat().st_size for file in weight_files(path, subfolder=path.name))}
+        return {ENCODER: count_parameters(path) * plan.dtype.itemsize}
     return {}
 
 

@@ -117,7 +117,7 @@ def choose_branch(
         ConfigError: neither config nor model names a file.
     """
     compression = policy.compression
-    if compression is None or compression.compressor != "dual":
+    if compression is None or not compression.is_trained:
         return None
     named = compression.compressor_weights
     path = REPOSITORY / Path(named).expanduser() if named else spec.compressor

@@ -46,7 +46,7 @@ class PromptTrack:
         self, model: CausalWanModel, cache: KVCache, see_clean: Callable[[Tensor, TextContext], None],
         embeddings: Tensor, switches: Sequence[PromptSwitch], on_switch: OnSwitch, packer: Packer | None,
     ):
-        """Args: `see_clean` is the context pass of a chunk that has begun, short of its commit."""
+        """Args: `see_clean` is the context pass, at time 0, of a chunk that has begun, short of its commit."""
         self._model, self._cache, self._see_clean, self._on_switch = model, cache, see_clean, on_switch
         self._packer = packer
         self._left = deque(switches)

@@ -341,15 +341,15 @@ def run_sample(model, memory, text, noise, initial, renoise, prefill, chunks, sc
         memory.first = False
         return flow
 
-    def remember(x):
+    def remember(x, t):
         memory.commit = True
-        run(x, context_time)
+        run(x, t)
         memory.seen += len(x)
 
     done, flow_first, flow_last = [], [], []
     for x in initial.split(prefill) if prefill else ():
         memory.begin(len(x))
-        remember(x)
+        remember(x, 0.0)
         done.append(x)
     for index, x in enumerate(noise.split(chunks)):
         memory.begin(len(x))
@@ -360,7 +360,7 @@ def run_sample(model, memory, text, noise, initial, renoise, prefill, chunks, sc
             if step + 1 < len(timesteps):
                 sigma = schedule.sigma(timesteps[step + 1])
                 x = (1 - sigma) * x0 + sigma * renoise(index, step)
-        remember(x0)
+        remember(x0, context_time)
         done.append(x0)
         flow_first.append(flows[0])
         flow_last.append(flows[-1])

@@ -39,10 +39,10 @@ class Given:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def ours(tiny: Tiny, policy: dict, text, noise: Given, frames: int, initial):
+def ours(tiny: Tiny, policy: dict, text, noise: Given, frames: int, initial, context_noise: float):
     """Latents, and per chunk the window's tokens and each layer's kept slots."""
     pipeline = tiny.pipeline(policy_of(policy), batch=len(text))
-    pipeline.sampler = FewStepSampler([1000, 500], shift=5.0, warp=True)
+    pipeline.sampler = FewStepSampler([1000, 500], shift=5.0, warp=True, context_time=context_noise)
     layers = [pipeline.cache.layer(i) for i in range(SMALL.num_layers)]
     commit, plans = pipeline.cache.commit, []
 
@@ -65,6 +65,7 @@ def ours(tiny: Tiny, policy: dict, text, noise: Given, frames: int, initial):
 
 def assert_agreement(
     policy: dict, *, chunk_frames: int = 3, batch: int = 1, frames: int = 30, given: int = 0, lone: bool = False,
+    context_noise: float = 0,
 ):
     """Run both and compare latents, windows and kept tokens; returns the reference's rollout."""
     tiny = make_tiny(chunk_frames, dtype=torch.float64, independent_first_frame=lone)
@@ -81,8 +82,9 @@ def assert_agreement(
         ReferenceModel(tiny.model.state_dict(), dataclasses.asdict(SMALL)), prompt_embeds=text, noise=noise,
         renoise=lambda chunk, step: source.fresh(chunk, step, spans[chunk].frames), policy=policy,
         chunk_frames=chunk_frames, independent_first_frame=lone, initial_latent=initial, steps=(1000, 500),
+        context_noise=context_noise,
     )
-    latents, windows, kept = ours(tiny, policy, text, source, frames, initial)
+    latents, windows, kept = ours(tiny, policy, text, source, frames, initial, context_noise)
     assert windows == reference.window_tokens
     for chunk, expected in reference.kept:
         assert kept[chunk] == [[list(map(int, sample)) for sample in layer] for layer in expected]
@@ -162,3 +164,8 @@ def test_independent_first_frame(policy: dict, chunk_frames: int) -> None:
 def test_image_and_video_continuation(given: int, lone: bool) -> None:
     """Given latents enter by context passes and are then like any other memory; 14 frames already roll the window."""
     assert_agreement(BASE, given=given, lone=lone)
+
+
+def test_given_latents_are_clean_whatever_the_context_noise() -> None:
+    """What was generated is remembered at the timestep of `context_noise`, what was given at 0."""
+    assert_agreement(BASE, given=9, context_noise=100)

@@ -181,6 +181,15 @@ def test_pixels_are_decoded_once(vae: WanVAE) -> None:
     assert len(calls) == 6 and last.shape[1] == 12
 
 
+def test_a_clock_forgets_what_it_has_added_up() -> None:
+    """However many chunks: an hour of them leaves no more behind than one."""
+    clock = StageClock(CPU)
+    for _ in range(1000):
+        with clock.stage("dit"), clock.stage("vae"):
+            pass
+    assert not clock._marks and set(clock.totals_ms()) == {"dit", "vae"}
+
+
 def test_a_stage_inside_another_counts_once() -> None:
     """Decoding inside the transformer's stage is the decoder's time."""
     clock = StageClock(CPU)

@@ -18,6 +18,8 @@ from utils.config import ConfigError
 from utils.footprint import LiveBytes
 from wan.kv_cache.cache import KVCache
 from wan.model import CausalWanModel
+from wan.prompt_tokens import PromptTokens
+from wan.text_encoder import TextEncoder
 from wan.vae import WanVAE
 
 CPU, GIB = torch.device("cpu"), 2**30
@@ -85,6 +87,15 @@ def test_estimate_equals_what_is_allocated(preset: str) -> None:
 
 def bytes_of(tensors) -> int:
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_text_encoder_counts_as_it_is_loaded(dtype: str) -> None:
+    """Not as it is stored: the embedded one's file is in bfloat16."""
+    plan = replace(Setting(model="tiny", dtype=dtype).plan(CPU), random_weights=False)
+    words = PromptTokens.load(plan.spec.tokenizer, plan.architecture.text_len, plan.spec.understands)
+    encoder = TextEncoder.load(plan.spec.text_encoder, words=words, device=CPU, dtype=plan.dtype)
+    assert memory.encoder_bytes(plan)["text_encoder"] == bytes_of(encoder._encoder.parameters())
 
 
 def test_averages_of_a_sink_are_counted() -> None:

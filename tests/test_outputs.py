@@ -1,6 +1,7 @@
 """Laws of the output folder: names never collide, and only a finished video looks finished."""
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import io
@@ -19,7 +20,7 @@ import pytest
 from utils.files import remove_stale, temp_path, write_atomically
 from utils.hashing import fingerprint, sha256_file, sha256_text
 from utils.launch import Launch, read_launch
-from utils.outputs import OutputFolder, append_json_line, check_writable, read_json_lines, video_stem
+from utils.outputs import OutputFolder, append_json_line, check_writable, differences, read_json_lines, video_stem
 from utils.progress import VideoProgress
 from utils.prompts import PromptItem
 
@@ -100,6 +101,20 @@ def test_life_of_a_video(tmp_path):
     assert folder.state("v", "f1") == "finished" and folder.state("v", "f2") == "other_settings"
     assert folder.state("v2", "f1") == "new"
     assert OutputFolder(folder.folder, overwrite=True).state("v", "f1") == "new"
+
+
+LATER = {"later_prompts": [{"time": 2.5, "prompt": "b"}]}
+
+
+@pytest.mark.parametrize("record, asked, told", [
+    (LATER, {"later": ((2.5, "b"),), "seed": 2}, "seed 1 -> 2"),
+    (LATER, {"seed": 1}, "later [[2.5, 'b']] -> None"),
+    ({"later_prompts": []}, {"later": ((3.0, "c"),), "seed": 1}, "later None -> [[3.0, 'c']]"),
+])
+def test_a_change_is_told_alone(record: dict, asked: dict, told: str) -> None:
+    """Later prompts stand in record and identity under two names; the same ones are no difference."""
+    identity = {"text": "a", "source": None, **asked}
+    assert differences({"prompt": "a", "seed": 1, **record}, identity) == told
 
 
 @pytest.mark.parametrize("damage", ["no sidecar", "torn sidecar", "not complete", "shorter", "longer", "no video"])
@@ -342,12 +357,16 @@ def test_the_figures_fit_any_terminal(columns, shown):
     """A long label never pushes the figures out; a terminal that reports 0 columns gets a bar as well."""
     outside, inside = os.openpty()
     fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", columns and 24, columns, 0, 0))
-    with os.fdopen(inside, "w") as terminal:
-        with VideoProgress("x" * 90, num_chunks=2, fps=16, stream=terminal, clock=iter(range(99)).__next__) as progress:
-            progress.update(9)
-            progress.update(12)
-        drawn = os.read(outside, 1 << 16).decode().split("\r")
+    with os.fdopen(inside, "w") as terminal, VideoProgress(
+        "x" * 90, num_chunks=2, fps=16, stream=terminal, clock=iter(range(99)).__next__,
+    ) as progress:
+        progress.update(9)
+        progress.update(12)
+    drawn = b""
+    with contextlib.suppress(OSError):  # a terminal that nobody writes to any more has no end but this
+        while part := os.read(outside, 1 << 16):
+            drawn += part
     os.close(outside)
-    lines = [line for line in drawn if line.strip()]
+    lines = [line for line in drawn.decode().split("\r") if line.strip()]
     assert all(len(line) <= shown for line in lines)
     assert lines[-1].startswith("chunk 2/2, 1.3 s of video") and ("xxx..." in lines[-1]) == (shown > 40)

@@ -143,5 +143,6 @@ def test_a_processor_makes_frames_between_chunks(engine: Engine) -> None:
     assert engine.pipeline_for(1).cache.seen_frames == 0  # the context pass comes after
     next(chunks)
     assert engine.pipeline_for(1).cache.seen_frames == 3
+    assert next(chunks, None) is None and engine.pipeline_for(1).cache.seen_frames == 3  # nothing follows the last one
     with pytest.raises(ConfigError, match="overlap=on needs a CUDA device"):
         Setting(model="tiny", overlap="on").plan(CPU)

@@ -6,20 +6,23 @@ worked out anew whenever it is looked at, by replaying every context pass from t
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
-from conftest import SMALL, Tiny, make_tiny, policy_of
+from conftest import EVERY_POLICY, SMALL, Tiny, make_tiny, policy_of
 from reference import ReferenceModel, Schedule, attention, rotate, token_grid
 from torch.testing import assert_close
 
 from pipeline.causvid import CausVidOverlapPipeline, Clips
 from pipeline.loops import make_loop
+from pipeline.noise import SampleSeed
 from pipeline.rolling_forcing import RollingForcingPipeline
 from pipeline.sampler import FewStepSampler
 from wan.geometry import ChunkSpan
 
 EXACT = {"rtol": 0, "atol": 1e-9}  # float64; the two sides sum in another order, the schedule table is float32
+SEEDS = (SampleSeed(0), SampleSeed(1))
 ROLLING_STEPS, CAUSVID_STEPS = [1000, 800, 600, 400, 200], [1000, 757, 522]
 
 
@@ -206,6 +209,14 @@ def test_a_given_clip_is_continued() -> None:
     ]
     other = list(rolling(tiny)(tiny.text(), 25, tiny.noise(), seeds=[0], initial_latent=given + 1))
     assert (chunks[3].latents - other[3].latents).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3, 4, 6), (2, 3, 4, 4, 6), (2, 3, 3, 4, 8), (2, 3, 3, 8, 6), (2, 3, 4, 6)])
+def test_clips_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+    """One clip for each video, of the model's own latents; nothing is broadcast."""
+    tiny = make_tiny()
+    with pytest.raises(ValueError, match=re.escape("expected [2, frames, 3, 4, 6]: one clip for each video")):
+        tiny.run(policy_of(EVERY_POLICY["rolling"]), 9, seeds=SEEDS, initial_latent=torch.randn(shape))
 
 
 def test_a_look_ahead_is_never_remembered() -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel, 
 
 from wan.checkpoint import CheckpointError
 from wan.prompt_tokens import PromptTokens, clean_prompt, load_tokenizer
-from wan.text_encoder import EmbeddingCache, TextEncoder, check_text_encoder, embed_prompts
+from wan.text_encoder import EmbeddingCache, TextEncoder, check_text_encoder, embed_prompts, filled_up
 
 GOLDEN = Path(__file__).parent / "golden" / "t5_umt5_tiny.safetensors"
 TEXT_LEN = 40
@@ -384,7 +384,8 @@ def test_the_encoder_is_loaded_only_when_needed(encoder: TextEncoder, words: Pro
     assert len(loads) == 2
     for prompt in prompts:
         expected = encoder.encode([prompt])[0]
-        assert all(torch.equal(found[prompt], expected) for found in (first, again, more))
+        assert all(torch.equal(filled_up(found[prompt], TEXT_LEN), expected) for found in (first, again, more))
+        assert len(first[prompt]) == len(prompt.split()) + 1  # its words and its end, and not what fills it up
 
 
 def test_an_unwritable_cache_costs_only_time(
@@ -394,5 +395,5 @@ def test_an_unwritable_cache_costs_only_time(
     (tmp_path / "file").write_text("in the way")
     cache = EmbeddingCache(tmp_path / "file" / "cache", "id", TEXT_LEN)
     found = embed_prompts(["a red square"], cache, words, lambda: encoder)
-    assert torch.equal(found["a red square"], encoder.encode(["a red square"])[0])
+    assert torch.equal(filled_up(found["a red square"], TEXT_LEN), encoder.encode(["a red square"])[0])
     assert "cannot store a prompt embedding" in caplog.text

@@ -344,3 +344,15 @@ def test_wrong_files_are_explained(original: State, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan"}))
     with pytest.raises(CheckpointError, match="missing|unexpected"):
         load(tmp_path / "other.pth")
+
+
+def test_a_vae_may_keep_every_frame(tmp_path: Path) -> None:
+    """Without strides in time each frame is a latent frame, encoded from those up to it and decoded to one."""
+    config = dict(SHAPES["plain"], temperal_downsample=[False] * len(SHAPES["plain"]["temperal_downsample"]))
+    AutoencoderKLWan(**config, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).save_config(tmp_path)
+    vae = WanVAE.random(tmp_path, device="cpu", dtype=torch.float32, seed=0)
+    pixels = torch.rand(1, 5, 3, 16, 24) * 2 - 1
+    latents = vae.encode(pixels)
+    assert vae.temporal_stride == 1 and latents.shape[1] == 5
+    assert_close(vae.encode(pixels[:, :2]), latents[:, :2], rtol=0, atol=1e-5)
+    assert vae.stream().decode(latents).shape[1] == 5

@@ -45,6 +45,8 @@ def _usable_device(flag: str, name: str, index: int) -> torch.device:
         raise ConfigError(f"{flag} {name} is no device. Use auto, cpu, cuda or cuda:N.") from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"{flag} {name} is not supported. Use auto, cpu, cuda or cuda:N.")
+    if device.type == "cpu":
+        return torch.device("cpu")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         device = torch.device("cuda", index if device.index is None else device.index)

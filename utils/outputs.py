@@ -190,9 +190,11 @@ def _told(kind: type[OSError], what: str, remedy: str) -> Iterator[None]:
 
 def differences(record: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
     """What a finished video's record has other than the video asked for, in words: `key old -> new`."""
-    old = {**record, "text": record.get("extended_prompt") or record.get("prompt"), "source": identity["source"]}
-    old = _flat({key: old.get(key) for key in identity})
-    new = _flat(json.loads(json.dumps(identity)))
+    later = [[part["time"], part["prompt"]] for part in record.get("later_prompts") or ()] or None
+    text = record.get("extended_prompt") or record.get("prompt")
+    new = {"later": None, **json.loads(json.dumps(identity))}
+    old = {**record, "text": text, "later": later, "source": identity["source"]}
+    old, new = _flat({key: old.get(key) for key in new}), _flat(new)
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     told = [
         f"{key.removeprefix('settings.').removeprefix('config.')} {_short(old.get(key))} -> {_short(new.get(key))}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,13 +16,13 @@ class StageClock:
     """Sums milliseconds per named stage: CUDA events on a GPU, the wall clock elsewhere.
 
     A stage counts what the stream that is current does between its begin and its end; stages of two streams may
-    overlap, and then slow each other. The time of a stage inside another does not count for the outer one. Events are
-    read only by `totals_ms`, so a stage costs no synchronisation while it runs.
+    overlap, and then slow each other. The time of a stage inside another does not count for the outer one. Only
+    `totals_ms` waits for events; those that are over are read as stages go by.
     """
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, int, Any, Any]] = []  # name, 1 or -1, begin, end
+        self._marks: deque[tuple[str, int, Any, Any]] = deque()  # name, 1 or -1, begin, end
         self._open: list[str] = []
         self._totals_ms: dict[str, float] = defaultdict(float)
 
@@ -37,6 +37,8 @@ class StageClock:
             self._open.pop()
             end = self._mark()
             self._marks += [(name, 1, begin, end), *((around, -1, begin, end) for around in outer)]
+            while self._marks and (not self._cuda or self._marks[0][3].query()):
+                self._read(*self._marks.popleft())
 
     def _mark(self) -> Any:
         if not self._cuda:
@@ -47,12 +49,14 @@ class StageClock:
 
     def totals_ms(self) -> dict[str, float]:
         """Milliseconds of every stage so far; waits for their ends."""
-        for name, sign, begin, end in self._marks:
+        while self._marks:
             if self._cuda:
-                end.synchronize()
-            self._totals_ms[name] += sign * (begin.elapsed_time(end) if self._cuda else 1000 * (end - begin))
-        self._marks.clear()
+                self._marks[0][3].synchronize()
+            self._read(*self._marks.popleft())
         return dict(self._totals_ms)
+
+    def _read(self, name: str, sign: int, begin: Any, end: Any) -> None:
+        self._totals_ms[name] += sign * (begin.elapsed_time(end) if self._cuda else 1000 * (end - begin))
 
 
 def reset_peak_memory(device: torch.device) -> None:

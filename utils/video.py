@@ -98,7 +98,7 @@ class VideoWriter:
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
             raise ValueError(
                 f"{self.path}: frames must be uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}. "
-                "Convert them first (wan.vae.to_uint8)"
+                "Convert them first (wan.stream.to_uint8)"
             )
         self._check_size(frames.shape[1], frames.shape[2])
         self._raise_if_failed()

@@ -5,6 +5,7 @@ B batch, F latent frames, C latent channels, T pixel frames.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -20,7 +21,8 @@ class Past(dict[nn.Module, Tensor]):
 class VideoDecoder(ABC):
     """What makes pixels of a few latent frames at a time."""
 
-    part_frames = 1  # latent frames a call, at most
+    part_frames = 1       # latent frames a call, at most
+    device: torch.device  # of its weights
 
     @property
     @abstractmethod
@@ -78,7 +80,8 @@ class StreamDecoder:
             )
         self._broken = True
         parts = latents.transpose(1, 2).split(self._decoder.part_frames, dim=2)
-        pixels = [self._decoder.decode_part(part, self._past) for part in parts]
+        with _current(self._decoder.device):
+            pixels = [self._decoder.decode_part(part, self._past) for part in parts]
         self._shape, self._broken = shape, False
         return torch.cat(pixels, dim=2).transpose(1, 2)
 
@@ -86,6 +89,11 @@ class StreamDecoder:
         """Forget the video, though somebody may still hold the stream; it cannot go on."""
         self._past.clear()
         self._broken = True
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Where kernels written by hand are launched, which do not look where their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def load_random(module: nn.Module, seed: int, *, device: torch.device | str, dtype: torch.dtype) -> None:

@@ -166,6 +166,11 @@ def _from_original(tensors: Mapping[str, Tensor], *, source: Path) -> tuple[dict
     return config, {t5_to_transformers(name): value for name, value in tensors.items()}
 
 
+def count_parameters(path: Path) -> int:
+    """Numbers in the encoder at `path`; headers alone are read."""
+    return sum(tensor.numel() for tensor in _read_encoder(path, meta=True)[1].values())
+
+
 def _read_encoder(path: Path, *, meta: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config, tensors = FILES.read(path, meta=meta)
     if config is None:
@@ -179,6 +184,17 @@ def _read_encoder(path: Path, *, meta: bool = False) -> tuple[dict[str, Any], di
 
 
 # -- cache -------------------------------------------------------------------------------------
+
+
+def up_to_its_end(embedding: Tensor) -> Tensor:
+    """The rows [t, D] of an embedding [T, D] up to the last that is not zero, at least one; in memory of their own."""
+    used = embedding.ne(0).any(dim=1) * torch.arange(1, embedding.shape[0] + 1, device=embedding.device)
+    return embedding[: max(1, int(used.max()))].clone()
+
+
+def filled_up(rows: Tensor, text_len: int) -> Tensor:
+    """The embedding [text_len, D] that such rows [t, D] are the beginning of."""
+    return torch.cat([rows, rows.new_zeros(text_len - rows.shape[0], rows.shape[1])])
 
 
 class EmbeddingCache:
@@ -213,7 +229,7 @@ class EmbeddingCache:
         if not whole:
             log.warning("%s is damaged or unreadable; encoding its prompt again", file)
             return None
-        return torch.cat([rows, rows.new_zeros(self._text_len - rows.shape[0], rows.shape[1])])
+        return filled_up(rows, self._text_len)
 
     def put(self, prompt: str, embedding: Tensor) -> None:
         """Store an embedding [T, D], whole or not at all.
@@ -227,9 +243,7 @@ class EmbeddingCache:
                 f"embedding of shape {list(embedding.shape)}: the cache holds [{self._text_len}, width] for one prompt."
             )
         identity = self._identity(prompt)
-        rows = embedding.detach().cpu()
-        used = rows.ne(0).any(dim=1) * torch.arange(1, self._text_len + 1)
-        rows = rows[: max(1, int(used.max()))].contiguous()
+        rows = up_to_its_end(embedding.detach().cpu())
         self._folder.mkdir(parents=True, exist_ok=True)
         content = save_bytes({"embedding": rows}, {"identity": identity, "sha256": _digest(rows)})
         write_atomically(self._file(identity), content)
@@ -251,9 +265,9 @@ def embed_prompts(
     """Embed every prompt, from the cache where possible; `words` warns of what the model cannot read of it.
 
     `load_encoder` is called only if an embedding is missing, and the encoder is freed before this returns.
-    Returns: prompt -> [T, D] on the CPU.
+    Returns: prompt -> [t, D] on the CPU, without the zeros that fill it up (see `filled_up`).
     """
-    embeddings = {prompt: cache.get(prompt) for prompt in prompts}
+    embeddings = {prompt: None if (found := cache.get(prompt)) is None else up_to_its_end(found) for prompt in prompts}
     for prompt in embeddings:
         words.warn(prompt)
     missing = [prompt for prompt, embedding in embeddings.items() if embedding is None]
@@ -262,9 +276,10 @@ def embed_prompts(
     encoder = load_encoder()
     try:
         for prompt in missing:
-            embeddings[prompt] = encoder.encode([prompt])[0].cpu()
+            embedding = encoder.encode([prompt])[0].cpu()
+            embeddings[prompt] = up_to_its_end(embedding)
             try:
-                cache.put(prompt, embeddings[prompt])
+                cache.put(prompt, embedding)
             except OSError as error:  # the cache saves time; without it the run is as good
                 log.warning("cannot store a prompt embedding (%s); the next run will encode it again", error)
     finally:

@@ -117,7 +117,7 @@ class WanVAE(VideoDecoder):
         """
         self._check_pixels(pixels)
         past, stride = Past(), self.temporal_stride
-        parts = pixels.transpose(1, 2).split([1] + [stride] * (pixels.shape[1] // stride), dim=2)
+        parts = pixels.transpose(1, 2).split([1] + [stride] * ((pixels.shape[1] - 1) // stride), dim=2)
         means = torch.cat([self._passes.encode(part.to(self.device, self.dtype), past)[0] for part in parts], dim=2)
         return ((means.float() - self._mean) / self._std).transpose(1, 2).contiguous()
 

@@ -199,6 +199,15 @@ class Compression:
     def reads_pixels(self) -> bool:
         return self.compressor in ("lr", "dual")
 
+    @property
+    def is_trained(self) -> bool:
+        return self.compressor == "dual"
+
+    @property
+    def is_pooled(self) -> bool:
+        """By the cache itself, of a chunk's own keys and values: no network sees the packet."""
+        return self.compressor == "kv_pool"
+
 
 class KVPolicy(ABC):
     """Base of every policy; subclasses are frozen dataclasses registered by name."""
