@@ -80,7 +80,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=_whole(1), default=1, help="videos made side by side")
     add("--save_with_index", action="store_true", help="name files by line number instead of by prompt")
     add("--i2v", action="store_true", help="continue the image or video that belongs to each prompt")
-    add("--policy", help="replace the config's cache policy")
+    add("--policy", help="another cache policy: anchored, full, packforcing, participative, rolling or sink")
     add("--is_ds_only", type=int, choices=(0, 1), default=0, help="1: Deep Sink without Participative Compression")
     add("--Budget", type=int, dest="budget", help="latent frames kept by pruning")
     add("--Recent", type=int, dest="recent", help="newest latent frames kept by pruning, the chunk included")

@@ -95,7 +95,9 @@ def test_upstream_names_and_ours_agree():
     assert load(
         DMD / "self_forcing_dmd.yaml", overrides=["model_kwargs.local_attn_size=-1"],
     ) == load(CONFIGS / "full.yaml")
-    assert load(CONFIGS / "deep_forcing.yaml", overrides=["num_frame_per_block=1"]) == load(CONFIGS / "framewise.yaml")
+    assert load(CONFIGS / "framewise.yaml") == load(
+        CONFIGS / "deep_forcing.yaml", overrides=["num_frame_per_block=1", "base_model=causal_forcing_framewise"],
+    )
 
 
 @pytest.mark.parametrize("path", RUNS + MODELS, ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""What the README shows works as it stands."""
+"""What the README and the pages beside it show works as it stands."""
 from __future__ import annotations
 
 import importlib
@@ -14,23 +14,24 @@ from utils.config import REPOSITORY, load_config
 from wan.kv_cache import policy
 from wan.kv_cache.policy import policy_fields
 
-TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGE = "docs/architecture.md"  # of the policy
 
 
-def block(language: str, containing: str) -> str:
-    """The one block of the README that holds these words."""
-    [found] = [text for text in re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL) if containing in text]
+def block(page: str, language: str, containing: str) -> str:
+    """The one block of the page that holds these words."""
+    whole = (REPOSITORY / page).read_text(encoding="utf-8")
+    [found] = [text for text in re.findall(rf"```{language}\n(.*?)```", whole, re.DOTALL) if containing in text]
     return found
 
 
-def test_the_policy_of_the_readme_is_deep_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_policy_that_is_shown_is_deep_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its file and its YAML, as they are printed, make the video that policy sink makes."""
     monkeypatch.setattr(policy, "_REGISTRY", dict(policy._policies()))
-    (tmp_path / "mine.py").write_text(block("python", '@register("mine")'))
+    (tmp_path / "mine.py").write_text(block(PAGE, "python", '@register("mine")'))
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("mine")
     (tmp_path / "mine.yaml").write_text(
-        block("yaml", "policy: mine").replace("base.yaml", str(REPOSITORY / "configs/base.yaml")),
+        block(PAGE, "yaml", "policy: mine").replace("base.yaml", str(REPOSITORY / "configs/base.yaml")),
     )
     config = load_config(tmp_path / "mine.yaml", policy_fields=policy_fields(), build_policy=policy.build_policy)
     assert dict(config.kv_cache) == {"policy": "mine", "window_frames": 21, "sink_frames": 6}
@@ -42,7 +43,7 @@ def test_the_policy_of_the_readme_is_deep_sink(tmp_path: Path, monkeypatch: pyte
 
 def test_the_sweep_of_the_readme_is_one(tmp_path: Path) -> None:
     """It loads, and its three methods are variants."""
-    (tmp_path / "first.yaml").write_text(block("yaml", "sink_8:"))
+    (tmp_path / "first.yaml").write_text(block("README.md", "yaml", "sink_8:"))
     assert [one.name for one in variants_of(load_sweep(tmp_path / "first.yaml", []))] == [
         "rolling", "deep_forcing", "sink_8",
     ]

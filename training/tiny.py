@@ -5,7 +5,7 @@
     python -m training.tiny student --folder runs/tiny                 # 3: the few-step student
     python -m training.tiny export  --folder runs/tiny --output weights/tiny
     python -m training.tiny compressor --folder runs/tiny --output weights/tiny  # PackForcing's, for what was exported
-    python -m training.tiny all     --folder runs/tiny --output weights/tiny  # all of these
+    python -m training.tiny all     --folder runs/tiny --output weights/tiny  # all of these but the compressor
 
 Under `torchrun --nproc_per_node=N -m training.tiny ...` N processes share a stage, each with batches of its own.
 A folder holds the full state of every stage. To go on elsewhere, `pack --output other` writes weights, averages and

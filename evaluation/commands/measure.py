@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics", nargs="+", default=["basic"], metavar="NAME",
         help=f"basic ({', '.join(BASIC)}); free (also {', '.join(FREE[len(BASIC):])}: no download, but optional "
-        f"packages); papers ({', '.join(PAPERS)}: downloaded weights); visual_stability (with --vlm); or "
-        "any of these by name (default: basic)",
+        f"packages); papers ({', '.join(PAPERS)}: downloaded weights); visual_stability (with --vlm); "
+        "world (the embedded model's videos against their captions); or any of these by name (default: basic)",
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/metrics.csv"), help="the table, a .csv")
     parser.add_argument(
