@@ -100,7 +100,7 @@ def expect(said: str, *words: str) -> None:
         (["--config_path", "configs/self_forcing_dmd/self_forcing_dmd_sink14.yaml"],
          ["sink_size=14 and --Recent 4 need 18 frames", "exceeds --Budget 16", "--is_ds_only 1"]),
         (["--config_path", "configs/full.yaml", "--num_output_frames", 22],
-         ["needs 24 latent frames", "local_attn_size: -1", "window of 21", "--policy rolling"]),
+         ["needs 24 latent frames", "local_attn_size: -1", "further than 21", "--policy rolling"]),
         (["--i2v"], ["--prompt has no image or video", "--data_path x.png"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if str(value[0]).startswith("--") else "",

@@ -59,6 +59,19 @@ def test_graphs_equal_eager_bit_for_bit(name: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("name", sorted(EVERY_POLICY.keys() - {"full"}))
+def test_graphs_continue_sources_of_several_windows(name: str) -> None:
+    """A given chunk is planned by its context pass, a generated one by denoising; videos with and without take turns."""
+    tiny, fast, eager = pair(name, plain)
+    for seed, frames in enumerate((30, 12, 0, 18, 30)):
+        given = torch.randn(1, frames, 3, 4, 6, generator=torch.Generator().manual_seed(seed)) if frames else None
+        ours, theirs = (
+            tiny.run(policy_of(EVERY_POLICY[name]), 45, pipeline=pipeline, initial_latent=given)
+            for pipeline in (fast, eager)
+        )
+        assert torch.equal(ours, theirs)
+
+
 def test_replays_do_not_wait_for_the_device() -> None:
     """Sync debug mode "error" over a whole video of replays."""
     tiny, fast, _ = pair("deep_forcing", plain)
