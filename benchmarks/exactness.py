@@ -20,7 +20,7 @@ from pipeline.build import RunPlan
 from wan.geometry import ChunkSpan
 from wan.kv_cache.cache import KVCache
 
-REFERENCE, EXACT = "reference", "exact"
+REFERENCE, EXACT = "reference", "float32"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -331,7 +331,7 @@ def test_exactness_and_endurance_json(tmp_path, model: str, monkeypatch: pytest.
     )
     assert result["common_state"] and result["candidate_error_over_reference_error"] == 0
     assert [s["dtype"] for s in result["settings"].values()] == ["bfloat16", "float32", "float32"]
-    chunks, line = (x["reference against exact"] for x in (result["differences"], drawn.call_args.args[0][0].lines))
+    chunks, line = (x["reference against float32"] for x in (result["differences"], drawn.call_args.args[0][0].lines))
     assert line == ([0, 0.75 * 4], [approx(100 * c["relative_error"]) for c in chunks["chunks"]])
     result = run(tmp_path, "endurance", "--model", model, "--policy", "self_forcing", "--seconds", "20")["endurance"]
     assert result["all_finite"] and result["host_syncs_in_passes"] is None

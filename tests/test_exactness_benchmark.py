@@ -94,19 +94,19 @@ def test_an_error_that_is_no_number_is_told(tmp_path, model: str, monkeypatch, c
     assert (pair.relative_error_median, pair.relative_error_max, pair.all_finite) == (0.5, 0.5, False)
     none = Differences.of(chunks[:2])
     assert (none.relative_error_median, none.relative_error_max, none.all_finite) == (None, None, False)
-    pairs = {"reference against exact": pair, "candidate against exact": none}
+    pairs = {"reference against float32": pair, "candidate against float32": none}
     monkeypatch.setattr("benchmarks.__main__.compare_latents", lambda *args, **options: pairs)
     monkeypatch.setattr("benchmarks.__main__.draw", drawn := Mock())
     path = tmp_path / "result.json"
     flags = ["--model", model, "--device", "cpu", "--output", str(path)]
     assert main(["exactness", *flags, "--compare", "dtype=bfloat16", "attention=sdpa"]) == 0
     result = json.loads(path.read_text())
-    written = result["differences"]["reference against exact"]
+    written = result["differences"]["reference against float32"]
     assert [c["relative_error"] for c in written["chunks"]] == [None, None, 0.5] and not written["all_finite"]
     assert "candidate_error_over_reference_error" not in result
-    first, second = (line for line in capsys.readouterr().out.splitlines() if " against exact " in line)
+    first, second = (line for line in capsys.readouterr().out.splitlines() if " against float32 " in line)
     assert first.split()[-5:] == ["3", "5.00e-01", "5.00e-01", "-", "no"] and second.split()[-5:] == [*"2---", "no"]
-    assert drawn.call_args.args[0][0].lines["reference against exact"] == ([0.75 * 2], [50])
+    assert drawn.call_args.args[0][0].lines["reference against float32"] == ([0.75 * 2], [50])
 
 
 def test_compared_chunks() -> None:

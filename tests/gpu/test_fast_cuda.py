@@ -61,7 +61,7 @@ def test_graphs_equal_eager_bit_for_bit(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(EVERY_POLICY.keys() - {"full"}))
 def test_graphs_continue_sources_of_several_windows(name: str) -> None:
-    """A given chunk is planned by its context pass, a generated one by denoising; videos with and without take turns."""
+    """A given chunk is planned by its context pass, a generated one by denoising; both kinds of video take turns."""
     tiny, fast, eager = pair(name, plain)
     for seed, frames in enumerate((30, 12, 0, 18, 30)):
         given = torch.randn(1, frames, 3, 4, 6, generator=torch.Generator().manual_seed(seed)) if frames else None
