@@ -93,7 +93,7 @@ def vbench_stem(prompt: str) -> str:
 def read_results(results: Path, exported: Path) -> list[Row]:
     """Rows of one `<name>_eval_results.json` of VBench or VBench-Long.
 
-    Arguments: exported, the folder of one method that `export` wrote.
+    Args: exported, the folder of one method that `export` wrote.
     Returns: one row a video and dimension; granularity clip2s if VBench-Long rated clips, whole otherwise.
     Raises: ConfigError for files of another kind, and for results of a video that was not exported.
     """

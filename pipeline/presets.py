@@ -12,7 +12,7 @@ class MemoryPreset:
     shared_window: bool            # one window for all layers, filled again at every pass, in place of one for each
     decoder_latents: int | None    # latent frames that the fast VAE decoder takes a call; None: a chunk's
     encoder_on_host: bool          # prompts are encoded by the processor
-    narrow_store: bool             # what is remembered, in 8-bit floats: approximate
+    narrow_store: bool             # what is remembered, packets left out, in 8-bit floats: approximate
 
 
 FULL = MemoryPreset("full", shared_window=False, decoder_latents=None, encoder_on_host=False, narrow_store=False)

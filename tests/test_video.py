@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from utils import video
-from utils.files import hold, temp_files, temp_path
+from utils.files import hold, remove_stale, temp_files, temp_path
 from utils.video import QUEUE_CHUNKS, VideoWriter, fit_to, read_image, read_video
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,6 +197,21 @@ def test_a_video_that_is_being_written_is_left_alone(tmp_path):
         first.write(smooth_clip(4))
     assert len(read_video(tmp_path / "v.mp4")) == 8 and temp_files(tmp_path / "v.mp4") == []
     hold(tmp_path / "v.mp4").close()  # nothing holds the finished file any more
+
+
+def test_a_run_that_cleans_up_meanwhile_costs_nothing(tmp_path, monkeypatch):
+    """It takes a file that nobody holds yet for a killed run's: the writer makes another."""
+    taken = []
+
+    def cleaned_up_before(path):
+        if not taken:
+            taken.append(path)
+            assert remove_stale(tmp_path / "v.mp4") == 1
+        return hold(path)
+
+    monkeypatch.setattr("utils.files.hold", cleaned_up_before)
+    write(tmp_path / "v.mp4", smooth_clip(2))
+    assert taken and names(tmp_path) == ["v.mp4"]
 
 
 def test_killed_process_leaves_nothing_that_looks_finished(tmp_path):

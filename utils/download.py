@@ -170,9 +170,9 @@ def download(
 ) -> None:
     """Bring `files` into `folder` at `revisions`, checked; files that are there and right are left alone.
 
-    Arguments: revisions, by repository; source_of gives the Source of a repository; overwrite replaces files
+    Args: revisions, by repository; source_of gives the Source of a repository; overwrite replaces files
         that are there but different.
-    Errors: DownloadError.
+    Raises: DownloadError.
     """
     lock = _read_lock(folder)
     wanted: list[tuple[RemoteFile, FileInfo]] = []

@@ -46,10 +46,10 @@ def extend(
 ) -> list[str]:
     """Lengthen every line; blank lines stay blank.
 
-    Arguments: model, its name for the cache; load returns the generate function and is only called when an
+    Args: model, its name for the cache; load returns the generate function and is only called when an
         answer is missing; cache_folder keeps one small file per answer; batch, prompts per generate call.
     Returns: as many lines as came in, none with a line break.
-    Errors: ExtendError if the model gives nothing usable; what was answered before is in the cache.
+    Raises: ExtendError if the model gives nothing usable; what was answered before is in the cache.
     """
     if batch < 1:
         raise ExtendError(f"--batch {batch}: at least 1 prompt at a time is needed")
@@ -107,7 +107,7 @@ def _write(folder: Path, model: str, prompt: str, answer: str) -> None:
 def load_chat_model(name: str, *, device: str | None, revision: str | None) -> Generate:
     """A chat model through transformers, on `device` (None: GPU if there is one), answering greedily.
 
-    Errors: ExtendError if it cannot be loaded or has no chat template.
+    Raises: ExtendError if it cannot be loaded or has no chat template.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -52,7 +52,7 @@ def hold(path: Path) -> IO[bytes] | None:
     """Mark the existing file `path` as being written, until the returned file is closed.
 
     Returns: the open file that carries the lock; None where the file system knows no locks.
-    Errors: BlockingIOError if another process holds it.
+    Raises: BlockingIOError if another process holds it.
     """
     if fcntl is None:
         return None
@@ -72,7 +72,7 @@ def lock_file(path: Path) -> IO[bytes] | None:
     """Make `path` if it is missing and lock it until the returned file is closed or this process ends.
 
     Returns: None if another process holds it.
-    Errors: OSError where the file system knows no locks.
+    Raises: OSError where the file system knows no locks.
     """
     if fcntl is None:
         raise OSError(f"{path}: this system has no file locks, which workers on one folder need. Use one on POSIX")
@@ -91,7 +91,7 @@ def lock_file(path: Path) -> IO[bytes] | None:
 def remove_stale(path: Path) -> int:
     """Delete what killed runs left for `path`; return how many files went.
 
-    Errors: BeingWrittenError if another process is writing `path` right now.
+    Raises: BeingWrittenError if another process is writing `path` right now.
     """
     removed = 0
     for leftover in temp_files(path):
@@ -108,6 +108,24 @@ def remove_stale(path: Path) -> int:
         if lock is not None:
             lock.close()
     return removed
+
+
+def begin_temporary(path: Path) -> tuple[Path, IO[bytes] | None]:
+    """Clean up for `path` and make a temporary file for it that this process holds, see `hold`.
+
+    Another run that cleans up in the moment between takes the file for a killed one's; then all is done once more.
+    Raises: BeingWrittenError if another process is writing `path`; OSError.
+    """
+    while True:
+        remove_stale(path)
+        temporary = temp_path(path)
+        temporary.touch(exist_ok=False)
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            lock = hold(temporary)
+            if temporary.exists():
+                return temporary, lock
+            if lock is not None:
+                lock.close()
 
 
 def remove_abandoned(folder: Path, suffix: str) -> int:

@@ -20,7 +20,7 @@ def sha256_text(text: str) -> str:
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes, remembered by (real path, size, modification time in ns).
 
-    Errors: OSError if the file cannot be read. An unwritable cache folder only costs time.
+    Raises: OSError if the file cannot be read. An unwritable cache folder only costs time.
     """
     path = Path(path)
     real = path.resolve(strict=True)
@@ -59,7 +59,7 @@ def _read_memory(memory: Path) -> dict:
 def fingerprint(settings: object) -> str:
     """Hex SHA-256 of a JSON-able value; equal values give equal fingerprints whatever the key order.
 
-    Errors: TypeError for values JSON has no form for, ValueError for nan and infinity.
+    Raises: TypeError for values JSON has no form for, ValueError for nan and infinity.
     """
     text = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return sha256_text(text)

@@ -31,7 +31,7 @@ class Launch:
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """Read RANK, WORLD_SIZE and LOCAL_RANK; none of them set means a single process.
 
-    Errors: ValueError if only some are set, or they are no integers or out of range.
+    Raises: ValueError if only some are set, or they are no integers or out of range.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = {name: environment[name] for name in names if name in environment}

@@ -47,7 +47,7 @@ class ManifestError(OSError):
 def video_stem(item: PromptItem, index: int, sample: int, seed: int, *, with_index: bool) -> str:
     """Portable, collision-free file name without suffix: lower-case ASCII letters, digits, hyphens.
 
-    Arguments: index of the prompt in its file; sample, 0-based; seed of the run.
+    Args: index of the prompt in its file; sample, 0-based; seed of the run.
     Returns: `<words of the prompt>-<8 hex>-s<seed>-<sample>`, the hex standing for prompt, extended prompt,
         the bytes of the source and a timeline; or with_index `0007-<sample>`, which is unique within one prompt file.
         No underscore: VBench-Long groups clips by what stands before the first one.
@@ -126,7 +126,7 @@ class OutputFolder:
 
         A finished video, or the part of one that was kept, stays until its successor replaces it.
 
-        Errors: BeingWrittenError if another process is writing this video.
+        Raises: BeingWrittenError if another process is writing this video.
         """
         remove_stale(self.video_path(stem))
 
@@ -233,7 +233,7 @@ def append_json_line(path: Path, record: Mapping) -> None:
     """Add one JSON line with one O_APPEND write, so that lines of several processes never mix.
 
     If a killed process left a torn last line, the new one begins on a line of its own.
-    Errors: OSError, also when the disk takes only part of the line.
+    Raises: OSError, also when the disk takes only part of the line.
     """
     line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8")
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -269,7 +269,7 @@ def read_json_lines(path: Path) -> list[dict]:
 def _jsonable(value: object, where: str = "record") -> object:
     """Plain JSON values: paths as text, nan and infinity as text (JSON has no such numbers).
 
-    Errors: TypeError naming the place of a value of another kind.
+    Raises: TypeError naming the place of a value of another kind.
     """
     if isinstance(value, Mapping):
         return {str(key): _jsonable(item, f"{where}.{key}") for key, item in value.items()}

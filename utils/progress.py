@@ -24,7 +24,7 @@ class VideoProgress:
     time since the start. On a terminal this is a bar; otherwise one log line at the start, about every
     `interval_s` seconds, and at the end.
 
-    Arguments: label, shown in front; num_chunks of the whole video; fps of the file, which turns pixel frames
+    Args: label, shown in front; num_chunks of the whole video; fps of the file, which turns pixel frames
         into seconds of video; stream and clock can be replaced in tests.
     """
 

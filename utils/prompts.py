@@ -79,10 +79,10 @@ def load_prompts(
 ) -> list[PromptItem]:
     """Read every prompt the user asked for.
 
-    Arguments: prompt, or data_path (.txt, .jsonl, folder), not both, except that with i2v a single prompt
+    Args: prompt, or data_path (.txt, .jsonl, folder), not both, except that with i2v a single prompt
         takes its image or video from data_path; extended_prompt_path, longer versions line by line.
     Returns: items in order; exact repeats (prompt, extended, bytes of the source) are left out and logged.
-    Errors: PromptError for anything missing, empty, binary, misaligned, or without an image under i2v.
+    Raises: PromptError for anything missing, empty, binary, misaligned, or without an image under i2v.
     """
     data_path = None if data_path is None else Path(data_path)
     if prompt is not None:
@@ -116,7 +116,7 @@ def read_text_lines(path: Path) -> list[str]:
     """Lines of a UTF-8 text file, stripped; blank ones stay as "", those at the end go.
 
     Understands a byte-order mark and the line ends of every system.
-    Errors: PromptError for a missing, binary, empty or non-UTF-8 file (with the line number).
+    Raises: PromptError for a missing, binary, empty or non-UTF-8 file (with the line number).
     """
     text = _decode(path, _read_bytes(path))
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # str.splitlines would also split at form feeds and the like

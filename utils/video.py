@@ -24,7 +24,7 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
-from utils.files import hold, move_into_place, remove_stale, temp_path
+from utils.files import BeingWrittenError, begin_temporary, move_into_place, temp_path
 
 BT709 = 1  # the same number for matrix, primaries and transfer in H.264
 BT601 = 5
@@ -50,9 +50,9 @@ class VideoWriter:
     exception removes what was written, unless `keep_partial` was called. Encoding runs in a thread of its
     own, at most QUEUE_CHUNKS behind, so that the maker of the frames does not wait for it.
 
-    Arguments: path, ending in .mp4, in an existing folder; fps in pixel frames per second; remedy, what a user
+    Args: path, ending in .mp4, in an existing folder; fps in pixel frames per second; remedy, what a user
         can do where the file cannot be written.
-    Errors: OSError (disk full, no permission) names the video, the cause, and the remedy; ValueError for
+    Raises: OSError (disk full, no permission) names the video, the cause, and the remedy; ValueError for
         frames of a wrong shape or size. Equal frames give equal files, byte for byte.
     """
 
@@ -79,14 +79,13 @@ class VideoWriter:
         return self._frames
 
     def __enter__(self) -> VideoWriter:
-        remove_stale(self.path)
         try:
-            self._temporary.touch(exist_ok=False)
-            self._lock = hold(self._temporary)
+            self._temporary, self._lock = begin_temporary(self.path)
             self._temporary.write_bytes(bytes(FIRST_BYTES))
+        except BeingWrittenError:
+            raise
         except OSError as error:
-            if self._lock is not None:
-                self._abandon()
+            self._abandon()
             raise self._described(error) from error
         self._thread = threading.Thread(target=self._encode_all, name=f"encode {self.path.name}", daemon=True)
         self._thread.start()
@@ -255,10 +254,10 @@ def read_video(
 ) -> np.ndarray:
     """Decode a video file.
 
-    Arguments: max_frames keeps the first so many frames, or with `last` the final ones; fps re-times the
+    Args: max_frames keeps the first so many frames, or with `last` the final ones; fps re-times the
         video to that rate by taking, for every tick, the frame shown then (None: every frame as stored).
     Returns: uint8 [T, H, W, 3], upright. Memory grows with the frames kept only.
-    Errors: FileNotFoundError; ValueError if the file holds no video that can be decoded.
+    Raises: FileNotFoundError; ValueError if the file holds no video that can be decoded.
     """
     path = Path(path)
     if not path.is_file():
@@ -370,7 +369,7 @@ def _rgb(picture: av.VideoFrame) -> np.ndarray:
 def read_image(path: Path) -> np.ndarray:
     """Read an image, upright, transparency over black. Returns: uint8 [1, H, W, 3].
 
-    Errors: FileNotFoundError; ValueError if it is no image.
+    Raises: FileNotFoundError; ValueError if it is no image.
     """
     path = Path(path)
     if not path.is_file():

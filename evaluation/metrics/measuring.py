@@ -79,7 +79,7 @@ def measure_videos(
     A video counts as measured if its file is unchanged and every chosen metric has values of its protocol. A metric
     that a group brought along is left out, with one line in the log, for videos of which it lacks what it asks; and
     every metric is for videos that are too short for it, which the table remembers.
-    Arguments: names as `make_metrics` takes them; workers, processes that measure a video each.
+    Args: names as `make_metrics` takes them; workers, processes that measure a video each.
     Raises: ConfigError, before any video is opened, for metrics that cannot be made.
     """
     metrics = make_metrics(names, choices)

@@ -164,7 +164,7 @@ def _read_csv(path: Path, *, growing: bool = False) -> Iterator[Row]:
 def _lines(path: Path, *, growing: bool = False) -> Iterator[tuple[int, int, list[str]]]:
     """Of every row, with that of the columns' names: its number, how many bytes end with it, its texts.
 
-    Arguments: growing, rows are added to it: a torn last one is left out.
+    Args: growing, rows are added to it: a torn last one is left out.
     """
     end, line, torn = 0, b"", False
 

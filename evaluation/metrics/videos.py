@@ -40,7 +40,7 @@ def find_videos(
 ) -> list[Video]:
     """All videos of the folders, in order of name; unfinished ones are left out.
 
-    Arguments:
+    Args:
         folders: `FOLDER`, whose name is the method, or `METHOD=FOLDER`.
         prompts: a .json {file name with or without suffix: prompt}, or what inference.py takes, a .txt or .jsonl,
             whose line n (from 0) belongs to the videos whose names begin with the number n, as `--save_with_index`
