@@ -147,7 +147,7 @@ def test_sources_of_several_windows_and_videos_without_one_take_turns(policy: KV
         policy = policy_of({"policy": "full", "window_frames": 45})
     tiny = make_tiny()
     (fast, _), eager = graphed(tiny, policy, 1), tiny.pipeline(policy, 1)
-    for video, frames in enumerate((30, 12, 0, 18)):
+    for video, frames in enumerate((30, 0, 18)):
         given = torch.randn(1, frames, 3, 4, 6, generator=torch.Generator().manual_seed(video)) if frames else None
         ours, plain = (tiny.run(policy, 45, pipeline=pipeline, initial_latent=given) for pipeline in (fast, eager))
         assert torch.equal(ours, plain), f"video {video}, which continues {frames} latent frames"
@@ -186,18 +186,16 @@ class GoneRecorder:
         return replay
 
 
-@pytest.mark.parametrize("frames", [0, 18])
-def test_recorded_work_reads_only_what_stays(policy: KVPolicy, frames: int) -> None:
+def test_recorded_work_reads_only_what_stays(policy: KVPolicy) -> None:
     """Memory, inputs at fixed addresses, what other recordings made: never what a pass outside of them left behind."""
     if policy.max_frames is not None:
-        policy = policy_of({"policy": "full", "window_frames": 54})
+        policy = policy_of({"policy": "full", "window_frames": 42})
     tiny, recorder = make_tiny(), GoneRecorder()
     plain = tiny.pipeline(policy, 1)
     fast = ChunkwisePipeline(plain.model, plain.sampler, plain.geometry, plain.cache, recorder=recorder)
     fast = tiny.with_packer(fast, policy)
-    given = torch.randn(1, frames, 3, 4, 6) if frames else None
-    for _ in range(3):
-        tiny.run(policy, 54, pipeline=fast, initial_latent=given)
+    for given in (torch.randn(1, 18, 3, 4, 6), None, None):
+        tiny.run(policy, 42, pipeline=fast, initial_latent=given)
     assert recorder.replayed and not recorder.gone
 
 
