@@ -85,7 +85,8 @@ class VideoWriter:
         except BeingWrittenError:
             raise
         except OSError as error:
-            self._abandon()
+            if self._temporary.exists():
+                self._abandon()
             raise self._described(error) from error
         self._thread = threading.Thread(target=self._encode_all, name=f"encode {self.path.name}", daemon=True)
         self._thread.start()
